@@ -1,0 +1,75 @@
+"""Argument checks shared by all ops. Every message names the argument, what it must be and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+class Dims:
+    """Sizes shared between arguments, bound to letters by the first tensor that mentions them.
+
+    >>> dims = Dims()
+    >>> dims.bind("key", key, "B Hkv L D")
+    >>> dims.bind("value", value, "B Hkv L D")   # ValueError if it disagrees, naming the letter
+    >>> dims["L"]
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        self._origin: dict[str, str] = {}
+
+    def __getitem__(self, letter: str) -> int:
+        return self._sizes[letter]
+
+    def bind(self, name: str, tensor: Tensor, spec: str) -> None:
+        letters = spec.split()
+        wanted = f"[{', '.join(letters)}]"
+        check_tensor(name, tensor)
+        if tensor.dim() != len(letters):
+            raise ValueError(f"{name} must have shape {wanted}, got {tensor.dim()} dimensions: {list(tensor.shape)}")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if letter not in self._sizes:
+                self._sizes[letter], self._origin[letter] = size, name
+            elif self._sizes[letter] != size:
+                raise ValueError(
+                    f"{name} must have shape {wanted} with {letter} = {self._sizes[letter]} "
+                    f"as in {self._origin[letter]}, got {list(tensor.shape)}"
+                )
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in INTEGER:
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """All of one dtype; the first named sets it."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All on one device; the first named sets it. None is passed over."""
+    (first, reference), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in others:
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} must be on the device of {first}, {reference.device}, got {tensor.device}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
