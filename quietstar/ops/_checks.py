@@ -1,10 +1,15 @@
 """Argument checks shared by all ops. Every message names the argument, what it must be and what came."""
 
+import os
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
+
+# Reading a value on CUDA waits for the device, so values are read there only when this variable is set (to debug).
+CHECK_VALUES_VARIABLE = "QUIETSTAR_CHECK_VALUES"
 
 
 class Dims:
@@ -73,3 +78,20 @@ def check_same_device(**tensors: Tensor | None) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: on the CPU, or anywhere with ``QUIETSTAR_CHECK_VALUES`` set.
+
+    Never inside ``torch.compile``, where values do not exist yet.
+    """
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or CHECK_VALUES_VARIABLE in os.environ)
+
+
+def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """All values in [low, high]; passed over where values cannot be read (:func:`can_read_values`)."""
+    if tensor.numel() == 0 or not can_read_values(tensor):
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(tensor))
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got values from {smallest} to {largest}")

@@ -1,0 +1,119 @@
+"""The public function: checks, choice of backend, dispatch."""
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._autocast import autocast_inputs
+from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._checks import (
+    Dims,
+    check_floating,
+    check_integer,
+    check_range,
+    check_same_device,
+    check_same_dtype,
+)
+from quietstar.ops.thought_attention import reference
+from quietstar.ops.thought_attention.autograd import ThoughtAttention
+
+_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+
+
+def thought_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thought_key: Tensor,
+    thought_value: Tensor,
+    *,
+    anchors: Tensor | None = None,
+    key_start: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention of many thoughts over one shared base sequence (tokenwise-parallel, "diagonal" attention).
+
+    Anchor p sits behind base position a = ``anchors[p]`` and has T extra tokens (steps). The query of step t sees the
+    base keys j ≤ a and its own anchor's thought keys 0..t, nothing else; the softmax runs over both sets together:
+
+        output = softmax(scale · query · [key[j ≤ a]; thought_key[p, ≤ t]]ᵀ) · [value[j ≤ a]; thought_value[p, ≤ t]]
+
+    This is the attention of Quiet-STaR's parallel thought generation (arXiv 2403.09629, section 4.2); with S = 1 and
+    growing T it is also that of EAGLE-3's training-time test. Differentiable (once) in all five tensors.
+
+    Args:
+        query: [B, Hq, P, S, D], the last S of the T steps. Any strides.
+        key, value: [B, Hkv, L, D], the base sequence; Hq is a multiple of Hkv.
+        thought_key, thought_value: [B, Hkv, P, T, D], T ≥ S.
+        anchors: int [P] or [B, P], values in [−1, L); default ``arange(L)``, then P must be L. Any order, repeats
+            allowed. −1 is an inactive anchor: output 0, lse −inf, no gradient.
+        key_start: int [B], values in [0, L]: first visible base key (left padding). Default 0.
+        window: sliding window in tokens, ≥ 1: base key j is visible iff a − j < window. Default unlimited.
+        scale: factor on the scores before the softmax. Default D^−½.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        backend: None, "auto", or a name: see ``quietstar.ops``.
+
+    Returns:
+        output [B, Hq, P, S, D] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
+        [B, Hq, P, S] in float32 (float64 for float64), differentiable too.
+
+    Raises:
+        TypeError: not a tensor, a dtype that is not floating (anchors and key_start: not int32/int64), or mixed dtypes.
+        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, T < S, values of ``anchors`` or
+            ``key_start`` out of range (read on the CPU only: on CUDA the check would wait for the device, see
+            ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, an unknown or unavailable backend.
+    """
+    dims = Dims()
+    dims.bind("query", query, "B Hq P S D")
+    dims.bind("key", key, "B Hkv L D")
+    dims.bind("value", value, "B Hkv L D")
+    dims.bind("thought_key", thought_key, "B Hkv P T D")
+    dims.bind("thought_value", thought_value, "B Hkv P T D")
+    if dims["Hkv"] == 0 or dims["Hq"] % dims["Hkv"]:
+        raise ValueError(f"query must have Hq a multiple of Hkv = {dims['Hkv']} heads of key, got Hq = {dims['Hq']}")
+    if dims["T"] < dims["S"]:
+        raise ValueError(
+            f"thought_key must have T >= S = {dims['S']} steps (the queries are the last S of T), got T = {dims['T']}"
+        )
+    check_same_device(
+        query=query, key=key, value=value, thought_key=thought_key, thought_value=thought_value,
+        anchors=anchors, key_start=key_start,
+    )  # fmt: skip
+    check_floating("query", query)
+    query, key, value, thought_key, thought_value = autocast_inputs(query, key, value, thought_key, thought_value)
+    check_same_dtype(query=query, key=key, value=value, thought_key=thought_key, thought_value=thought_value)
+
+    if anchors is None:
+        if dims["P"] != dims["L"]:
+            raise ValueError(
+                f"anchors must be given unless every base position has one (P = L), got P = {dims['P']}, "
+                f"L = {dims['L']}"
+            )
+    else:
+        check_integer("anchors", anchors)
+        dims.bind("anchors", anchors, "P" if anchors.dim() == 1 else "B P")
+        check_range("anchors", anchors, -1, dims["L"] - 1)
+    if key_start is not None:
+        check_integer("key_start", key_start)
+        dims.bind("key_start", key_start, "B")
+        check_range("key_start", key_start, 0, dims["L"])
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be None or an integer >= 1, got {window!r}")
+    scale = dims["D"] ** -0.5 if scale is None else float(scale)
+
+    name = select_backend("thought_attention", backend, _BACKENDS, query)
+    if name == "reference":
+        if anchors is None:
+            anchors = torch.arange(dims["L"], device=query.device)
+        if key_start is None:
+            key_start = torch.zeros(dims["B"], dtype=torch.int64, device=query.device)
+        output, lse = reference.thought_attention(
+            query, key, value, thought_key, thought_value, anchors.expand(dims["B"], -1), key_start, window, scale
+        )
+    else:
+        output, lse = ThoughtAttention.apply(
+            query, key, value, thought_key, thought_value, anchors, key_start, window, scale, name
+        )
+    return (output, lse) if return_lse else output

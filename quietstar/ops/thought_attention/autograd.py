@@ -1,0 +1,86 @@
+"""The registered ops of thought attention and the autograd function around them.
+
+The ops take the backend's name; a backend is a module with ``forward`` and ``backward`` of the signatures in
+``library.py``. A gradient nobody asked for is an empty tensor.
+"""
+
+from types import ModuleType
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from quietstar.ops.thought_attention import library
+
+_MODULES: dict[str, ModuleType] = {"torch": library}
+
+_KEYS = "Tensor query, Tensor key, Tensor value, Tensor thought_key, Tensor thought_value"
+_MASK = "Tensor? anchors, Tensor? key_start, int? window, float scale, str backend"
+
+torch.library.define("quietstar::thought_attention", f"({_KEYS}, {_MASK}) -> (Tensor, Tensor)")
+torch.library.define(
+    "quietstar::thought_attention_backward",
+    f"(Tensor grad_output, Tensor? grad_lse, {_KEYS}, Tensor output, Tensor lse, {_MASK})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("quietstar::thought_attention", "CompositeExplicitAutograd")
+def _forward(query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
+    output, lse = _MODULES[backend].forward(
+        query, key, value, thought_key, thought_value, anchors, key_start, window, scale
+    )
+    return output.contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake("quietstar::thought_attention")
+def _forward_fake(query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+
+
+@torch.library.impl("quietstar::thought_attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
+    anchors, key_start, window, scale, backend,
+):  # fmt: skip
+    grads = _MODULES[backend].backward(
+        grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
+        anchors, key_start, window, scale,
+    )  # fmt: skip
+    return tuple(grad.contiguous() for grad in grads)
+
+
+@torch.library.register_fake("quietstar::thought_attention_backward")
+def _backward_fake(
+    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
+    anchors, key_start, window, scale, backend,
+):  # fmt: skip
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, thought_key, thought_value))
+
+
+class ThoughtAttention(torch.autograd.Function):
+    """Thought attention by a named backend; once differentiable."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
+        output, lse = torch.ops.quietstar.thought_attention(
+            query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend
+        )
+        ctx.save_for_backward(query, key, value, thought_key, thought_value, output, lse, anchors, key_start)
+        ctx.options = window, scale, backend
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_lse):
+        *saved, anchors, key_start = ctx.saved_tensors
+        if grad_output is None:
+            if grad_lse is None:
+                return (None,) * 10
+            grad_output = torch.zeros_like(saved[0])
+        grads = torch.ops.quietstar.thought_attention_backward(
+            grad_output, grad_lse, *saved, anchors, key_start, *ctx.options
+        )
+        wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None, None, None

@@ -1,0 +1,220 @@
+"""The ``torch`` backend: library flash attention on the base keys, merged with the thought keys by log-sum-exp.
+
+Every query row sees two disjoint sets of keys: a prefix of the base keys, shared by all rows of an anchor, and the
+few thought keys of its own anchor (the diagonal part). The base part is plain causal attention once steps and
+repeated anchors are folded into heads, so a library kernel does it whenever the anchors are 0..n−1, each repeated
+equally often, and neither window nor padding hides a key. Otherwise it is computed in blocks of anchors with at most
+``SCORE_BYTES`` of scores at a time.
+
+Backward needs no merge: with the *merged* output and log-sum-exp, exp(score − lse) is the true probability of a base
+key and rowsum(dO · O) the true correction, so the library's own backward is exact for the base part.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quietstar.ops.thought_attention import flash
+
+SCORE_BYTES = 32 * 2**20
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thought_key: Tensor,
+    thought_value: Tensor,
+    anchors: Tensor | None,
+    key_start: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32 (float64 for float64)."""
+    repeats = causal_repeats(anchors, key_start, window, query, key)
+    if repeats is not None:
+        base_output, base_lse = flash.forward(query, key, value, repeats, scale)
+    else:
+        base_output, base_lse = _blocked_forward(query, key, value, anchors, key_start, window, scale)
+
+    scores = _diagonal_scores(query, thought_key, scale)
+    lse = torch.logaddexp(base_lse, _ungroup(scores.logsumexp(dim=-1), query))
+    probability = scores.sub_(_group(lse, key.shape[1]).unsqueeze(-1)).exp_()
+    thought_output = _ungroup(probability.to(query.dtype) @ thought_value, query)
+    output = (base_output * (base_lse - lse).exp().unsqueeze(-1)).add_(thought_output).to(query.dtype)
+    if anchors is not None and repeats is None:
+        inactive = _per_batch(anchors)[:, None, :, None] < 0
+        output.masked_fill_(inactive.unsqueeze(-1), 0)
+        lse.masked_fill_(inactive, -torch.inf)
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thought_key: Tensor,
+    thought_value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    anchors: Tensor | None,
+    key_start: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, thought_key and thought_value, in that order."""
+    delta = (grad_output.to(lse.dtype) * output).sum(dim=-1)
+    if grad_lse is not None:
+        delta -= grad_lse
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # inactive rows: exp(score − lse) is 0
+
+    # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
+    repeats = causal_repeats(anchors, key_start, window, query, key) if grad_lse is None else None
+    if repeats is not None:
+        base = flash.backward(grad_output, query, key, value, output, lse, repeats, scale)
+    else:
+        base = _blocked_backward(grad_output, delta, query, key, value, lse, anchors, key_start, window, scale)
+
+    heads = key.shape[1]
+    probability = _diagonal_scores(query, thought_key, scale).sub_(_group(lse, heads).unsqueeze(-1)).exp_()
+    rows = _group(query, heads)
+    grad_rows = _group(grad_output, heads)
+    grad_thought_value = probability.to(query.dtype).mT @ grad_rows
+    grad_scores = (grad_rows @ thought_value.mT).to(lse.dtype).sub_(_group(delta, heads).unsqueeze(-1))
+    grad_scores = grad_scores.mul_(probability).mul_(scale).to(query.dtype)
+    grad_thought_key = grad_scores.mT @ rows
+    grad_query = base[0].add_(_ungroup(grad_scores @ thought_key, query))
+    return grad_query, base[1], base[2], grad_thought_key, grad_thought_value
+
+
+def causal_repeats(
+    anchors: Tensor | None, key_start: Tensor | None, window: int | None, query: Tensor, key: Tensor
+) -> int | None:
+    """How often each of the anchors 0..n−1 is repeated if the base part is plain causal attention, else None.
+
+    Reads the values of ``anchors`` and ``key_start``: on CUDA that waits for the device.
+    """
+    if not flash.supports(query):
+        return None
+    if anchors is None:
+        repeats, positions = 1, key.shape[2]
+    else:
+        positions = int(anchors.max()) + 1
+        if positions < 1 or anchors.shape[-1] % positions:
+            return None
+        repeats = anchors.shape[-1] // positions
+        expected = torch.arange(positions, device=anchors.device, dtype=anchors.dtype).repeat_interleave(repeats)
+        if not bool((anchors == expected).all()):
+            return None
+    if window is not None and window < positions:
+        return None
+    if key_start is not None and bool(key_start.any()):
+        return None
+    return repeats
+
+
+def _group(tensor: Tensor, kv_heads: int) -> Tensor:
+    """[B, Hq, P, S, ...] -> [B, Hkv, P, G·S, ...]: all the rows that share an anchor's thought keys."""
+    return tensor.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
+
+
+def _ungroup(tensor: Tensor, query: Tensor) -> Tensor:
+    """The inverse of :func:`_group`."""
+    return tensor.unflatten(3, (-1, query.shape[3])).transpose(2, 3).flatten(1, 2)
+
+
+def _per_batch(anchors: Tensor) -> Tensor:
+    return anchors if anchors.dim() == 2 else anchors[None]
+
+
+def _diagonal_scores(query: Tensor, thought_key: Tensor, scale: float) -> Tensor:
+    """Scores [B, Hkv, P, G·S, T] of each row with its anchor's thought keys; later steps are −inf."""
+    steps, thought_steps = query.shape[3], thought_key.shape[3]
+    scores = _group(query, thought_key.shape[1]) @ thought_key.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
+    if steps > 1:
+        step = torch.arange(thought_steps, device=query.device)
+        later = step > step[thought_steps - steps :, None]  # [S, T]
+        scores.unflatten(3, (-1, steps)).masked_fill_(later, -torch.inf)
+    return scores
+
+
+class _Block:
+    """A block of anchors and the base keys its rows may see."""
+
+    def __init__(self, anchors: slice, keys: slice, visible: Tensor):
+        self.anchors, self.keys = anchors, keys
+        self.visible = visible  # bool [B or 1, 1, 1, p, 1, l]
+
+    def rows(self, tensor: Tensor, kv_heads: int) -> Tensor:
+        """[B, Hq, P, S, ...] -> this block's rows as [B, Hkv, G·p·S, ...]."""
+        return tensor[:, :, self.anchors].unflatten(1, (kv_heads, -1)).flatten(2, 4)
+
+    def masked(self, scores: Tensor, query: Tensor) -> Tensor:
+        """Scores [B, Hkv, G·p·S, l] with hidden keys at −inf, in place."""
+        scores.unflatten(2, (-1, self.visible.shape[3], query.shape[3])).masked_fill_(~self.visible, -torch.inf)
+        return scores
+
+
+def _blocks(
+    query: Tensor, key: Tensor, anchors: Tensor | None, key_start: Tensor | None, window: int | None
+) -> Iterator[_Block]:
+    batch, query_heads, num_anchors, steps, _ = query.shape
+    length = key.shape[2]
+    if anchors is None:
+        anchors = torch.arange(length, device=query.device)
+    anchors = _per_batch(anchors)
+    first_key = 0 if key_start is None else int(key_start.min())
+    size = max(1, SCORE_BYTES // (4 * batch * query_heads * steps * length))
+    for start in range(0, num_anchors, size):
+        block = anchors[:, start : start + size]
+        low, high = int(block.clamp_min(0).min()), int(block.max())
+        keys = slice(first_key if window is None else max(first_key, low - window + 1), max(high + 1, first_key))
+        position = torch.arange(keys.start, keys.stop, device=query.device)
+        visible = position <= block[..., None]
+        if window is not None:
+            visible &= block[..., None] - position < window
+        if key_start is not None:
+            visible = visible & (position >= key_start[:, None, None])
+        yield _Block(slice(start, start + size), keys, visible[:, None, None, :, None, :])
+
+
+def _blocked_forward(query, key, value, anchors, key_start, window, scale) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    heads = key.shape[1]
+    output = torch.empty(query.shape, dtype=dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
+    for block in _blocks(query, key, anchors, key_start, window):
+        rows = block.rows(query, heads).to(dtype).mul(scale)
+        scores = block.masked(rows @ key[:, :, block.keys].to(dtype).mT, query)
+        block_lse = scores.logsumexp(dim=-1, keepdim=True)
+        probability = scores.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0)).exp_()
+        block_output = probability @ value[:, :, block.keys].to(dtype)
+        shape = output[:, :, block.anchors].shape
+        output[:, :, block.anchors] = block_output.view(shape)
+        lse[:, :, block.anchors] = block_lse.view(shape[:-1])
+    return output, lse
+
+
+def _blocked_backward(
+    grad_output, delta, query, key, value, lse, anchors, key_start, window, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = lse.dtype
+    heads = key.shape[1]
+    grad_query = torch.empty(query.shape, dtype=dtype, device=query.device)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    for block in _blocks(query, key, anchors, key_start, window):
+        rows, grad_rows = (block.rows(x, heads).to(dtype) for x in (query, grad_output))
+        keys, values = (x[:, :, block.keys].to(dtype) for x in (key, value))
+        scores = block.masked((rows @ keys.mT).mul_(scale), query)
+        probability = scores.sub_(block.rows(lse, heads).unsqueeze(-1)).exp_()
+        grad_value[:, :, block.keys] += probability.mT @ grad_rows
+        grad_scores = (grad_rows @ values.mT).sub_(block.rows(delta, heads).unsqueeze(-1))
+        grad_scores.mul_(probability).mul_(scale)
+        grad_key[:, :, block.keys] += grad_scores.mT @ rows
+        grad_query[:, :, block.anchors] = (grad_scores @ keys).view(grad_query[:, :, block.anchors].shape)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -1,0 +1,260 @@
+"""Thought attention: every backend against a float64 oracle that gathers each row's visible keys one by one."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from quietstar.ops import thought_attention
+from quietstar.ops.thought_attention import library
+
+BACKENDS = ["reference", "torch"]
+INPUTS = ("query", "key", "value", "thought_key", "thought_value")
+
+
+def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
+    """Output and lse in float64, row by row."""
+    query, key, value, thought_key, thought_value = (x.double() for x in inputs)
+    batch, query_heads, _, steps, head_size = query.shape
+    group = query_heads // key.shape[1]
+    offset = thought_key.shape[3] - steps
+    anchors = torch.arange(key.shape[2]) if anchors is None else anchors
+    anchors = anchors.expand(batch, -1).tolist()
+    starts = [0] * batch if key_start is None else key_start.tolist()
+    scale = head_size**-0.5 if scale is None else scale
+    outputs, lses = [], []
+    for b in range(batch):
+        for h in range(query_heads):
+            for p, a in enumerate(anchors[b]):
+                base = slice(max(starts[b], 0 if window is None else a - window + 1), max(a + 1, 0))
+                for s in range(steps):
+                    if a < 0:
+                        outputs.append(0 * query[b, h, p, s])
+                        lses.append(torch.tensor(-math.inf, dtype=torch.float64))
+                        continue
+                    own = slice(0, offset + s + 1)
+                    keys = torch.cat([key[b, h // group, base], thought_key[b, h // group, p, own]])
+                    values = torch.cat([value[b, h // group, base], thought_value[b, h // group, p, own]])
+                    scores = keys @ query[b, h, p, s] * scale
+                    outputs.append(scores.softmax(0) @ values)
+                    lses.append(scores.logsumexp(0))
+    return torch.stack(outputs).view(query.shape), torch.stack(lses).view(query.shape[:-1])
+
+
+def make_inputs(batch=2, query_heads=4, kv_heads=2, length=6, num_anchors=None, steps=3, thought_steps=None, head=8,
+                dtype=torch.float32):  # fmt: skip
+    num_anchors = length if num_anchors is None else num_anchors
+    thought_steps = steps if thought_steps is None else thought_steps
+    shapes = [(batch, query_heads, num_anchors, steps, head)] + [(batch, kv_heads, length, head)] * 2
+    shapes += [(batch, kv_heads, num_anchors, thought_steps, head)] * 2
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+CASES = {
+    "all positions": ({}, {}),
+    "earlier steps cached (S < T)": ({"steps": 2, "thought_steps": 5}, {}),
+    "sampling step (S = 1)": ({"steps": 1, "thought_steps": 4}, {}),
+    "first sampling step (S = T = 1)": ({"steps": 1}, {}),
+    "long thoughts (T = 40)": ({"length": 3, "steps": 4, "thought_steps": 40}, {}),
+    "one anchor": ({"num_anchors": 1}, {"anchors": [4]}),
+    "one anchor in front": ({"num_anchors": 1}, {"anchors": [0]}),
+    "repeated anchors": ({"num_anchors": 12}, {"anchors": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]}),
+    "a prefix of the positions, repeated": ({"num_anchors": 8}, {"anchors": [0, 0, 1, 1, 2, 2, 3, 3]}),
+    "unsorted, repeated, inactive": ({"num_anchors": 5}, {"anchors": [5, -1, 2, 2, 0]}),
+    "all inactive": ({"num_anchors": 2}, {"anchors": [-1, -1]}),
+    "anchors per batch": ({"num_anchors": 3}, {"anchors": [[0, 3, 5], [-1, 1, 1]]}),
+    "window": ({}, {"window": 2}),
+    "window of one": ({}, {"window": 1}),
+    "window that hides nothing": ({}, {"window": 6}),
+    "left padding": ({}, {"key_start": [2, 0]}),
+    "left padding over everything": ({}, {"key_start": [6, 5]}),
+    "window, padding, anchors": ({"num_anchors": 3}, {"anchors": [5, 1, -1], "window": 3, "key_start": [0, 2]}),
+    "multi-head": ({"kv_heads": 4}, {}),
+    "multi-query": ({"kv_heads": 1}, {}),
+    "odd head size, scale": ({"head": 5}, {"scale": 0.7}),
+}
+
+
+def case(name):
+    shapes, options = CASES[name]
+    tensors = {k: torch.tensor(v) for k, v in options.items() if k in ("anchors", "key_start")}
+    return make_inputs(**shapes), options | tensors
+
+
+def weighted_sum(output, lse, grad_output, grad_lse):
+    """A scalar whose gradient reaches the output and the finite part of the lse."""
+    return (output * grad_output).sum() + torch.where(lse.isfinite(), lse * grad_lse, 0).sum()
+
+
+@pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, backend, through_lse):
+    inputs, options = case(name)
+    grad_output = torch.randn(inputs[0].shape)
+    grad_lse = torch.randn(inputs[0].shape[:-1]) * through_lse
+    expected = oracle(inputs, **options)
+    wanted = torch.autograd.grad(weighted_sum(*expected, grad_output, grad_lse), inputs, allow_unused=True)
+
+    output, lse = thought_attention(*inputs, **options, return_lse=True, backend=backend)
+    loss = weighted_sum(output, lse, grad_output, grad_lse) if through_lse else (output * grad_output).sum()
+    grads = torch.autograd.grad(loss, inputs)
+
+    torch.testing.assert_close(output.double(), expected[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), expected[1], atol=2e-5, rtol=0)
+    for label, grad, want, given in zip(INPUTS, grads, wanted, inputs, strict=True):
+        want = torch.zeros_like(given) if want is None else want
+        torch.testing.assert_close(grad, want, atol=2e-5, rtol=0, msg=lambda m, label=label: f"{label}: {m}")
+
+
+@pytest.mark.parametrize("score_bytes", [1, 4 * 2 * 4 * 3 * 6 * 2])
+@pytest.mark.parametrize("name", ["window", "left padding", "unsorted, repeated, inactive"])
+def test_blocks_of_anchors_change_nothing(name, score_bytes, monkeypatch):
+    inputs, options = case(name)
+    whole = thought_attention(*inputs, **options, return_lse=True, backend="torch")
+    monkeypatch.setattr(library, "SCORE_BYTES", score_bytes)
+    blocked = thought_attention(*inputs, **options, return_lse=True, backend="torch")
+    torch.testing.assert_close(blocked, whole)
+    grads = [torch.autograd.grad(x[0].sum() + x[1][x[1].isfinite()].sum(), inputs) for x in (whole, blocked)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["all positions", "unsorted, repeated, inactive"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_accurate_as_eager(dtype, name):
+    inputs, options = case(name)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    grad = torch.randn(inputs[0].shape)
+    expected = oracle(inputs, **options)[0]
+    wanted = torch.autograd.grad((expected * grad).sum(), inputs)
+    errors = {}
+    for backend in BACKENDS:
+        output = thought_attention(*inputs, **options, backend=backend)
+        grads = torch.autograd.grad((output * grad).sum(), inputs)
+        assert {x.dtype for x in (output, *grads)} == {dtype}
+        errors[backend] = [
+            (x.double() - y.double()).abs().max() for x, y in zip([output, *grads], [expected, *wanted], strict=True)
+        ]
+    for ours, eager in zip(errors["torch"], errors["reference"], strict=True):
+        assert ours <= 1.5 * eager + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["all positions", "window, padding, anchors"])
+def test_strided_inputs_and_expanded_gradients(name, backend):
+    """Inputs as transformers gives them (heads behind positions), a gradient of stride 0 from sum()."""
+    inputs, options = case(name)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    assert not strided[0].is_contiguous()
+    results = []
+    for given in (inputs, strided):
+        output = thought_attention(*given, **options, backend=backend)
+        results.append((output, *torch.autograd.grad(output.sum(), given)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("wanted", INPUTS)
+def test_each_input_alone_can_need_a_gradient(wanted):
+    inputs, options = case("all positions")
+    full = torch.autograd.grad(thought_attention(*inputs, **options, backend="torch").square().sum(), inputs)
+    index = INPUTS.index(wanted)
+    alone = [x.detach() for x in inputs]
+    alone[index].requires_grad_()
+    thought_attention(*alone, **options, backend="torch").square().sum().backward()
+    torch.testing.assert_close(alone[index].grad, full[index], atol=0, rtol=0)
+    assert all(x.grad is None for i, x in enumerate(alone) if i != index)
+
+
+def test_gradients_are_bitwise_reproducible():
+    inputs, options = case("repeated anchors")
+    runs = []
+    for _ in range(2):
+        output = thought_attention(*inputs, **options, backend="torch")
+        runs.append(torch.autograd.grad(output.square().sum(), inputs))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_second_backward_through_a_retained_graph():
+    inputs, _ = case("all positions")
+    output = thought_attention(*inputs, backend="torch").square().sum()
+    first = torch.autograd.grad(output, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(output, inputs), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["all positions", "window, padding, anchors"])
+def test_opcheck(name):
+    inputs, options = case(name)
+    inputs = [x.detach() for x in inputs]
+    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, "torch"
+    output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)
+    torch.library.opcheck(torch.ops.quietstar.thought_attention, (*inputs, *mask))
+    grads = (torch.randn_like(output), torch.randn_like(lse), *inputs, output, lse, *mask)
+    torch.library.opcheck(torch.ops.quietstar.thought_attention_backward, grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend):
+    inputs, options = case("window, padding, anchors")
+
+    def loss(*tensors):
+        return thought_attention(*tensors, **options, backend=backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs)
+    )
+
+
+def test_autocast_takes_mixed_inputs():
+    inputs, _ = case("all positions")
+    mixed = [inputs[0].to(torch.bfloat16), *inputs[1:]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = thought_attention(*mixed)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), thought_attention(*inputs), atol=0.05, rtol=0.05)
+
+
+def change(**changes):
+    return lambda arguments: arguments | changes
+
+
+BAD_INPUT = {
+    "not a tensor": (change(key=[1.0]), TypeError, "key must be a torch.Tensor, got list"),
+    "rank": (change(query=torch.zeros(2, 4, 6, 8)), ValueError, "query must have shape [B, Hq, P, S, D]"),
+    "head size": (change(value=torch.zeros(2, 2, 6, 9)), ValueError, "with D = 8 as in query, got [2, 2, 6, 9]"),
+    "heads": (
+        change(query=torch.zeros(2, 3, 6, 3, 8)), ValueError,
+        "query must have Hq a multiple of Hkv = 2 heads of key, got Hq = 3",
+    ),
+    "T < S": (
+        change(thought_key=torch.zeros(2, 2, 6, 2, 8), thought_value=torch.zeros(2, 2, 6, 2, 8)), ValueError,
+        "thought_key must have T >= S = 3",
+    ),
+    "anchor too large": (change(anchors=torch.arange(1, 7)), ValueError, "anchors must be in [-1, 5], got values"),
+    "anchor too small": (change(anchors=torch.arange(-2, 4)), ValueError, "anchors must be in [-1, 5], got values"),
+    "anchors not integer": (change(anchors=torch.zeros(6)), TypeError, "anchors must be int32 or int64"),
+    "anchors shape": (change(anchors=torch.zeros(5, dtype=torch.int64)), ValueError, "anchors must have shape [P]"),
+    "anchors needed": (change(key=torch.zeros(2, 2, 7, 8), value=torch.zeros(2, 2, 7, 8)), ValueError, "anchors must"),
+    "padding too long": (change(key_start=torch.tensor([0, 7])), ValueError, "key_start must be in [0, 6]"),
+    "dtype": (change(thought_value=torch.zeros(2, 2, 6, 3, 8).half()), TypeError, "thought_value must have the dtype"),
+    "integer query": (change(query=torch.zeros(2, 4, 6, 3, 8).long()), TypeError, "query must be float16"),
+    "device": (change(key=torch.zeros(2, 2, 6, 8, device="meta")), ValueError, "key must be on the device of query"),
+    "window": (change(window=0), ValueError, "window must be None or an integer >= 1, got 0"),
+    "unknown backend": (change(backend="fast"), ValueError, "backend must be None, 'auto' or one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_named(name):
+    spoil, error, message = BAD_INPUT[name]
+    arguments = dict(zip(INPUTS, make_inputs(), strict=True))
+    with pytest.raises(error, match=re.escape(message)):
+        thought_attention(**spoil(arguments))
+
+
+def test_unknown_default_backend_names_the_variable(monkeypatch):
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "fast")
+    with pytest.raises(ValueError, match="QUIETSTAR_BACKEND"):
+        thought_attention(*make_inputs())
