@@ -1,0 +1,56 @@
+"""The command `quietstar`: a table of subcommands, each a function elsewhere that parses its own arguments."""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import quietstar
+
+# name -> (line of help, "module:function"). The module is imported only when its command is asked for.
+# The function takes the list of arguments after the command's name and returns the exit code.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `quietstar COMMAND ...`; ``argv`` defaults to the command line's arguments. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments:
+        case ["-h" | "--help", *_]:
+            print(_usage())
+            return 0
+        case ["--version", *_]:
+            print(f"quietstar {quietstar.__version__}")
+            return 0
+        case []:
+            return _refuse("a command must be given")
+        case [command, *_] if command not in COMMANDS:
+            similar = get_close_matches(command, COMMANDS, n=1)
+            return _refuse(f"unknown command {command!r}" + (f", did you mean {similar[0]!r}?" if similar else ""))
+        case [command, *rest]:
+            module, function = COMMANDS[command][1].split(":")
+            return getattr(import_module(module), function)(rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (line, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: quietstar [--help] [--version] COMMAND [ARGUMENTS ...]",
+            "",
+            "Language models that think before every token.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`quietstar COMMAND --help` describes a command's arguments.",
+        ]
+    )
+
+
+def _refuse(problem: str) -> int:
+    print(f"quietstar: {problem}\n\n{_usage()}", file=sys.stderr)
+    return 2

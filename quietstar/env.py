@@ -1,0 +1,137 @@
+"""`quietstar env`: what is installed and what this machine can run, for bug reports.
+
+The report never fails: where something cannot be found out, its line says why, and the rest is still reported.
+"""
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import quietstar
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "accelerate", "datasets", "tokenizers")
+# The smallest inputs on which an op can show that it runs.
+SHAPES = {
+    "query": (1, 1, 1, 1, 16),
+    "key": (1, 1, 1, 16),
+    "hidden": (1, 16),
+    "weight": (8, 16),
+    "logits": (1, 8),
+    "mixing_weight": (1,),
+    "target": (1,),
+}
+OPS = {
+    "thought_attention": ("query", "key", "key", "query", "query"),
+    "mix_logits": ("logits", "logits", "mixing_weight"),
+    "mixed_cross_entropy": ("logits", "logits", "mixing_weight", "target"),
+    "linear_cross_entropy": ("hidden", "weight", "target"),
+    "mixed_linear_cross_entropy": ("hidden", "hidden", "mixing_weight", "weight", "target"),
+    "linear_sample": ("hidden", "weight"),
+}
+
+
+def environment() -> dict[str, str]:
+    """Return the report: label -> one line of text, in the order in which it is printed."""
+    probes: dict[str, Callable[[], str]] = {
+        "quietstar": lambda: f"{quietstar.__version__} in {Path(quietstar.__file__).parent}",
+        "python": lambda: f"{platform.python_version()} on {platform.platform()}",
+        **{package: lambda package=package: _version(package) for package in PACKAGES},
+        "cpu": _cpu,
+        "cuda": _cuda,
+        "quietstar._C": _compiled_module,
+        "QUIETSTAR_BACKEND": lambda: os.environ.get("QUIETSTAR_BACKEND", "not set"),
+        **{op: lambda op=op: _backends(op) for op in OPS},
+    }
+    return {label: _answer(probe) for label, probe in probes.items()}
+
+
+def _answer(probe: Callable[[], str]) -> str:
+    try:
+        return probe()
+    except Exception as error:  # anything may be broken on a machine whose report is asked for
+        return f"unknown ({_one_line(error)})"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    import torch
+
+    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"no device (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU only'})"
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return f"CUDA {torch.version.cuda}: " + "; ".join(
+        f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB" for device in devices
+    )
+
+
+def _compiled_module() -> str:
+    try:
+        from quietstar import _C
+    except ImportError as error:
+        return f"not available ({error}); `pip install .` builds it"
+    built = _C.build_info()
+    cuda = f"CUDA {built['cuda']} for {built['cuda_architectures']}" if built["cuda"] else "no CUDA"
+    openmp = f"OpenMP {built['openmp']}" if built["openmp"] else "no OpenMP"
+    return f"{built['compiler']}, {built['cxx_standard']}, {openmp}, {cuda}"
+
+
+def _backends(op: str) -> str:
+    import torch
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return "; ".join(f"{device}: {', '.join(_usable(op, device)) or 'none'}" for device in devices)
+
+
+def _usable(op: str, device: str) -> list[str]:
+    """The backends that run ``op`` on ``device``, found out by running it."""
+    import torch
+
+    from quietstar import ops
+    from quietstar.ops._backend import BACKENDS
+
+    function = getattr(ops, op)
+    inputs = [
+        torch.zeros(SHAPES[name], dtype=torch.int64 if name == "target" else torch.float32, device=device)
+        for name in OPS[op]
+    ]
+    options = {"seed": 0} if op == "linear_sample" else {}
+    usable = []
+    for backend in BACKENDS:
+        try:
+            function(*inputs, **options, backend=backend)
+        except ValueError:  # the op's own word that it cannot be run here with this backend
+            continue
+        except Exception as error:
+            usable.append(f"{backend} fails ({_one_line(error)})")
+        else:
+            usable.append(backend)
+    return usable
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report."""
+    argparse.ArgumentParser(prog="quietstar env", description="Print versions, devices and backends.").parse_args(argv)
+    report = environment()
+    width = max(map(len, report))
+    for label, text in report.items():
+        print(f"{label:<{width}}  {text}")
+    return 0

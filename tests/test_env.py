@@ -1,0 +1,85 @@
+import platform
+import sys
+
+import pytest
+import torch
+
+import quietstar
+from quietstar import ops
+from quietstar.env import OPS, environment, main
+
+
+def test_report_is_printed_line_by_line(capsys):
+    report = environment()
+    assert main([]) == 0
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed == report
+    assert report["quietstar"].startswith(f"{quietstar.__version__} in ")
+    assert report["python"].startswith(platform.python_version())
+    assert report["torch"] == torch.__version__
+    assert f"{torch.get_num_threads()} threads" in report["cpu"]
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_backends_of_every_op_are_found(op):
+    assert "cpu: reference, torch" in environment()[op]
+
+
+def test_only_known_ops_are_reported():
+    assert set(OPS) == set(ops.__all__)
+
+
+def test_compiled_module_reports_its_build():
+    _C = pytest.importorskip("quietstar._C", reason="a checkout that is not installed has no compiled module")
+    built = _C.build_info()
+    assert list(built) == ["compiler", "cxx_standard", "openmp", "cuda", "cuda_architectures"]
+    assert built["cxx_standard"] == "C++17"
+    assert (built["cuda"] is None) == (built["cuda_architectures"] is None)
+    assert built["compiler"] in environment()["quietstar._C"]
+
+
+def test_unavailable_backend_is_not_listed(monkeypatch):
+    """A backend that an op refuses is left out; one that breaks is shown with its error."""
+
+    def mix_logits(*arguments, backend):
+        if backend == "cuda":
+            raise RuntimeError("no kernel image\nis available")
+        if backend != "reference":
+            raise ValueError("backend: not here")
+
+    monkeypatch.setattr(ops, "mix_logits", mix_logits)
+    assert environment()["mix_logits"] == "cpu: reference, cuda fails (RuntimeError: no kernel image is available)"
+
+
+@pytest.mark.parametrize("missing", ["torch", "quietstar._C", "quietstar.ops"])
+def test_a_missing_module_does_not_stop_the_report(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delattr(quietstar, missing.removeprefix("quietstar."), raising=False)
+    report = environment()
+    label = {"torch": "cpu", "quietstar.ops": "mix_logits"}.get(missing, missing)
+    assert missing in report[label]
+    assert report["python"].startswith(platform.python_version())
+
+
+def test_a_broken_cuda_does_not_stop_the_report(monkeypatch):
+    def broken():
+        raise RuntimeError("driver\nmismatch")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    report = environment()
+    assert report["cuda"] == "unknown (RuntimeError: driver mismatch)"
+    assert report["torch"] == torch.__version__
+
+
+def test_devices_are_listed(monkeypatch):
+    """Stands in for a machine with a GPU."""
+
+    class Properties:
+        name, major, minor, total_memory = "NVIDIA H200", 9, 0, 141 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    device = "NVIDIA H200, sm_90, 141 GiB"
+    assert environment()["cuda"] == f"CUDA 13.0: {device}; {device}"
