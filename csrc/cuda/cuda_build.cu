@@ -4,9 +4,7 @@
 
 namespace quietstar {
 
-std::string cuda_version() {
-  return std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__);
-}
+std::string cuda_version() { return std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__); }
 
 std::string cuda_architectures() { return QUIETSTAR_CUDA_ARCHITECTURES; }
 
