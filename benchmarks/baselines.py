@@ -1,0 +1,232 @@
+"""What the Quiet-STaR authors' training code does, rewritten plainly, to be compared with.
+
+The mathematics is that of the paper (arXiv:2403.09629) and of ``QuietStarForCausalLM``; the way it is computed is the
+authors' (github.com/ezelikman/quiet-star, ``modeling_mistral.py``):
+
+- the batch is repeated N times, once per thought of a position, base text included;
+- thoughts grow one step at a time: step s runs all L positions of all rows through the model against the keys and
+  values of every earlier step, concatenated into one cache, under a dense additive mask [rows, 1, L, L * (s + 1)];
+  a token sees base keys up to its own position and, of each later step, the diagonal;
+- attention is the library's scaled-dot-product attention with that mask and with key/value heads repeated;
+- every step projects to the whole vocabulary twice, once for the next thought token and once for the mixed prediction,
+  and takes the cross-entropy of the latter, although only the base step and the last M steps enter the loss;
+- sampled and forced tokens are one-hot rows [rows * L, V] multiplied with the embedding matrix;
+- there is one backward through all steps, so whatever it needs is kept until then.
+
+Left out, so that nothing is slow that need not be: clones, conversions and contiguous copies of logits, integer
+one-hots, repeated evaluations of one and the same cross-entropy, the inputs of a step that never runs, logging.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MistralConfig
+
+IGNORE = -100
+
+
+class SequentialStep(NamedTuple):
+    """One step of the sequential program. R = batch * num_thoughts rows; row r is of sequence r // num_thoughts."""
+
+    loss: Tensor
+    """The total, a differentiable scalar."""
+    base_nll: Tensor
+    """[R, L-1], 0 where there is no label, as in ``talk_nll``."""
+    talk_nll: Tensor
+    """[R, L-1, M]: entry (i, m) is anchor i's mixed loss on token i+m+1."""
+    reward: Tensor
+    """[R, L-1-M], before the mean over the thoughts of a position is taken off."""
+    policy_loss: Tensor
+    """Scalar, before ``policy_weight``."""
+    thought_tokens: list[Tensor]
+    """Those of each thinking step, k times [R, L]; stacked on a last axis they are what the function takes."""
+    thought_logprobs: list[Tensor]
+    """Theirs at ``policy_temperature``, k times [R, L]."""
+
+
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a ``QuietStarForCausalLM`` under the names ``sequential_training_step`` takes."""
+    # Tied embeddings are listed once among the parameters, under their other name.
+    return dict(model.named_parameters()) | {"lm_head.weight": model.lm_head.weight}
+
+
+def authors_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the authors' layout under the names ``sequential_training_step`` takes.
+
+    Their thought embeddings are [2, H] and only row 0 is used. Views are taken, so gradients reach the originals.
+    """
+    renamed = {name.replace("talk_head.0", "mixing_head"): tensor for name, tensor in weights.items()}
+    return renamed | {name: weights[name][0] for name in ("start_embedding", "end_embedding")}
+
+
+def sequential_training_step(
+    weights: Mapping[str, Tensor],
+    config: MistralConfig,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    thought_tokens: Tensor | None = None,
+) -> SequentialStep:
+    """Forward of one training step, ready for ``.loss.backward()``.
+
+    Args:
+        weights: from ``model_weights`` or ``authors_weights``.
+        config: a ``QuietStarConfig``, or a ``MistralConfig`` with the same extra attributes.
+        input_ids: [B, L].
+        labels: [B, L], not shifted, -100 is ignored.
+        attention_mask: [B, L], 0 on right padding; None is all ones.
+        thought_tokens: [B * num_thoughts, L, thought_length] to use instead of sampling.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    input_ids, labels, attention_mask = (
+        tensor.repeat_interleave(config.num_thoughts, dim=0) for tensor in (input_ids, labels, attention_mask)
+    )
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    decoder = _Decoder(weights, config)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    real = attention_mask[:, None, None, :].bool()
+    mask = _additive((positions <= positions[:, None]) & real, embedding.dtype)  # [R, 1, L, L], grows by L a step
+    diagonal = _additive((positions == positions[:, None]) & real, embedding.dtype)
+
+    # Step 0 is the base text, 1 the start token, then k sampled tokens, the end token and M - 1 tokens of the text.
+    end = config.thought_length + 2
+    last = end + config.lookahead - 1
+    inputs = embedding[input_ids]
+    mixed_nll, sampled, logprobs = [], [], []
+    for step in range(last + 1):
+        hidden = decoder(inputs, mask, positions + step)
+        mask = torch.cat([mask, diagonal], dim=-1)
+
+        if step == 0:
+            base_hidden = hidden
+            base_nll = _shifted_nll(hidden @ head.T, labels, shift=1)
+        else:
+            ahead = max(0, step - end)
+            mixed_hidden = _mix(weights, base_hidden.roll(-ahead, dims=1), hidden)
+            mixed_nll.append(_shifted_nll(mixed_hidden @ head.T, labels, shift=ahead + 1))
+
+        next_logits = hidden @ head.T
+        next_logits[..., [config.start_thought_token_id, config.end_thought_token_id]] = -1e10
+        if step == 0:
+            inputs = (weights["start_embedding"] * config.embedding_scale).expand_as(hidden)
+        elif step < end - 1:
+            tokens = _sample(next_logits) if thought_tokens is None else thought_tokens[..., step - 1]
+            sampled.append(tokens)
+            policy = torch.log_softmax(next_logits / config.policy_temperature, dim=-1)
+            logprobs.append(policy.gather(-1, tokens[..., None]).squeeze(-1))
+            inputs = _one_hot(tokens, next_logits) @ embedding
+        elif step == end - 1:
+            inputs = (weights["end_embedding"] * config.embedding_scale).expand_as(hidden)
+        elif step < last:
+            inputs = _one_hot(input_ids.roll(end - 1 - step, dims=1), next_logits) @ embedding
+
+    return _objective(config, labels, base_nll, mixed_nll[-config.lookahead :], sampled, logprobs)
+
+
+def _objective(
+    config: MistralConfig,
+    labels: Tensor,
+    base_nll: Tensor,
+    talk_nll: list[Tensor],
+    sampled: list[Tensor],
+    logprobs: list[Tensor],
+) -> SequentialStep:
+    """Put the pieces together: losses are means over labels, the policy term over positions, labelled or not."""
+    lookahead = config.lookahead
+    anchors = labels.shape[1] - 1 - lookahead
+    count = [(labels[:, shift:] != IGNORE).sum() for shift in range(1, lookahead + 1)]
+    talk_loss = sum(nll.sum() / count[m] for m, nll in enumerate(talk_nll)) / lookahead
+    loss = config.base_loss_weight * base_nll.sum() / count[0] + (1 - config.base_loss_weight) * talk_loss
+
+    reward = sum(base_nll[:, m : m + anchors] - nll[:, :anchors] for m, nll in enumerate(talk_nll)).detach()
+    advantage = reward
+    if config.num_thoughts > 1:
+        per_position = reward.unflatten(0, (-1, config.num_thoughts))
+        advantage = (per_position - per_position.mean(dim=1, keepdim=True)).flatten(0, 1)
+    policy_loss = loss.new_zeros(())
+    if logprobs:
+        policy_loss = torch.stack([-(advantage.clamp(min=0) * p[:, :anchors]).mean() for p in logprobs]).mean()
+        loss = loss + config.policy_weight * policy_loss
+    padded = torch.stack([F.pad(nll, (0, m)) for m, nll in enumerate(talk_nll)], dim=-1)
+    return SequentialStep(loss, base_nll, padded, reward, policy_loss, sampled, logprobs)
+
+
+class _Decoder:
+    """The Mistral decoder, called once per step; remembers the keys and values of all calls."""
+
+    def __init__(self, weights: Mapping[str, Tensor], config: MistralConfig) -> None:
+        self.weights, self.config = weights, config
+        self.cache: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
+
+    def __call__(self, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """[R, L, H] inputs at positions [L] under the additive mask [R, 1, L, keys so far] -> [R, L, H], normed."""
+        for layer in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            normed = self._norm(f"{prefix}.input_layernorm", hidden)
+            hidden = hidden + self._attention(layer, f"{prefix}.self_attn", normed, mask, positions)
+            normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
+            gate, up = (self._linear(f"{prefix}.mlp.{name}_proj", normed) for name in ("gate", "up"))
+            hidden = hidden + self._linear(f"{prefix}.mlp.down_proj", F.silu(gate) * up)
+        return self._norm("model.norm", hidden)
+
+    def _attention(self, layer: int, prefix: str, normed: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        query, key, value = (
+            self._linear(f"{prefix}.{name}_proj", normed).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for name in "qkv"
+        )
+        query, key = (self._rotate(states, positions) for states in (query, key))
+        if self.cache[layer] is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(self.cache[layer], (key, value), strict=True))
+        self.cache[layer] = key, value
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self._linear(f"{prefix}.o_proj", attended.transpose(1, 2).flatten(2))
+
+    def _rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Rotary position embedding of [R, heads, L, D]: dimension d is paired with d + D/2."""
+        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        angles = positions[:, None] / self.config.rope_parameters["rope_theta"] ** exponent
+        cosine, sine = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+        first, second = states.chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+    def _linear(self, name: str, states: Tensor) -> Tensor:
+        return F.linear(states, self.weights[f"{name}.weight"])
+
+    def _norm(self, name: str, states: Tensor) -> Tensor:
+        return F.rms_norm(states, states.shape[-1:], self.weights[f"{name}.weight"], self.config.rms_norm_eps)
+
+
+def _mix(weights: Mapping[str, Tensor], base: Tensor, thought: Tensor) -> Tensor:
+    """(1 - w) base + w thought, [R, L, H], with the weight w from the mixing head."""
+    features = torch.cat([base, thought], dim=-1)
+    for name in ("mixing_head.0", "mixing_head.2"):
+        features = F.linear(features, weights[f"{name}.weight"], weights[f"{name}.bias"]).relu()
+    w = F.linear(features, weights["mixing_head.4.weight"])
+    return (1 - w) * base + w * thought
+
+
+def _shifted_nll(logits: Tensor, labels: Tensor, *, shift: int) -> Tensor:
+    """Cross-entropy [R, L - shift] of position i's logits against label i + shift; 0 where it is ignored."""
+    shifted = labels[:, shift:]
+    nll = F.cross_entropy(logits[:, :-shift].flatten(0, 1), shifted.flatten(), ignore_index=IGNORE, reduction="none")
+    return nll.view_as(shifted)
+
+
+def _sample(logits: Tensor) -> Tensor:
+    """Gumbel-max: one token [R, L] of each position's distribution, at temperature 1."""
+    noise = -torch.empty_like(logits).exponential_().log()
+    return (logits.detach() + noise).argmax(dim=-1)
+
+
+def _one_hot(tokens: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).scatter_(-1, tokens[..., None], 1)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
