@@ -20,7 +20,7 @@ def test_report_is_printed_line_by_line(capsys):
     assert f"{torch.get_num_threads()} threads" in report["cpu"]
 
 
-@pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.parametrize("op", OPS)
 def test_backends_of_every_op_are_found(op):
     assert "cpu: reference, torch" in environment()[op]
 
