@@ -1,0 +1,374 @@
+"""The model: Mistral that thinks before every token, for transformers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import ModelOutput
+
+from quietstar.models import checkpoint
+from quietstar.models.attention import ATTENTION_NAME, BaseStates, ThoughtTree
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.objective import IGNORE_INDEX, quiet_star_objective
+from quietstar.models.padding import first_key
+from quietstar.models.thoughts import Thinker, run_layers
+from quietstar.ops._checks import Dims, check_integer, check_range, check_tensor
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """Output of :class:`QuietStarForCausalLM`: with labels everything but logits and cache, without labels those.
+
+    B sequences of L tokens, N thoughts per position, k tokens per thought, M look-ahead steps.
+    Positions are those of the text the thought stands behind; negative log-likelihoods are in nats.
+
+    Attributes:
+        loss: scalar, base loss + mixed loss + weighted policy term.
+        logits: [B, K, V], mixed logits of the next token at the K kept positions, in the model's dtype.
+        past_key_values: the base cache.
+        base_nll: float [B, L−1], of token i+1 without a thought; 0 where there is no label.
+        talk_nll: float [B, N, L−1, M], of token i+1+m after the thought behind i; 0 where there is no label.
+        reward: float [B, N, L−1−M], what the thought gained: Σ_m base_nll[i+m] − talk_nll[i, m].
+        policy_loss: scalar, the REINFORCE term before its weight.
+        thought_tokens: int64 [B, N, L, k] with labels, [B, 1, K, k] without.
+        thought_logprobs: float [B, N, L−1, k], log p of the thought tokens at ``policy_temperature``.
+        mixing_weight: [B, N, L−1, M] with labels, [B, 1, K, 1] without.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    base_nll: Tensor | None = None
+    talk_nll: Tensor | None = None
+    reward: Tensor | None = None
+    policy_loss: Tensor | None = None
+    thought_tokens: Tensor | None = None
+    thought_logprobs: Tensor | None = None
+    mixing_weight: Tensor | None = None
+
+
+class MixingHead(nn.Sequential):
+    """Weight of the thought prediction from the two hidden states: MLP(concat(base, thought)), unbounded.
+
+    The last layer starts at zero, so that training starts exactly at the base model.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, 1, bias=False),
+        )
+
+    def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
+        """Mixing weights [B, ...] of thought states [B, ..., H].
+
+        Args:
+            base_hidden: [B, L, H]; without ``base_index`` it broadcasts with ``thought_hidden``.
+            base_index: int [...] into L: the base state each thought state is mixed with.
+        """
+        # The first layer is linear in the concatenation: each base state is projected once for all its thoughts.
+        base_weight, thought_weight = self[0].weight.chunk(2, dim=1)
+        projected = nn.functional.linear(base_hidden, base_weight)
+        if base_index is not None:
+            projected = projected[:, base_index]
+        hidden = nn.functional.linear(thought_hidden, thought_weight, self[0].bias) + projected
+        for layer in list(self)[1:]:
+            hidden = layer(hidden)
+        return hidden.squeeze(-1)
+
+
+class QuietStarForCausalLM(MistralForCausalLM):
+    """Mistral with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
+
+    >>> model = QuietStarForCausalLM.from_base("a Mistral checkpoint", tokenizer=tokenizer)
+    >>> model(input_ids, labels=input_ids).loss.backward()   # train
+    >>> model.generate(input_ids, max_new_tokens=20)         # generate, thinking before every token
+    """
+
+    config_class = QuietStarConfig
+    config: QuietStarConfig
+    # The loss is a sum of means over different sets of tokens: gradient accumulation averages the micro-batches.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: QuietStarConfig):
+        super().__init__(config)
+        self.start_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.end_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.mixing_head = MixingHead(config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MixingHead):
+            init.zeros_(module[-1].weight)
+        elif module is self:
+            std = self.config.initializer_range / self.config.embedding_scale
+            init.normal_(self.start_embedding, std=std)
+            init.normal_(self.end_embedding, std=std)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Only our own attention lays out thoughts; any other request is an error."""
+        if requested_attention not in (None, ATTENTION_NAME):
+            raise ValueError(f"attn_implementation must be None or {ATTENTION_NAME!r}, got {requested_attention!r}")
+        return ATTENTION_NAME
+
+    from_base = classmethod(checkpoint.from_base)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
+
+        Arguments as for every transformers model; keyword arguments that are fields of :class:`QuietStarConfig`
+        override the saved ones.
+
+        Raises:
+            ValueError: a checkpoint that is neither (an ordinary Mistral checkpoint, for example).
+        """
+        if config is None and pretrained_model_name_or_path is not None:
+            config, kwargs = checkpoint.resolve(pretrained_model_name_or_path, **kwargs)
+            pretrained_model_name_or_path = kwargs.pop("pretrained_model_name_or_path")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        thought_tokens: Tensor | None = None,
+        suppress_thought_tokens: bool = False,
+        **kwargs,
+    ) -> QuietStarOutput:
+        """Think behind every position and predict.
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: [B, L] ([B, cached + L] with a cache), 1 for tokens, 0 for left or right padding.
+            position_ids: int64 [B, L] or [1, L]; default 0..L−1 behind the cache.
+            past_key_values: base cache; inference only.
+            labels: int64 [B, L], usually ``input_ids``; −100 and padding are ignored. With labels the output holds
+                the loss and its parts and no logits; without, the mixed logits.
+            use_cache: return the base cache; inference only.
+            logits_to_keep: inference only: think and predict at the last so many positions (0: all), or at the
+                positions a 1-D tensor names.
+            thought_tokens: int64 [B, N, L, k] ([B·N, L, k] is taken too; [B, 1, K, k] without labels, K kept
+                positions): use these thoughts instead of sampling them.
+            suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        Dims().bind("input_ids", input_ids, "B L")
+        self._check_tokens("input_ids", input_ids, self.config.vocab_size)
+        if labels is None:
+            return self._predict(
+                input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
+                suppress_thought_tokens, **kwargs,
+            )  # fmt: skip
+        if past_key_values is not None:
+            raise ValueError("past_key_values cannot be used together with labels")
+        return self._train(input_ids, attention_mask, position_ids, labels, thought_tokens)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As in transformers; the thought tokens are never generated."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
+
+    @torch.no_grad()
+    def sample_thoughts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sample thoughts behind positions of a text.
+
+        Args:
+            input_ids, attention_mask, position_ids: as in :meth:`forward`.
+            anchors: int [P] or [B, P]: think behind these positions, once each; −1 is inactive. Default: behind every
+                position, ``config.num_thoughts`` times.
+            temperature: default ``config.thought_temperature``; 0 is greedy.
+            generator: source of the seeds, on the device of the model; default torch's global one.
+
+        Returns:
+            int64 [B, N, L, k], or [B, P, k] for given anchors (−1 in inactive ones).
+        """
+        batch, length = input_ids.shape
+        every = anchors is None
+        if every:
+            anchors = torch.arange(length, device=input_ids.device).repeat_interleave(self.config.num_thoughts)
+        key_start = first_key(attention_mask, (batch, length))
+        position_ids = self._positions(position_ids, input_ids)
+        base = BaseStates()
+        self.model(
+            input_ids, attention_mask=None if key_start is None else attention_mask, position_ids=position_ids,
+            use_cache=False, thoughts=base,
+        )  # fmt: skip
+        thinker = self._thinker(base, anchors, position_ids, 0, key_start)
+        temperature = self.config.thought_temperature if temperature is None else temperature
+        tokens = thinker.sample(temperature, self.config.thought_token_ids, generator)
+        if every:
+            return tokens.unflatten(1, (length, -1)).transpose(1, 2)
+        return tokens.masked_fill(anchors.expand(batch, -1)[..., None] < 0, -1)
+
+    def _train(self, input_ids, attention_mask, position_ids, labels, thought_tokens) -> QuietStarOutput:
+        """One pass over base text and thoughts (the thought tree), and the objective."""
+        config, model = self.config, self.model
+        k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
+        batch, length = input_ids.shape
+        device = input_ids.device
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
+        if length < lookahead + 2:
+            raise ValueError(
+                f"input_ids must have at least lookahead + 2 = {lookahead + 2} tokens per sequence, got {length}"
+            )
+        key_start = first_key(attention_mask, (batch, length))
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        self._check_tokens("labels", labels, config.vocab_size, ignore=IGNORE_INDEX)
+        if thought_tokens is None:
+            thought_tokens = self.sample_thoughts(input_ids, attention_mask, position_ids=position_ids)
+        else:
+            thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, length, k))
+        position_ids = self._positions(position_ids, input_ids)
+
+        # The last position has nothing to predict. Slots: start, k thought tokens, end, M−1 real tokens.
+        positions = length - 1
+        anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
+        own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
+        text = model.embed_tokens(input_ids)
+        start, end = self._thought_embeddings(text.dtype)
+        following = (torch.arange(1, lookahead, device=device) + anchors[:, None]).clamp_max(positions)
+        slots = torch.cat(
+            [
+                start.expand(batch, len(anchors), 1, -1),
+                model.embed_tokens(own_tokens.flatten(1, 2)),
+                end.expand(batch, len(anchors), 1, -1),
+                text[:, following],
+            ],
+            dim=2,
+        )
+        steps = slots.shape[2]
+        slot_positions = position_ids[:, anchors, None] + torch.arange(1, steps + 1, device=device)
+        tree = ThoughtTree(length, anchors, self._base_mask(text, attention_mask, key_start), key_start)
+        hidden = run_layers(
+            model,
+            torch.cat([text, slots.flatten(1, 2)], dim=1),
+            torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
+            tree,
+        )
+        base_hidden = hidden[:, :length]
+        thought_hidden = hidden[:, length:].unflatten(1, (positions, num_thoughts, steps))
+
+        ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)
+        mixing_weight = self.mixing_head(
+            base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(positions)[:, None]
+        )
+        parts = quiet_star_objective(
+            base_hidden, thought_hidden, mixing_weight, self.lm_head.weight, labels, own_tokens, config
+        )
+        return QuietStarOutput(
+            thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
+        )
+
+    def _predict(
+        self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
+        suppress_thought_tokens, **kwargs,
+    ) -> QuietStarOutput:  # fmt: skip
+        """A base pass, a thought behind each kept position, and the mixed logits there."""
+        batch, length = input_ids.shape
+        device = input_ids.device
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        key_start = first_key(attention_mask, (batch, past + length))
+        position_ids = self._positions(position_ids, input_ids, past)
+        base = BaseStates()
+        output = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            use_cache=use_cache, thoughts=base, **kwargs,
+        )  # fmt: skip
+
+        kept = torch.arange(length, device=device)
+        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
+        base_hidden = output.last_hidden_state[:, kept]
+        # A sliding cache has dropped keys in front, a static one has room behind.
+        dropped = max(0, past + length - base.keys[0].shape[2])
+        if key_start is not None:
+            key_start = (key_start - dropped).clamp_min(0)
+        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start)
+        if thought_tokens is None:
+            tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
+        else:
+            shape = batch, 1, len(kept), self.config.thought_length
+            tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
+        thought_hidden = thinker.finish(tokens)
+        weight = self.mixing_head(base_hidden, thought_hidden)
+        logits = self.lm_head(torch.lerp(base_hidden, thought_hidden, weight[..., None]))
+        if suppress_thought_tokens:
+            logits[..., list(self.config.thought_token_ids)] = -torch.inf
+        return QuietStarOutput(
+            logits=logits,
+            past_key_values=output.past_key_values,
+            thought_tokens=tokens[:, None],
+            mixing_weight=weight[:, None, :, None],
+        )
+
+    def _thinker(self, base, anchors, position_ids, offset, key_start) -> Thinker:
+        """A thinker behind positions ``anchors`` [P] or [B, P] of the current tokens, ``offset`` keys into the base."""
+        batch = base.keys[0].shape[0]
+        anchors = anchors.expand(batch, -1)
+        anchor_positions = position_ids.expand(batch, -1).gather(1, anchors.clamp_min(0))
+        start, end = self._thought_embeddings(self.model.embed_tokens.weight.dtype)
+        return Thinker(
+            self.model, self.lm_head.weight, base, torch.where(anchors < 0, -1, anchors + offset), anchor_positions,
+            start, end, self.config.thought_length, key_start,
+        )  # fmt: skip
+
+    def _thought_embeddings(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        scale = self.config.embedding_scale
+        return (self.start_embedding * scale).to(dtype), (self.end_embedding * scale).to(dtype)
+
+    def _base_mask(self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None) -> Tensor | None:
+        """Mask [B, 1, L, L] of the base rows as transformers makes it; None is plain causal."""
+        make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        return make(
+            config=self.config, inputs_embeds=text, attention_mask=None if key_start is None else attention_mask,
+            past_key_values=None,
+        )  # fmt: skip
+
+    @staticmethod
+    def _positions(position_ids: Tensor | None, input_ids: Tensor, past: int = 0) -> Tensor:
+        """Position ids [B, L]."""
+        if position_ids is None:
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+        return position_ids.expand(input_ids.shape[0], -1)
+
+    def _given_thoughts(self, thought_tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        """Checked thought tokens [B, N, positions, k]."""
+        flat = shape[0] * shape[1], *shape[2:]
+        if tuple(thought_tokens.shape) not in (shape, flat):
+            raise ValueError(f"thought_tokens must have shape {list(shape)}, got {list(thought_tokens.shape)}")
+        self._check_tokens("thought_tokens", thought_tokens, self.config.vocab_size)
+        return thought_tokens.reshape(shape)
+
+    @staticmethod
+    def _check_tokens(name: str, tokens: Tensor, vocab_size: int, ignore: int | None = None) -> None:
+        check_tensor(name, tokens)
+        check_integer(name, tokens)
+        check_range(name, tokens if ignore is None else tokens.masked_fill(tokens == ignore, 0), 0, vocab_size - 1)
+
+
+AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)

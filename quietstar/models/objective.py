@@ -1,0 +1,110 @@
+"""The training objective of Quiet-STaR (arXiv 2403.09629, section 4.4) from hidden states and labels.
+
+No logits of size rows × V are kept: every term is one fused linear cross-entropy.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class Objective(NamedTuple):
+    """The loss and what it is made of. i is a base position, n a thought, m a look-ahead step, j a thought token."""
+
+    loss: Tensor  # scalar, differentiable
+    base_nll: Tensor  # [B, L−1], −log p of token i+1 without a thought; 0 where there is no label
+    talk_nll: Tensor  # [B, N, L−1, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
+    reward: Tensor  # [B, N, L−1−M], sum over m of base_nll[i+m] − talk_nll[i, m]
+    policy_loss: Tensor  # scalar, before its weight
+    thought_logprobs: Tensor  # [B, N, L−1, k], log p of the thought tokens at policy_temperature
+
+
+def quiet_star_objective(
+    base_hidden: Tensor,
+    thought_hidden: Tensor,
+    mixing_weight: Tensor,
+    lm_head: Tensor,
+    labels: Tensor,
+    thought_tokens: Tensor,
+    config: QuietStarConfig,
+) -> Objective:
+    """Base loss, mixed ("talk") loss and REINFORCE term of one batch.
+
+    Args:
+        base_hidden: [B, L, H], final hidden states of the text.
+        thought_hidden: [B, L−1, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
+        mixing_weight: [B, L−1, N, M], weight of the thought prediction.
+        lm_head: [V, H].
+        labels: int [B, L], −100 is ignored.
+        thought_tokens: int [B, L−1, N, k].
+    """
+    k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
+    batch, length = labels.shape
+    positions = length - 1
+    device = labels.device
+
+    base_loss, base_nll = linear_cross_entropy(
+        base_hidden[:, :-1].flatten(0, 1), lm_head, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, return_nll=True
+    )
+    base_nll = base_nll.view(batch, positions)
+
+    # Look-ahead m of the anchor at i predicts token i+m+1 and mixes with base position i+m; past the end: no label.
+    ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)  # [L−1, M]
+    inside = ahead < positions
+    ahead = ahead.clamp_max(positions - 1)
+    target = labels[:, 1:][:, ahead].masked_fill(~inside, IGNORE_INDEX)  # [B, L−1, M]
+    counts = (target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
+    per_thought = (batch, positions, num_thoughts, lookahead)
+    base_index = ahead + torch.arange(batch, device=device)[:, None, None] * length
+    talk_loss, talk_nll = mixed_linear_cross_entropy(
+        base_hidden.flatten(0, 1),
+        thought_hidden[:, :, :, k + 1 :].flatten(0, 3),
+        mixing_weight.flatten(),
+        lm_head,
+        target[:, :, None].expand(per_thought).flatten(),
+        base_index=base_index[:, :, None].expand(per_thought).flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        row_weight=(1 / (lookahead * counts.clamp_min(1))).expand(per_thought).flatten(),
+        return_nll=True,
+    )
+    talk_nll = talk_nll.view(per_thought)
+
+    rewarded = length - 1 - lookahead
+    base_ahead = base_nll[:, ahead].masked_fill(~inside, 0)[:, :, None]  # [B, L−1, 1, M]
+    reward = (base_ahead - talk_nll)[:, :rewarded].sum(dim=-1)  # [B, L−1−M, N]
+    advantage = reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward
+
+    policy_loss = base_loss.new_zeros(())
+    thought_logprobs = base_nll.new_zeros(batch, positions, num_thoughts, k)
+    if k > 0:
+        row_weight = base_nll.new_zeros(batch, positions, num_thoughts, k)
+        row_weight[:, :rewarded] = advantage.clamp_min(0)[..., None] / (k * reward.numel())
+        policy_loss, thought_nll = linear_cross_entropy(
+            thought_hidden[:, :, :, :k].flatten(0, 3),
+            lm_head,
+            thought_tokens.flatten(),
+            temperature=config.policy_temperature,
+            suppress=config.thought_token_ids,
+            reduction="sum",
+            row_weight=row_weight.flatten(),
+            return_nll=True,
+        )
+        thought_logprobs = -thought_nll.view(batch, positions, num_thoughts, k)
+
+    loss = config.base_loss_weight * base_loss + (1 - config.base_loss_weight) * talk_loss
+    loss = loss + config.policy_weight * policy_loss
+    return Objective(
+        loss,
+        base_nll,
+        talk_nll.transpose(1, 2),
+        reward.transpose(1, 2),
+        policy_loss.detach(),
+        thought_logprobs.transpose(1, 2),
+    )
