@@ -1,0 +1,23 @@
+"""Which dtype is computed in: at least float32."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, losses and sums for inputs of ``dtype``: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """``tensor`` in its ``compute_dtype``."""
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    """A region in which tensors on ``device`` are computed with in the dtypes they have."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,116 @@
+"""Arguments that name tokens: which targets count, which tokens are suppressed, how a loss is reduced over rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._checks import can_read_values, check_choice, check_integer, check_same_device, check_tensor
+from quietstar.ops._precision import compute_dtype
+
+# Kernels know targets as int64 tokens, and two marks: a row without a target (nll 0), and a row whose target is wrong
+# where raising would mean waiting for the device (nll NaN). Neither row has a gradient.
+IGNORED, INVALID = -1, -2
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def suppressed_ids(suppress: Sequence[int] | Tensor | None, vocabulary: int, device: torch.device) -> Tensor | None:
+    """``suppress`` as an int64 tensor, or None if it names no token.
+
+    Raises:
+        TypeError: not a sequence of integers.
+        ValueError: not one-dimensional, on another device, an id outside the vocabulary, or no token left.
+    """
+    if suppress is None:
+        return None
+    if isinstance(suppress, Tensor):
+        check_integer("suppress", suppress)
+        if suppress.dim() != 1:
+            raise ValueError(f"suppress must be one-dimensional, got shape {list(suppress.shape)}")
+        if suppress.device != device:
+            raise ValueError(f"suppress must be on the device of weight, {device}, got {suppress.device}")
+        ids = suppress.to(torch.int64)
+        known = suppress.tolist() if can_read_values(suppress) else None
+    else:
+        if isinstance(suppress, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in suppress):
+            raise TypeError(f"suppress must be token ids (integers), got {suppress!r}")
+        known = list(suppress)
+        ids = torch.tensor(known, dtype=torch.int64).to(device, non_blocking=True)
+    if known is not None:
+        outside = [i for i in known if not 0 <= i < vocabulary]
+        if outside:
+            raise ValueError(f"suppress must be token ids in [0, {vocabulary}), got {outside[0]}")
+        if len(set(known)) == vocabulary:
+            raise ValueError(f"suppress must leave at least one token, got all {vocabulary}")
+    return ids if ids.shape[0] else None
+
+
+def marked_target(target: Tensor, vocabulary: int, ignore_index: int, suppress: Tensor | None = None) -> Tensor:
+    """``target`` as kernels know it: int64, ``ignore_index`` replaced by ``IGNORED``.
+
+    Raises:
+        ValueError: a target outside the vocabulary or suppressed. Where values cannot be read
+            (``quietstar.ops._checks.can_read_values``) such rows are marked ``INVALID`` instead.
+    """
+    target = target.to(torch.int64)
+    ignored = target == ignore_index
+    outside = ((target < 0) | (target >= vocabulary)) & ~ignored
+    suppressed = torch.zeros_like(ignored)
+    if suppress is not None:
+        suppressed = (target[..., None] == suppress).any(dim=-1) & ~ignored
+    if can_read_values(target):
+        if outside.any():
+            raise ValueError(
+                f"target must be in [0, {vocabulary}) or ignore_index = {ignore_index}, "
+                f"got {target[outside].flatten()[0].item()}"
+            )
+        if suppressed.any():
+            raise ValueError(f"target must not be suppressed, got {target[suppressed].flatten()[0].item()}")
+    return target.masked_fill(outside | suppressed, INVALID).masked_fill(ignored, IGNORED)
+
+
+def mark_nll(nll: Tensor, target: Tensor) -> Tensor:
+    """Per-row nll with 0 where the target is ``IGNORED`` and NaN where it is ``INVALID``; no gradient to either."""
+    return nll.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, float("nan"))
+
+
+def check_reduction(reduction: str, row_weight: Tensor | None, target: Tensor) -> None:
+    """Check ``reduction`` and, if given, ``row_weight`` against it and against the rows of ``target``."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if row_weight is None:
+        return
+    check_tensor("row_weight", row_weight)
+    if reduction != "sum":
+        raise ValueError(f"row_weight must come with reduction='sum', got reduction={reduction!r}")
+    if not row_weight.is_floating_point():
+        raise TypeError(f"row_weight must be floating point, got {row_weight.dtype}")
+    if row_weight.shape != target.shape:
+        raise ValueError(
+            f"row_weight must have the shape of target, {list(target.shape)}, got {list(row_weight.shape)}"
+        )
+    check_same_device(target=target, row_weight=row_weight)
+
+
+def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Derivative of the loss by the nll of every row, for "mean" and "sum", in the compute dtype of ``dtype``."""
+    dtype = compute_dtype(dtype)
+    labelled = target >= 0
+    if row_weight is not None:
+        return row_weight.to(dtype).masked_fill(~labelled, 0)
+    if reduction == "mean":  # over no rows at all it is 0
+        return labelled.to(dtype) / labelled.sum().clamp_min(1)
+    return labelled.to(dtype)
+
+
+def weighted_sum(row_scale: Tensor, nll: Tensor) -> Tensor:
+    """Sum of row_scale · nll; a row of scale 0 adds nothing even if its nll is infinite. A NaN is never dropped."""
+    return (row_scale * nll.masked_fill((row_scale == 0) & nll.isinf(), 0)).sum()
+
+
+def check_mixing_weight(mixing_weight: Tensor, model: str, dtype: torch.dtype) -> None:
+    """The mixing weight, made by a small network of its own, has the dtype of argument ``model`` or float32."""
+    if mixing_weight.dtype not in (dtype, torch.float32):
+        raise TypeError(
+            f"mixing_weight must be float32 or have the dtype of {model}, {dtype}, got {mixing_weight.dtype}"
+        )

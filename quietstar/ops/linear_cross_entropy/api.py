@@ -1,0 +1,205 @@
+"""The public functions: checks, choice of backend, dispatch."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._autocast import autocast_inputs
+from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._checks import (
+    Dims,
+    check_floating,
+    check_integer,
+    check_range,
+    check_same_device,
+    check_same_dtype,
+)
+from quietstar.ops._precision import autocast_off
+from quietstar.ops._vocabulary import (
+    check_mixing_weight,
+    check_reduction,
+    marked_target,
+    row_scales,
+    suppressed_ids,
+    weighted_sum,
+)
+from quietstar.ops.linear_cross_entropy import reference
+from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy
+
+_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress: Sequence[int] | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    return_nll: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of the logits ``hidden @ weight.T / temperature``, which are never held for all rows.
+
+        nll[r] = log Σ_v exp(z[r, v]) − z[r, target[r]],    z = hidden · weightᵀ / temperature, −∞ where suppressed
+
+    For "mean" and "sum" the gradients are made in the forward, with the logits at hand: three matmuls in all. For
+    "none" the backward computes the logits again: four. A gradient that nobody needs costs nothing; nor, on a CPU, does
+    a row that is ignored or has ``row_weight`` 0. Differentiable (once) in hidden, weight and row_weight.
+
+    Extra memory: the gradients, one chunk of logits (``quietstar.ops._rows.CHUNK_BYTES``), and d weight in float32.
+
+    Args:
+        hidden: [rows, H], floating point. Must be finite also where the target is ignored.
+        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
+        target: int [rows], token ids in [0, V) or ``ignore_index``.
+        temperature: positive; divides the logits.
+        suppress: token ids that get probability 0, as integers or an int tensor [n] on the device of ``weight``.
+        ignore_index: rows with this target have nll 0 and no gradient.
+        reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
+        row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll).
+        return_nll: also return the per-row nll, detached.
+        backend: None, "auto", or a name: see ``quietstar.ops``.
+
+    Returns:
+        The loss, a scalar, or [rows] for "none"; with ``return_nll`` a pair of it and the nll [rows]. In float32,
+        float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
+        ValueError: shapes or devices that disagree, a target or suppressed id out of range, a suppressed target,
+            everything suppressed, temperature ≤ 0, an unknown reduction, ``row_weight`` without "sum", an unknown or
+            unavailable backend. Values of tensors are read on the CPU only; on CUDA, and when compiled, the nll of a
+            row with a wrong target is NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
+    """
+    dims = Dims()
+    dims.bind("hidden", hidden, "rows H")
+    dims.bind("weight", weight, "V H")
+    dims.bind("target", target, "rows")
+    check_floating("hidden", hidden)
+    check_same_device(hidden=hidden, weight=weight, target=target)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    hidden, weight = autocast_inputs(hidden, weight)
+    check_same_dtype(hidden=hidden, weight=weight)
+    return _cross_entropy(
+        "linear_cross_entropy", hidden, None, None, weight, target, None,
+        temperature=float(temperature), suppress=suppressed_ids(suppress, dims["V"], weight.device),
+        ignore_index=ignore_index, reduction=reduction, row_weight=row_weight, return_nll=return_nll, backend=backend,
+    )  # fmt: skip
+
+
+def mixed_linear_cross_entropy(
+    base_hidden: Tensor,
+    thought_hidden: Tensor,
+    mixing_weight: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    base_index: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    row_weight: Tensor | None = None,
+    return_nll: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of the prediction mixed from hidden states without and with a thought.
+
+    Row r of the head's input is (1 − w[r]) · base_hidden[base_index[r]] + w[r] · thought_hidden[r]. The head being
+    linear, this interpolates the logits, and the log-probabilities up to normalisation (Quiet-STaR, arXiv 2403.09629,
+    section 4.3). Cost and memory are those of :func:`linear_cross_entropy`. Differentiable (once) in base_hidden,
+    thought_hidden, mixing_weight, weight and row_weight.
+
+    Args:
+        base_hidden: [base rows, H], floating point; without ``base_index`` [rows, H].
+        thought_hidden: [rows, H], in the dtype of ``base_hidden``.
+        mixing_weight: [rows], weight w of the thought, unbounded; in the dtype of ``base_hidden`` or float32.
+        weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three take the autocast dtype).
+        target: int [rows], token ids in [0, V) or ``ignore_index``.
+        base_index: int [rows], values in [0, base rows), in any order, with repeats. Default: row r mixes with row r.
+        ignore_index, reduction, row_weight, return_nll, backend: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        As :func:`linear_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_cross_entropy`; also for ``base_index`` out of range.
+    """
+    dims = Dims()
+    dims.bind("thought_hidden", thought_hidden, "rows H")
+    dims.bind("base_hidden", base_hidden, "rows H" if base_index is None else "base_rows H")
+    dims.bind("mixing_weight", mixing_weight, "rows")
+    dims.bind("weight", weight, "V H")
+    dims.bind("target", target, "rows")
+    check_floating("base_hidden", base_hidden)
+    check_same_device(
+        base_hidden=base_hidden, thought_hidden=thought_hidden, mixing_weight=mixing_weight, weight=weight,
+        target=target, base_index=base_index,
+    )  # fmt: skip
+    base_hidden, thought_hidden, weight = autocast_inputs(base_hidden, thought_hidden, weight)
+    check_same_dtype(base_hidden=base_hidden, thought_hidden=thought_hidden, weight=weight)
+    check_mixing_weight(mixing_weight, "base_hidden", base_hidden.dtype)
+    if base_index is not None:
+        dims.bind("base_index", base_index, "rows")
+        check_integer("base_index", base_index)
+        check_range("base_index", base_index, 0, dims["base_rows"] - 1)
+    return _cross_entropy(
+        "mixed_linear_cross_entropy", base_hidden, thought_hidden, mixing_weight, weight, target, base_index,
+        temperature=1.0, suppress=None,
+        ignore_index=ignore_index, reduction=reduction, row_weight=row_weight, return_nll=return_nll, backend=backend,
+    )  # fmt: skip
+
+
+def _cross_entropy(
+    op: str,
+    hidden: Tensor,
+    thought_hidden: Tensor | None,
+    mixing_weight: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    base_index: Tensor | None,
+    *,
+    temperature: float,
+    suppress: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    row_weight: Tensor | None,
+    return_nll: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What both functions share, from the checks of the rows on."""
+    check_integer("target", target)
+    check_reduction(reduction, row_weight, target)
+    if weight.shape[0] == 0:
+        raise ValueError("weight must have at least one row, got none")
+    target = marked_target(target, weight.shape[0], ignore_index, suppress)
+    scale = None if reduction == "none" else row_scales(target, reduction, row_weight, weight.dtype)
+    name = select_backend(op, backend, _BACKENDS, hidden)
+
+    if name == "reference":
+        with autocast_off(weight.device):
+            if thought_hidden is not None:
+                hidden = reference.mixed_hidden(hidden, thought_hidden, mixing_weight, base_index)
+            nll = reference.row_nll(hidden, weight, target, suppress, temperature)
+        loss = nll if scale is None else weighted_sum(scale, nll)
+    else:
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad
+                 for x in (hidden, thought_hidden, mixing_weight, weight, scale)]  # fmt: skip
+        if scale is None:
+            loss = nll = RowCrossEntropy.apply(
+                hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
+                temperature, needs[:4], name,
+            )  # fmt: skip
+        else:
+            loss, nll = ReducedCrossEntropy.apply(
+                hidden, thought_hidden, mixing_weight, weight, scale, target, base_index, suppress,
+                temperature, return_nll, needs, name,
+            )  # fmt: skip
+    return (loss, nll.detach()) if return_nll else loss

@@ -1,0 +1,152 @@
+"""The registered op of the linear cross-entropies and the autograd functions around it.
+
+The op computes the nll and, if asked, all gradients at once. A backend is a row kernel.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quietstar.ops._precision import compute_dtype, widen
+from quietstar.ops._registration import register_op
+from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
+from quietstar.ops._vocabulary import weighted_sum
+from quietstar.ops.linear_cross_entropy import library
+from quietstar.ops.linear_cross_entropy.chunks import RowKernel, cross_entropy_in_chunks
+from quietstar.ops.linear_cross_entropy.hidden import MixedHidden, PlainHidden
+
+_ROW_KERNELS: dict[str, RowKernel] = {"torch": library.cross_entropy_rows}
+
+
+def _weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Kept until the backward in this dtype: a sum over all rows may exceed the range of float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _cross_entropy(
+    hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, row_scale,
+    temperature, every_nll, needs, backend,
+):  # fmt: skip
+    needs_hidden, needs_thought, needs_mixing, needs_weight = needs
+    source = (
+        PlainHidden(hidden, needs_hidden)
+        if thought_hidden is None
+        else MixedHidden(hidden, thought_hidden, mixing_weight, base_index, (needs_hidden, needs_thought, needs_mixing))
+    )
+    nll, d_weight = cross_entropy_in_chunks(
+        _ROW_KERNELS[backend], source, weight, target, row_scale,
+        temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
+    )  # fmt: skip
+    if d_weight is not None:
+        d_weight = d_weight.to(_weight_gradient_dtype(weight.dtype))
+    return nll, *(weight.new_empty(0) if d is None else d for d in (*source.gradients(), d_weight))
+
+
+def _cross_entropy_fake(
+    hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, row_scale,
+    temperature, every_nll, needs, backend,
+):  # fmt: skip
+    wide = compute_dtype(weight.dtype)
+    needs_hidden, needs_thought, needs_mixing, needs_weight = needs
+    nothing = weight.new_empty(0)
+    return (
+        target.new_empty(target.shape, dtype=wide),
+        hidden.new_empty(hidden.shape) if needs_hidden else nothing,
+        thought_hidden.new_empty(thought_hidden.shape) if needs_thought else weight.new_empty(0),
+        mixing_weight.new_empty(mixing_weight.shape, dtype=wide) if needs_mixing else weight.new_empty(0),
+        weight.new_empty(weight.shape, dtype=_weight_gradient_dtype(weight.dtype))
+        if needs_weight
+        else weight.new_empty(0),
+    )
+
+
+_cross_entropy_op = register_op(
+    "linear_cross_entropy(Tensor hidden, Tensor? thought_hidden, Tensor? mixing_weight, Tensor weight, Tensor target,"
+    " Tensor? base_index, Tensor? suppress, Tensor? row_scale, float temperature, bool every_nll, bool[4] needs,"
+    " str backend) -> (Tensor nll, Tensor d_hidden, Tensor d_thought_hidden, Tensor d_mixing_weight, Tensor d_weight)",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+
+
+def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """New tensor gradient · factor, multiplied in the compute dtype block by block."""
+    result = torch.empty_like(gradient, dtype=dtype)
+    row_bytes = gradient[:1].numel() * gradient.element_size()
+    for part in slices(gradient.shape[0], rows_within(BLOCK_BYTES, row_bytes, gradient.device)):
+        result[part] = widen(gradient[part]) * factor
+    return result
+
+
+_scaled_gradient_op = register_op(
+    "scaled_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor",
+    _scaled_gradient,
+    lambda gradient, factor, dtype: torch.empty_like(gradient, dtype=dtype),
+)
+
+
+class ReducedCrossEntropy(torch.autograd.Function):
+    """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, thought_hidden, mixing_weight, weight, row_scale, target, base_index, suppress,
+        temperature, return_nll, needs, backend,
+    ):  # fmt: skip
+        *needs, needs_row_scale = needs
+        # Gradients are made for scales of at most 1 and brought to size in the backward, together with the incoming
+        # gradient: in float16, 1 / rows would otherwise push them below the smallest number.
+        peak = row_scale.abs().amax() if row_scale.shape[0] else row_scale.new_ones(())
+        peak = torch.where(peak == 0, 1, peak)
+        nll, *gradients = _cross_entropy_op(
+            hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
+            row_scale / peak if any(needs) else row_scale, temperature,
+            return_nll or needs_row_scale, needs, backend,
+        )  # fmt: skip
+        ctx.save_for_backward(*gradients, peak, nll if needs_row_scale else None)
+        ctx.needs = (*needs, needs_row_scale)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, thought_hidden, mixing_weight, weight)]
+        ctx.mark_non_differentiable(nll)
+        return weighted_sum(row_scale, nll), nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        *gradients, peak, nll = ctx.saved_tensors
+        *needs, needs_row_scale = ctx.needs
+        factor = grad_loss * peak
+        wanted = (
+            _scaled_gradient_op(gradient, factor, dtype) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
+        )
+        return *wanted, grad_loss * nll if needs_row_scale else None, *(None,) * 7
+
+
+class RowCrossEntropy(torch.autograd.Function):
+    """Per-row nll; the backward recomputes the logits, four matmuls in all."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, temperature, needs, backend
+    ):
+        ctx.save_for_backward(hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress)
+        ctx.options = temperature, needs, backend
+        nll, *_ = _cross_entropy_op(
+            hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
+            None, temperature, True, [False] * 4, backend,
+        )  # fmt: skip
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_nll):
+        temperature, needs, backend = ctx.options
+        *inputs, target, base_index, suppress = ctx.saved_tensors
+        _, *gradients = _cross_entropy_op(
+            *inputs, target, base_index, suppress, grad_nll, temperature, False, needs, backend
+        )
+        wanted = (
+            gradient.to(x.dtype) if needed else None
+            for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
+        )
+        return *wanted, *(None,) * 6
