@@ -30,8 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             similar = get_close_matches(command, COMMANDS, n=1)
             return _refuse(f"unknown command {command!r}" + (f", did you mean {similar[0]!r}?" if similar else ""))
         case [command, *rest]:
-            module, function = COMMANDS[command][1].split(":")
-            return getattr(import_module(module), function)(rest)
+            return _run(command, rest)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    module, function = COMMANDS[command][1].split(":")
+    try:
+        return getattr(import_module(module), function)(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "quietstar":
+            raise
+        print(f"quietstar {command}: {error}; pip install 'quietstar[train]' installs it", file=sys.stderr)
+        return 1
 
 
 def _usage() -> str:

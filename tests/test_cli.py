@@ -54,6 +54,11 @@ def test_bad_usage_is_said_on_stderr_with_exit_code_2(capsys, arguments, message
     assert captured.out == ""
 
 
+def test_missing_package_is_said_without_a_traceback(capsys, echo):
+    assert main(["broken"]) == 1
+    assert capsys.readouterr().err.startswith("quietstar broken: No module named 'no_such_module'; pip install")
+
+
 def test_arguments_default_to_the_command_line(monkeypatch, echo):
     monkeypatch.setattr(sys, "argv", ["quietstar", "echo", "a"])
     assert main() == 7
