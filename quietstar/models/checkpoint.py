@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, MistralConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from quietstar.models.configuration import QuietStarConfig
 
@@ -72,13 +74,14 @@ def from_base(
         end_thought_token_id=end_token,
         **_pop_config_fields(kwargs),
     )
-    model = cls.from_pretrained(name_or_path, config=config, **kwargs)
-    model.resize_token_embeddings(max(base.vocab_size, start_token + 1, end_token + 1))
+    with _expected_warnings():
+        model = cls.from_pretrained(name_or_path, config=config, **kwargs)
+        model.resize_token_embeddings(max(base.vocab_size, start_token + 1, end_token + 1))
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         initial = embeddings[list(initial_token_ids)].float().mean(dim=0) / config.embedding_scale
-        model.start_embedding.copy_(initial)
-        model.end_embedding.copy_(initial)
+        model.start_embedding.weight.copy_(initial)
+        model.end_embedding.weight.copy_(initial)
     return model
 
 
@@ -104,8 +107,19 @@ def resolve(name_or_path: str | Path, **kwargs) -> tuple[QuietStarConfig, dict]:
         return config, kwargs | {"pretrained_model_name_or_path": None, "state_dict": _authors_weights(name_or_path)}
     raise ValueError(
         "pretrained_model_name_or_path must be a Quiet-STaR checkpoint, ours or the authors', "
-        f"got model type {saved.get('model_type')!r} in {name_or_path}; to start from an ordinary Mistral, use from_base"
+        f"got model type {saved.get('model_type')!r} in {name_or_path}; from_base starts from an ordinary Mistral"
     )
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    """Transformers reports the tensors that a base checkpoint lacks and the new rows of the vocabulary: both wanted."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _tokenizer_of(name_or_path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -163,5 +177,5 @@ def authors_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in the authors' names and shapes (weights or gradients) in ours."""
     ours = {re.sub(r"^talk_head\.0\.", "mixing_head.", name): tensor for name, tensor in weights.items()}
     for name in ("start_embedding", "end_embedding"):
-        ours[name] = ours[name][0]
+        ours[f"{name}.weight"] = ours.pop(name)[0]
     return ours

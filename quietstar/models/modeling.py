@@ -51,6 +51,22 @@ class QuietStarOutput(ModelOutput):
     mixing_weight: Tensor | None = None
 
 
+class ThoughtEmbedding(nn.Module):
+    """A learned vector [H] that is multiplied by a scale on use, which multiplies the step size of its training."""
+
+    def __init__(self, hidden_size: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.scale = scale
+
+    def forward(self) -> Tensor:
+        return self.weight * self.scale
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
 class MixingHead(nn.Sequential):
     """Weight of the thought prediction from the two hidden states: MLP(concat(base, thought)), unbounded.
 
@@ -63,7 +79,7 @@ class MixingHead(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden_size, hidden_size),
             nn.ReLU(),
-            nn.Linear(hidden_size, 1, bias=False),
+            ZeroLinear(hidden_size, 1, bias=False),
         )
 
     def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
@@ -99,19 +115,17 @@ class QuietStarForCausalLM(MistralForCausalLM):
 
     def __init__(self, config: QuietStarConfig):
         super().__init__(config)
-        self.start_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.end_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.start_embedding = ThoughtEmbedding(config.hidden_size, config.embedding_scale)
+        self.end_embedding = ThoughtEmbedding(config.hidden_size, config.embedding_scale)
         self.mixing_head = MixingHead(config.hidden_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MixingHead):
-            init.zeros_(module[-1].weight)
-        elif module is self:
-            std = self.config.initializer_range / self.config.embedding_scale
-            init.normal_(self.start_embedding, std=std)
-            init.normal_(self.end_embedding, std=std)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, ThoughtEmbedding):
+            init.normal_(module.weight, std=self.config.initializer_range / module.scale)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Only our own attention lays out thoughts; any other request is an error."""
@@ -129,12 +143,21 @@ class QuietStarForCausalLM(MistralForCausalLM):
         override the saved ones.
 
         Raises:
-            ValueError: a checkpoint that is neither (an ordinary Mistral checkpoint, for example).
+            ValueError: a checkpoint that is neither (an ordinary Mistral checkpoint, for example), or lacks tensors.
         """
-        if config is None and pretrained_model_name_or_path is not None:
-            config, kwargs = checkpoint.resolve(pretrained_model_name_or_path, **kwargs)
-            pretrained_model_name_or_path = kwargs.pop("pretrained_model_name_or_path")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        if config is not None or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        config, kwargs = checkpoint.resolve(pretrained_model_name_or_path, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            kwargs.pop("pretrained_model_name_or_path"), *args, config=config, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"pretrained_model_name_or_path must hold every tensor of the model; {pretrained_model_name_or_path} "
+                f"lacks {', '.join(sorted(info['missing_keys']))}"
+            )
+        return (model, info) if with_info else model
 
     def forward(
         self,
@@ -250,7 +273,7 @@ class QuietStarForCausalLM(MistralForCausalLM):
         anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
         own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
         text = model.embed_tokens(input_ids)
-        start, end = self._thought_embeddings(text.dtype)
+        start, end = self.start_embedding(), self.end_embedding()
         following = (torch.arange(1, lookahead, device=device) + anchors[:, None]).clamp_max(positions)
         slots = torch.cat(
             [
@@ -330,15 +353,10 @@ class QuietStarForCausalLM(MistralForCausalLM):
         batch = base.keys[0].shape[0]
         anchors = anchors.expand(batch, -1)
         anchor_positions = position_ids.expand(batch, -1).gather(1, anchors.clamp_min(0))
-        start, end = self._thought_embeddings(self.model.embed_tokens.weight.dtype)
         return Thinker(
             self.model, self.lm_head.weight, base, torch.where(anchors < 0, -1, anchors + offset), anchor_positions,
-            start, end, self.config.thought_length, key_start,
+            self.start_embedding(), self.end_embedding(), self.config.thought_length, key_start,
         )  # fmt: skip
-
-    def _thought_embeddings(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        scale = self.config.embedding_scale
-        return (self.start_embedding * scale).to(dtype), (self.end_embedding * scale).to(dtype)
 
     def _base_mask(self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None) -> Tensor | None:
         """Mask [B, 1, L, L] of the base rows as transformers makes it; None is plain causal."""
