@@ -1,0 +1,88 @@
+"""Row kernel of the ``torch`` backend.
+
+Drawing noise for every token costs several times the matmul at hidden size 256. So the noise of a token is drawn only
+if it can matter: the largest logit of a group and the first arrival in it bound what any of its tokens can score. The
+groups with the largest bounds are drawn first, then those whose bound reaches the best score so far. The tokens are
+exactly those that drawing everything would give.
+"""
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._rows import slices
+from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
+from quietstar.ops.linear_sample.reference import keep_most_likely
+
+# Rows handled together: enough for calls on [rows, groups] to be worth their overhead, few enough for the cache.
+_ROWS = 64
+
+# Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
+_FIRST_DRAWN = 4
+
+# Groups whose tokens are drawn in one call: Philox then works in arrays of 256 KiB.
+_DRAWN_TOGETHER = 2048
+
+# Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
+_SLACK = 1e-5
+
+
+def sample_rows(
+    logits: Tensor,
+    vocabulary: int,
+    first_row: int,
+    seed: Tensor,
+    suppress: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
+    if suppress is not None:
+        logits.index_fill_(1, suppress, float("-inf"))
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    for part in slices(logits.shape[0], _ROWS):
+        block = keep_most_likely(logits[part], temperature, top_k, top_p)
+        rows = torch.arange(first_row + part.start, first_row + part.stop, device=logits.device)
+        tokens[part] = _Race(block, rows, seed, temperature).winner()
+    return tokens
+
+
+class _Race:
+    """The race of a block of rows, run group by group."""
+
+    def __init__(self, logits: Tensor, rows: Tensor, seed: Tensor, temperature: float):
+        self.rows, self.seed, self.temperature = rows, seed, temperature
+        self.shape = logits.shape[0], logits.shape[1] // GROUP
+        self.logits = logits.view(*self.shape, GROUP).flatten(0, 1)
+        self.first, self.places = first_arrivals(seed, rows, self.shape[1])
+        # Of every group: the best score, and the place of its token. Groups not drawn cannot win.
+        self.score = logits.new_full(self.shape, float("-inf"))
+        self.place = torch.zeros_like(self.places)
+
+    def winner(self) -> Tensor:
+        if self.logits.is_cuda:  # ruling groups out would wait for the device
+            self._draw(torch.arange(self.logits.shape[0], device=self.logits.device))
+        else:
+            self._draw_what_can_win()
+        group = self.score.argmax(dim=1, keepdim=True)  # the lowest on ties
+        return (group * GROUP + self.place.gather(1, group)).squeeze(1)
+
+    def _draw_what_can_win(self) -> None:
+        rows, groups = self.shape
+        largest = self.logits.amax(dim=1).view(self.shape)
+        bound = largest.div_(self.temperature).sub_(self.first.log().sub_(_SLACK))
+        likeliest = bound.topk(min(_FIRST_DRAWN, groups), dim=1).indices
+        self._draw((likeliest + torch.arange(rows)[:, None] * groups).flatten())
+        bound.scatter_(1, likeliest, float("-inf"))
+        best = self.score.amax(dim=1, keepdim=True)
+        self._draw((bound >= best).flatten().nonzero().squeeze(1))
+
+    def _draw(self, chosen: Tensor) -> None:
+        """Draw the tokens of the chosen groups, numbered through all rows."""
+        for some in chosen.split(_DRAWN_TOGETHER):
+            row, group = some // self.shape[1], some % self.shape[1]
+            times = arrivals(self.seed, self.rows[row], group, self.first[row, group], self.places[row, group])
+            scores = self.logits.index_select(0, some).div_(self.temperature).sub_(times.log_())
+            self.score[row, group], self.place[row, group] = scores.max(dim=1)

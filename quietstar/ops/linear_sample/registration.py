@@ -1,0 +1,26 @@
+"""The registered op of sampling. It has no gradient."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._registration import register_op
+from quietstar.ops.linear_sample import library
+from quietstar.ops.linear_sample.chunks import sample_in_chunks
+
+# A backend takes the arguments of the op but its own name; most are the chunk loop with a row kernel.
+_SAMPLERS: dict[str, Callable[..., Tensor]] = {"torch": partial(sample_in_chunks, library.sample_rows)}
+
+
+def _linear_sample(hidden, weight, seed, suppress, temperature, top_k, top_p, backend):
+    return _SAMPLERS[backend](hidden, weight, seed, suppress, temperature, top_k, top_p)
+
+
+linear_sample_op = register_op(
+    "linear_sample(Tensor hidden, Tensor weight, Tensor seed, Tensor? suppress, float temperature, int? top_k,"
+    " float? top_p, str backend) -> Tensor",
+    _linear_sample,
+    lambda hidden, *_: hidden.new_empty(hidden.shape[0], dtype=torch.int64),
+)
