@@ -81,7 +81,8 @@ class _Race:
 
     def _draw(self, chosen: Tensor) -> None:
         """Draw the tokens of the chosen groups, numbered through all rows."""
-        for some in chosen.split(_DRAWN_TOGETHER):
+        for part in slices(chosen.shape[0], _DRAWN_TOGETHER):
+            some = chosen[part]
             row, group = some // self.shape[1], some % self.shape[1]
             times = arrivals(self.seed, self.rows[row], group, self.first[row, group], self.places[row, group])
             scores = self.logits.index_select(0, some).div_(self.temperature).sub_(times.log_())

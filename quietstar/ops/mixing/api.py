@@ -1,0 +1,126 @@
+"""The public functions: checks, choice of backend, dispatch."""
+
+from torch import Tensor
+
+from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._checks import check_floating, check_integer, check_same_device, check_same_dtype, check_tensor
+from quietstar.ops._precision import autocast_off
+from quietstar.ops._vocabulary import (
+    check_mixing_weight,
+    check_reduction,
+    mark_nll,
+    marked_target,
+    row_scales,
+    weighted_sum,
+)
+from quietstar.ops.mixing import reference
+from quietstar.ops.mixing.autograd import MixedCrossEntropy, MixLogits
+
+_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+
+
+def mix_logits(
+    base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Interpolate two predictions: (1 − w) · base_logits + w · thought_logits.
+
+    Log-probabilities of the result are the interpolated log-probabilities up to normalisation (Quiet-STaR,
+    arXiv 2403.09629, section 4.3). Computed in float32 at least. Differentiable (once) in all three.
+
+    Args:
+        base_logits: [..., V], floating point, any strides.
+        thought_logits: [..., V], shape and dtype of ``base_logits``.
+        mixing_weight: [...], weight w of the thought, unbounded; in the dtype of the logits or float32.
+        backend: None, "auto", or a name: see ``quietstar.ops``.
+
+    Returns:
+        [..., V] in the dtype of the logits.
+
+    Raises:
+        TypeError: not a tensor, not floating point, or dtypes that disagree.
+        ValueError: shapes or devices that disagree, an unknown or unavailable backend.
+    """
+    _check_logits(base_logits, thought_logits, mixing_weight)
+    name = select_backend("mix_logits", backend, _BACKENDS, base_logits)
+    if name == "reference":
+        with autocast_off(base_logits.device):
+            return reference.mixed(base_logits, thought_logits, mixing_weight).to(base_logits.dtype)
+    return MixLogits.apply(base_logits, thought_logits, mixing_weight, name)
+
+
+def mixed_cross_entropy(
+    base_logits: Tensor,
+    thought_logits: Tensor,
+    mixing_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of ``mix_logits(base_logits, thought_logits, mixing_weight)``, which is never written.
+
+        nll = log Σ_v exp(z_v) − z_target,    z = (1 − w) · b + w · t
+        d nll / d w = E[t − b] − (t − b)_target,    the expectation under softmax(z)
+
+    Extra memory: the gradients and a few numbers per row. Differentiable (once) in the logits and the weight.
+
+    Args:
+        base_logits: [..., V], floating point, any strides.
+        thought_logits: [..., V], shape and dtype of ``base_logits``.
+        mixing_weight: [...], weight w of the thought, unbounded; in the dtype of the logits or float32.
+        target: int [...], token ids in [0, V) or ``ignore_index``.
+        ignore_index: rows with this target have nll 0 and no gradient.
+        reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
+        backend: None, "auto", or a name: see ``quietstar.ops``.
+
+    Returns:
+        The loss, a scalar, or [...] for "none"; in float32, float64 for float64 logits.
+
+    Raises:
+        TypeError: not a tensor, or dtypes that disagree or are not what is listed.
+        ValueError: shapes or devices that disagree, a target out of range (read on the CPU only; on CUDA, and when
+            compiled, its nll is NaN instead, see ``QUIETSTAR_CHECK_VALUES``), an unknown reduction, an unknown or
+            unavailable backend.
+    """
+    _check_logits(base_logits, thought_logits, mixing_weight)
+    check_tensor("target", target)
+    check_integer("target", target)
+    check_same_device(base_logits=base_logits, target=target)
+    if target.shape != mixing_weight.shape:
+        raise ValueError(
+            f"target must have the shape of mixing_weight, {list(mixing_weight.shape)}, got {list(target.shape)}"
+        )
+    check_reduction(reduction, None, target)
+    target = marked_target(target, base_logits.shape[-1], ignore_index)
+    name = select_backend("mixed_cross_entropy", backend, _BACKENDS, base_logits)
+    if name == "reference":
+        with autocast_off(base_logits.device):
+            nll = reference.mixed_nll(base_logits, thought_logits, mixing_weight, target)
+    else:
+        nll = MixedCrossEntropy.apply(base_logits, thought_logits, mixing_weight, target.clamp_min(0), name)
+        nll = mark_nll(nll, target)
+    return nll if reduction == "none" else weighted_sum(row_scales(target, reduction, None, nll.dtype), nll)
+
+
+def _check_logits(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) -> None:
+    for name, tensor in (
+        ("base_logits", base_logits), ("thought_logits", thought_logits), ("mixing_weight", mixing_weight),
+    ):  # fmt: skip
+        check_tensor(name, tensor)
+    check_floating("base_logits", base_logits)
+    if base_logits.dim() == 0 or base_logits.shape[-1] == 0:
+        raise ValueError(f"base_logits must have shape [..., V] with V >= 1, got {list(base_logits.shape)}")
+    if thought_logits.shape != base_logits.shape:
+        raise ValueError(
+            f"thought_logits must have the shape of base_logits, {list(base_logits.shape)}, "
+            f"got {list(thought_logits.shape)}"
+        )
+    if mixing_weight.shape != base_logits.shape[:-1]:
+        raise ValueError(
+            f"mixing_weight must have the leading shape of base_logits, {list(base_logits.shape[:-1])}, "
+            f"got {list(mixing_weight.shape)}"
+        )
+    check_same_device(base_logits=base_logits, thought_logits=thought_logits, mixing_weight=mixing_weight)
+    check_same_dtype(base_logits=base_logits, thought_logits=thought_logits)
+    check_mixing_weight(mixing_weight, "base_logits", base_logits.dtype)
