@@ -1,0 +1,5 @@
+"""Training Quiet-STaR: the trainer, and what the command `quietstar train` is made of."""
+
+from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
+
+__all__ = ["NonFiniteError", "QuietStarTrainer"]

@@ -1,0 +1,98 @@
+"""Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from quietstar.training.metrics import Stopwatch, ThoughtMetrics
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the weights became NaN or infinite; nothing was saved since. The message names the step."""
+
+
+class QuietStarTrainer(Trainer):
+    """:class:`transformers.Trainer` for :class:`~quietstar.models.QuietStarForCausalLM`.
+
+    Every log carries, besides the Trainer's own values, ``base_nll``, ``talk_nll_0`` … ``talk_nll_{M−1}``, ``reward``,
+    ``mixing_weight``, ``policy_loss`` and ``tokens_per_second``, all averaged over the steps since the last log;
+    evaluations carry ``eval_base_nll`` and so on. Tokens are text tokens with a label; evaluating and saving do not
+    count as training time. Evaluations draw the same thoughts every time and leave the state of the random number
+    generators alone, so that they compare with each other and training runs as it would without them.
+
+    The loss of an accumulated batch is the mean of the losses of its micro-batches, which for windows of equal length
+    is the loss of the whole batch.
+
+    A loss that is NaN or infinite raises :class:`NonFiniteError`: on a CPU before the step is taken; elsewhere, where
+    reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights that
+    are not finite are never saved.
+
+    Raises:
+        ValueError: label smoothing, which the objective has not.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}")
+        self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
+        self._stopwatch = Stopwatch()
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
+        self._check_every_step = self.args.device.type == "cpu"  # elsewhere the device would have to be waited for
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        self._stopwatch.start()
+        loss = super().training_step(*args, **kwargs)
+        first_bad = (self._bad_step == 0) & ~loss.isfinite()
+        self._bad_step = torch.where(first_bad, self.state.global_step + 1, self._bad_step)
+        if self._check_every_step:
+            self._check_loss()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        metrics = self._training_metrics if model.training else self._evaluation_metrics
+        metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._check_loss()
+        if "loss" in logs:  # of steps, not of an evaluation or the summary at the end
+            means, tokens = self._means(self._training_metrics)
+            logs |= means | {"tokens_per_second": tokens / self._stopwatch.lap()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._stopwatch.pause()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means, _ = self._means(self._evaluation_metrics)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._stopwatch.pause()
+        self._check_loss()
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                self._refuse(f"{name} is not finite after step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
+
+    def _means(self, metrics: ThoughtMetrics) -> tuple[dict[str, float], int]:
+        return metrics.means(self.accelerator.reduce(metrics.totals(), reduction="sum"))
+
+    def _check_loss(self) -> None:
+        if step := int(self._bad_step):
+            self._refuse(f"the loss of step {step} is not finite")
+
+    def _refuse(self, problem: str) -> None:
+        folder = self.args.output_dir
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        raise NonFiniteError(
+            f"{problem}; " + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
+        )

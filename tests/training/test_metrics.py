@@ -1,0 +1,55 @@
+"""Means over tokens with a label, against loops over single tokens."""
+
+import pytest
+import torch
+
+from quietstar.training.metrics import Stopwatch, ThoughtMetrics
+
+
+def test_only_tokens_with_a_label_count(make_model):
+    model, metrics = make_model(), ThoughtMetrics()
+    input_ids = torch.randint(1, 38, (2, 9))
+    labels = input_ids.clone()
+    labels[0, 4] = -100
+    mask = torch.ones_like(input_ids)
+    mask[1, 6:] = 0
+    entries = {name: [] for name in ("base_nll", "talk_nll_0", "talk_nll_1", "talk_nll_2", "reward", "mixing_weight")}
+    for _ in range(2):
+        output = model(input_ids, attention_mask=mask, labels=labels)
+        metrics.add(output, labels, mask)
+        has_label = [[t < 9 and bool(mask[b, t]) and labels[b, t] != -100 for t in range(12)] for b in range(2)]
+        for b, i in ((b, i) for b in range(2) for i in range(8)):
+            if has_label[b][i + 1]:
+                entries["base_nll"].append(output.base_nll[b, i])
+            if i < 5 and any(has_label[b][i + 1 : i + 4]):
+                entries["reward"] += list(output.reward[b, :, i])
+            for m in range(3):
+                if has_label[b][i + 1 + m]:
+                    entries[f"talk_nll_{m}"] += list(output.talk_nll[b, :, i, m])
+                    entries["mixing_weight"] += list(output.mixing_weight[b, :, i, m])
+    means, tokens = metrics.means(metrics.totals())
+    assert tokens == len(entries["base_nll"]) == 24
+    for name, values in entries.items():
+        assert means[name] == pytest.approx(float(torch.stack(values).mean()), rel=1e-5), name
+
+
+def test_totals_start_again(make_model):
+    model, metrics = make_model(), ThoughtMetrics()
+    input_ids = torch.randint(1, 38, (1, 9))
+    for length in (9, 7):
+        metrics.add(model(input_ids[:, :length], labels=input_ids[:, :length]), input_ids[:, :length])
+        assert metrics.means(metrics.totals())[1] == length - 1
+
+
+def test_stopwatch_leaves_out_pauses(monkeypatch):
+    seconds = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    stopwatch = Stopwatch()
+    stopwatch.start()
+    stopwatch.pause()
+    stopwatch.pause()  # already paused: no clock is read
+    stopwatch.start()
+    stopwatch.start()  # already running
+    assert stopwatch.lap() == 5.0
+    stopwatch.start()
+    assert stopwatch.lap() == 1.0
