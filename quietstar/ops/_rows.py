@@ -12,7 +12,7 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
 # Elementwise passes over logits go through blocks of this size: on a CPU they then stay in the cache between passes,
 # on a GPU a block must be large enough to fill the machine.
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 # Leading dimensions that are a multiple of this keep every row of a chunk aligned for the matrix units.
 _ALIGNMENT = 32

@@ -95,17 +95,17 @@ def check_reduction(reduction: str, row_weight: Tensor | None, target: Tensor) -
 def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Derivative of the loss by the nll of every row, for "mean" and "sum", in the compute dtype of ``dtype``."""
     dtype = compute_dtype(dtype)
-    labelled = target >= 0
+    counts = target != IGNORED
     if row_weight is not None:
-        return row_weight.to(dtype).masked_fill(~labelled, 0)
+        return row_weight.to(dtype).masked_fill(~counts, 0)
     if reduction == "mean":  # over no rows at all it is 0
-        return labelled.to(dtype) / labelled.sum().clamp_min(1)
-    return labelled.to(dtype)
+        return counts.to(dtype) / counts.sum().clamp_min(1)
+    return counts.to(dtype)
 
 
 def weighted_sum(row_scale: Tensor, nll: Tensor) -> Tensor:
-    """Sum of row_scale · nll; a row of scale 0 adds nothing even if its nll is infinite. A NaN is never dropped."""
-    return (row_scale * nll.masked_fill((row_scale == 0) & nll.isinf(), 0)).sum()
+    """Sum of row_scale · nll, to which a row of scale 0 adds 0 even if its nll is not finite."""
+    return (row_scale * nll.masked_fill((row_scale == 0) & ~nll.isfinite(), 0)).sum()
 
 
 def check_mixing_weight(mixing_weight: Tensor, model: str, dtype: torch.dtype) -> None:

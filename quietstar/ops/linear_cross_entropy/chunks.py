@@ -73,46 +73,53 @@ def cross_entropy_in_chunks(
     """
     wide = compute_dtype(weight.dtype)
     wants_gradient = row_scale is not None and (hidden.needs_gradient or weight_needs_gradient)
+    labelled = target >= 0
+    contributing = labelled if row_scale is None else labelled & (row_scale != 0)
+    if row_scale is not None:
+        row_scale = row_scale.masked_fill(~labelled, 0)
     # A CPU multiplies half precision in float32 (see _head_matmuls); a GPU wants both operands alike.
     gradient_dtype = weight.dtype if weight.is_cuda else wide
-    nll = torch.zeros(target.shape[0], dtype=wide, device=target.device)
+    rows, vocabulary = target.shape[0], weight.shape[0]
+    nll = torch.zeros(rows, dtype=wide, device=target.device)
     d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if weight_needs_gradient else None
 
-    vocabulary = weight.shape[0]
-    step = min(rows_within(CHUNK_BYTES, vocabulary * wide.itemsize, weight.device), target.shape[0])
+    step = min(rows_within(CHUNK_BYTES, vocabulary * wide.itemsize, weight.device), max(rows, 1))
     buffer = logits_buffer(step, vocabulary, wide, weight.device)
-    for rows, with_gradient in _chunks(target, row_scale if wants_gradient else None, every_nll, step):
-        inputs, chunk_target = hidden.read(rows), target[rows].clamp_min(0)
-        scale = row_scale[rows] if with_gradient else None
+    for chunk, contributes in _chunks(contributing, labelled if every_nll else contributing, step):
+        with_gradient = wants_gradient and contributes
+        inputs = hidden.read(chunk)
         logits = buffer[: inputs.shape[0]]
         logits_into(logits, inputs, weight)
-        nll[rows], d_logits = row_kernel(logits, chunk_target, scale, temperature, suppress, gradient_dtype)
+        nll[chunk], d_logits = row_kernel(
+            logits,
+            target[chunk].clamp_min(0),
+            row_scale[chunk] if with_gradient else None,
+            temperature,
+            suppress,
+            gradient_dtype,
+        )
         if with_gradient and weight_needs_gradient:
             add_weight_gradient(d_weight, d_logits, inputs)
         if with_gradient and hidden.needs_gradient:
-            hidden.write_gradient(rows, hidden_gradient(d_logits, weight))
+            hidden.write_gradient(chunk, hidden_gradient(d_logits, weight))
     return mark_nll(nll, target), d_weight
 
 
-def _chunks(target: Tensor, row_scale: Tensor | None, every_nll: bool, step: int) -> Iterator[tuple[Rows, bool]]:
-    """Chunks of at most ``step`` rows, each with whether its gradient is wanted.
+def _chunks(contributing: Tensor, wanted: Tensor, step: int) -> Iterator[tuple[Rows, bool]]:
+    """Chunks of at most ``step`` rows, each with whether it contributes to sum(row_scale · nll).
 
-    On a CPU only rows that matter are computed: about half of the rows of a policy loss have weight 0. Elsewhere
-    finding them would wait for the device, and all rows are computed.
+    On a CPU only wanted rows are computed: about half of the rows of a policy loss have weight 0. Elsewhere finding
+    them would wait for the device, and all rows are computed.
     """
-    if target.device.type != "cpu":
-        yield from ((rows, row_scale is not None) for rows in slices(target.shape[0], step))
+    if contributing.device.type != "cpu":
+        yield from ((rows, True) for rows in slices(contributing.shape[0], step))
         return
-    remaining = target >= 0
-    if row_scale is not None:
-        contributing = remaining & (row_scale != 0)
-        yield from ((rows, True) for rows in _selected(contributing, step))
-        remaining &= ~contributing
-    if every_nll:
-        yield from ((rows, False) for rows in _selected(remaining, step))
+    yield from ((rows, True) for rows in _selected(contributing, step))
+    yield from ((rows, False) for rows in _selected(wanted & ~contributing, step))
 
 
 def _selected(mask: Tensor, step: int) -> Iterator[Rows]:
     if mask.all():
         return slices(mask.shape[0], step)
-    return (rows for rows in mask.nonzero().squeeze(1).split(max(step, 1)) if rows.shape[0])
+    numbers = mask.nonzero().squeeze(1)
+    return (numbers[part] for part in slices(numbers.shape[0], step))

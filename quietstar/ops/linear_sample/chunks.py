@@ -51,7 +51,7 @@ def sample_in_chunks(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype, padded = compute_dtype(hidden.dtype), -(-vocabulary // GROUP) * GROUP
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
-    step = min(rows_within(CHUNK_BYTES, padded * dtype.itemsize, hidden.device), rows)
+    step = min(rows_within(CHUNK_BYTES, padded * dtype.itemsize, hidden.device), max(rows, 1))
     buffer = torch.empty(step, padded, dtype=dtype, device=hidden.device)
     buffer[:, vocabulary:] = float("-inf")
     for part in slices(rows, step):

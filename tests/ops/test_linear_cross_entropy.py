@@ -1,0 +1,492 @@
+"""linear_cross_entropy and mixed_linear_cross_entropy: every backend against plain PyTorch in float64."""
+
+import itertools
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_accurate
+
+from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
+from quietstar.ops.linear_cross_entropy import chunks
+
+BACKENDS = ["reference", "torch"]
+GRADIENTS = ("hidden", "thought", "mixing", "weight", "row_weight")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Room for three rows of a vocabulary of 77 in a chunk and for two in a block, or one of a larger vocabulary."""
+    monkeypatch.setitem(_rows.CHUNK_BYTES, "cpu", 3 * 77 * 4)
+    monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 2 * 77 * 4)
+
+
+class Problem:
+    """Inputs of one call, and the call by quietstar or by plain PyTorch."""
+
+    def __init__(self, rows=11, hidden_size=6, vocabulary=77, base_rows=None, mixed=False, ignored=(), size=1.0,
+                 dtype=torch.float32, row_weight=False, frozen=(), grad=1.0, **options):  # fmt: skip
+        self.mixed, self.frozen, self.grad, self.options = mixed, frozen, grad, options
+        self.target = torch.randint(vocabulary, (rows,))
+        if "suppress" in options:
+            self.target[torch.isin(self.target, torch.tensor(options["suppress"]))] = vocabulary - 1
+        self.target[list(ignored)] = options.get("ignore_index", -100)
+        self.base_index = None if base_rows is None else torch.randint(base_rows, (rows,))
+        self.inputs = {
+            "hidden": torch.randn(base_rows or rows, hidden_size),
+            "thought": torch.randn(rows, hidden_size) if mixed else None,
+            "mixing": torch.randn(rows) if mixed else None,
+            "weight": torch.randn(vocabulary, hidden_size) * size,
+            "row_weight": torch.randn(rows).where(torch.rand(rows) < 0.5, 0) if row_weight else None,
+        }
+        self.inputs = {name: None if x is None else x.to(dtype) for name, x in self.inputs.items()}
+
+    def ours(self, backend, **options):
+        return self._run(None, lambda **x: self._call(backend, **x, **options))
+
+    def plain(self, dtype=None):
+        return self._run(dtype, self._plain)
+
+    def _run(self, dtype, function):
+        inputs = {
+            name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_(name not in self.frozen)
+            for name, x in self.inputs.items()
+        }
+        loss = function(**inputs)
+        if loss.requires_grad:
+            (loss * self.grad).sum().backward()
+        gradients = {f"d_{name}": x.grad for name, x in inputs.items() if x is not None}
+        return {"loss": loss.detach(), **gradients}
+
+    def _call(self, backend, hidden, thought, mixing, weight, row_weight, **options):
+        options = {**self.options, **options}
+        if self.mixed:
+            return mixed_linear_cross_entropy(
+                hidden, thought, mixing, weight, self.target,
+                base_index=self.base_index, row_weight=row_weight, backend=backend, **options,
+            )  # fmt: skip
+        return linear_cross_entropy(hidden, weight, self.target, row_weight=row_weight, backend=backend, **options)
+
+    def _plain(self, hidden, thought, mixing, weight, row_weight):
+        if self.mixed:
+            base = hidden if self.base_index is None else hidden[self.base_index]
+            hidden = (1 - mixing[:, None]) * base + mixing[:, None] * thought
+        logits = F.linear(hidden, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.options.get("temperature", 1)
+        if "suppress" in self.options:
+            logits[:, list(self.options["suppress"])] = float("-inf")
+        ignore_index = self.options.get("ignore_index", -100)
+        reduction = self.options.get("reduction", "mean")
+        if row_weight is None:
+            return F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction=reduction)
+        return (row_weight * F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction="none")).sum()
+
+
+CASES = {
+    "mean": {"ignored": (0, 4)},
+    "sum": {"reduction": "sum", "ignored": (10,)},
+    "none": {"reduction": "none", "ignored": (1,)},
+    "row_weight": {"reduction": "sum", "row_weight": True, "ignored": (2,)},
+    "one row": {"rows": 1},
+    "tiny vocabulary": {"vocabulary": 7, "rows": 30},
+    "vocabulary 1000": {"vocabulary": 1000, "rows": 5, "hidden_size": 16},
+    "vocabulary 32002": {"vocabulary": 32002, "rows": 3, "hidden_size": 8},
+    "ignore_index in the vocabulary": {"ignored": (3, 5), "ignore_index": 0},
+    "temperature": {"temperature": 3.0, "reduction": "none"},
+    "low temperature": {"temperature": 0.1},
+    "suppress": {"suppress": (0, 5, 76), "vocabulary": 78},
+    "suppress and temperature": {"suppress": (3,), "temperature": 3.0, "reduction": "sum", "row_weight": True},
+    "huge logits": {"size": 1000.0},
+    "incoming gradient": {"grad": -2.5},
+    "mixed": {"mixed": True, "ignored": (7,)},
+    "mixed none": {"mixed": True, "reduction": "none"},
+    "mixed row_weight": {"mixed": True, "reduction": "sum", "row_weight": True},
+    "repeated base rows": {"mixed": True, "base_rows": 4, "ignored": (0, 9)},
+    "repeated base rows, none": {"mixed": True, "base_rows": 4, "reduction": "none"},
+}
+
+
+def assert_problem_solved(problem, actual):
+    eager, oracle = problem.plain(), problem.plain(torch.float64)
+    assert actual.keys() == oracle.keys()
+    dtype = problem.inputs["hidden"].dtype
+    assert_as_accurate(actual.pop("loss"), eager["loss"], oracle["loss"], unit=dtype, ulps=1 + 7 * dtype.itemsize // 4)
+    for name, value in actual.items():
+        assert_as_accurate(value, eager[name], oracle[name], name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_loss_and_gradients(case, dtype, backend):
+    problem = Problem(dtype=dtype, **case)
+    actual = problem.ours(backend)
+    assert actual["loss"].dtype == torch.float32
+    assert all(actual[f"d_{name}"].dtype == dtype for name, x in problem.inputs.items() if x is not None)
+    assert_problem_solved(problem, actual)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_all_rows_ignored(mixed, reduction, backend):
+    problem = Problem(mixed=mixed, ignored=range(11), reduction=reduction)
+    for name, value in problem.ours(backend).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_rows(reduction, backend):
+    actual = Problem(rows=0, reduction=reduction).ours(backend)
+    assert not actual["loss"].any()
+    assert torch.equal(actual["d_weight"], torch.zeros(77, 6))
+
+
+@pytest.mark.parametrize("margin", [5.0, 10.0, 16.0])
+def test_gradient_of_a_confident_prediction(margin):
+    """1 − p(target) down to 1e-5: each gradient to a relative 1e-2, though p itself rounds to within 6e-8 of 1."""
+    hidden = torch.eye(2).requires_grad_()
+    weight = torch.tensor([[margin, 0.0], [0.0, margin], [0.0, 0.0]], requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="sum").backward()
+    expected = torch.softmax(torch.tensor([margin, 0, 0], dtype=torch.float64), 0)
+    torch.testing.assert_close(
+        weight.grad[0, 0].double(), -expected[1:].sum(), rtol=2**-24 / expected[1].item() + 1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("return_nll", [False, True])
+def test_row_of_weight_zero_cannot_spoil_the_loss(return_nll, backend):
+    hidden, weight = torch.tensor([[float("nan")], [1.0]]), torch.tensor([[1.0], [0.0]])
+    result = linear_cross_entropy(
+        hidden, weight, torch.tensor([1, 1]), reduction="sum", row_weight=torch.tensor([0.0, 1.0]),
+        return_nll=return_nll, backend=backend,
+    )  # fmt: skip
+    loss = result[0] if return_nll else result
+    torch.testing.assert_close(loss, torch.tensor([1.0, 0.0]).logsumexp(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
+def test_rows_that_do_not_count_are_harmless_where_all_are_computed(options, monkeypatch):
+    """As on a GPU, where finding the rows that count would wait for the device."""
+    monkeypatch.setattr(chunks, "_selected", lambda mask, step: _rows.slices(mask.shape[0], step))
+    problem = Problem(ignored=(0, 4), **options)
+    assert_problem_solved(problem, problem.ours("torch"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_return_nll(mixed, options, backend):
+    problem = Problem(mixed=mixed, ignored=(0,), **options)
+    nlls = []
+
+    def keep_nll(result):
+        nlls.append(result[1])
+        return result[0]
+
+    inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
+    loss = keep_nll(problem._call(backend, **inputs, return_nll=True))
+    assert torch.equal(loss, problem._call(backend, **inputs))
+    every = Problem.__new__(Problem)
+    every.__dict__.update(
+        problem.__dict__, options={"reduction": "none"}, inputs={**problem.inputs, "row_weight": None}
+    )
+    (nll,) = nlls
+    assert not nll.requires_grad
+    assert_as_accurate(nll, every.plain()["loss"], every.plain(torch.float64)["loss"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_subset_of_gradients(mixed, reduction):
+    names = [name for name in GRADIENTS[:4] if mixed or name in ("hidden", "weight")]
+    problem = Problem(mixed=mixed, base_rows=5 if mixed else None, reduction=reduction)
+    full = problem.ours("torch")
+    for frozen in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)):
+        problem.frozen = frozen
+        actual = problem.ours("torch")
+        for name in names:
+            got, expected = actual[f"d_{name}"], full[f"d_{name}"]
+            assert got is None if name in frozen else torch.equal(got, expected), (name, frozen)
+
+
+def count_work(monkeypatch):
+    """Rows that go through each of the three matmuls."""
+    work = Counter()
+    for name, rows_of in [
+        ("logits_into", lambda out, *_: out.shape[0]),
+        ("hidden_gradient", lambda d_logits, _: d_logits.shape[0]),
+        ("add_weight_gradient", lambda out, d_logits, _: d_logits.shape[0]),
+    ]:
+        function = getattr(chunks, name)
+
+        def counted(*args, name=name, function=function, rows_of=rows_of):
+            work[name] += rows_of(*args)
+            return function(*args)
+
+        monkeypatch.setattr(chunks, name, counted)
+    return work
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (11, 11, 11)),
+        ({"reduction": "none"}, (22, 11, 11)),
+        ({"frozen": ("weight",)}, (11, 11, 0)),
+        ({"frozen": ("hidden",)}, (11, 0, 11)),
+        ({"frozen": ("hidden", "weight")}, (11, 0, 0)),
+        ({"ignored": (0, 1, 5)}, (8, 8, 8)),
+        ({"reduction": "none", "ignored": (0, 1, 5)}, (16, 8, 8)),
+        ({"mixed": True}, (11, 11, 11)),
+        ({"mixed": True, "frozen": ("hidden", "thought", "mixing")}, (11, 0, 11)),
+    ],
+    ids=str,
+)
+def test_no_needless_matmul(options, expected, monkeypatch):
+    work = count_work(monkeypatch)
+    Problem(**options).ours("torch")
+    assert (work["logits_into"], work["hidden_gradient"], work["add_weight_gradient"]) == expected
+
+
+@pytest.mark.parametrize(("return_nll", "rows"), [(False, 4), (True, 11)])
+def test_rows_of_weight_zero_cost_nothing(return_nll, rows, monkeypatch):
+    work = count_work(monkeypatch)
+    hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(77, 6, requires_grad=True)
+    row_weight = torch.zeros(11)
+    row_weight[[0, 3, 4, 9]] = 1.0
+    linear_cross_entropy(
+        hidden, weight, torch.randint(77, (11,)), reduction="sum", row_weight=row_weight, return_nll=return_nll
+    )
+    assert work == {"logits_into": rows, "hidden_gradient": 4, "add_weight_gradient": 4}
+
+
+def test_no_gradients_are_made_without_grad_mode(monkeypatch):
+    work = count_work(monkeypatch)
+    with torch.no_grad():
+        linear_cross_entropy(torch.randn(5, 6, requires_grad=True), torch.randn(77, 6), torch.randint(77, (5,)))
+    assert work == {"logits_into": 5}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_second_backward_and_second_run_are_bitwise_equal(mixed, reduction):
+    problem = Problem(mixed=mixed, base_rows=4 if mixed else None, reduction=reduction)
+    inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
+    leaves = [x for x in inputs.values() if x is not None]
+    loss = problem._call("torch", **inputs).sum() * 3
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    again = torch.autograd.grad(problem._call("torch", **inputs).sum() * 3, leaves)
+    for a, b, c in zip(first, second, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_gradients_of_a_mean_over_many_rows_survive_float16():
+    """1 / rows · p is below the smallest float16; with the loss scaled, as a gradient scaler does, nothing is lost."""
+    problem = Problem(rows=3000, hidden_size=4, size=0.1, dtype=torch.float16, grad=2.0**14)
+    assert_problem_solved(problem, problem.ours("torch"))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_strides(mixed):
+    """Transposed, sliced and expanded inputs, and gradients of stride 0, give what contiguous ones give."""
+    problem = Problem(mixed=mixed, reduction="none")
+    expected = problem.ours("torch")
+    problem.target = torch.stack([problem.target] * 2, dim=1)[:, 0]
+    for name, x in problem.inputs.items():
+        if x is not None:
+            problem.inputs[name] = torch.stack([x.t() if x.dim() == 2 else x] * 2, dim=-1)[..., 0]
+            problem.inputs[name] = problem.inputs[name].t() if x.dim() == 2 else problem.inputs[name]
+            assert not problem.inputs[name].is_contiguous()
+    for name, value in problem.ours("torch").items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
+@pytest.mark.parametrize("case", [{"temperature": 2.0, "suppress": (1,)}, {"mixed": True, "base_rows": 3}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend, case, options):
+    problem = Problem(rows=4, hidden_size=3, vocabulary=7, dtype=torch.float64, ignored=(1,), **case, **options)
+    names = [name for name, x in problem.inputs.items() if x is not None]
+    leaves = [problem.inputs[name].requires_grad_() for name in names]
+    missing = {name: None for name in GRADIENTS if name not in names}
+    assert torch.autograd.gradcheck(
+        lambda *values: problem._call(backend, **dict(zip(names, values, strict=True)), **missing), leaves
+    )
+
+
+def test_mixing_weight_may_be_float32():
+    problem = Problem(mixed=True, dtype=torch.bfloat16)
+    problem.inputs["mixing"] = problem.inputs["mixing"].float()
+    actual = problem.ours("torch")
+    assert actual["d_mixing"].dtype == torch.float32
+    problem.inputs["mixing"] = problem.inputs["mixing"].bfloat16()
+    eager, oracle = problem.plain(), problem.plain(torch.float64)
+    assert_as_accurate(actual["loss"], eager["loss"], oracle["loss"])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend, mixed):
+    problem = Problem(mixed=mixed)
+    call = problem._call
+
+    def call_in_autocast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*args, **kwargs)
+
+    problem._call = call_in_autocast
+    actual = problem.ours(backend)
+    problem._call = call
+    low = Problem.__new__(Problem)
+    low.__dict__.update(problem.__dict__)
+    low.inputs = {k: x if k == "mixing" or x is None else x.bfloat16() for k, x in problem.inputs.items()}
+    for name, value in low.ours(backend).items():
+        assert torch.equal(actual[name], value.to(actual[name].dtype)), name
+        assert actual[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend, reduction, mixed):
+    problem = Problem(mixed=mixed, base_rows=4 if mixed else None, ignored=(2,), reduction=reduction)
+    expected = problem.ours(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(problem._call, fullgraph=True, backend="aot_eager")
+    problem._call = compiled
+    for name, value in problem.ours(backend).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_compiled_wrong_target_gives_nan():
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss, nll = compiled(hidden, weight, torch.tensor([0, 5, -100]), return_nll=True)
+    assert loss.isnan()
+    assert nll.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [False] * 4, [True, False, False, True]])
+def test_opcheck(needs):
+    hidden, thought, weight = torch.randn(5, 4), torch.randn(6, 4), torch.randn(7, 4)
+    target, index = torch.randint(7, (6,)), torch.randint(5, (6,))
+    operation = torch.ops.quietstar.linear_cross_entropy.default
+    mixed = any(needs[1:3])
+    arguments = (
+        (hidden, thought, torch.randn(6), weight, target, index, None, torch.rand(6))
+        if mixed
+        else (hidden, None, None, weight, target[:5], None, torch.tensor([3]), torch.rand(5))
+    )
+    torch.library.opcheck(operation, (*arguments, 0.7, True, needs, "torch"))
+    torch.library.opcheck(
+        torch.ops.quietstar.scaled_gradient.default, (hidden.bfloat16(), torch.tensor(0.3), torch.float16)
+    )
+
+
+def peak_bytes(function):
+    """Most bytes allocated at a time while ``function`` runs, counted from its start."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    total = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_memory(reduction, monkeypatch):
+    """Beyond inputs and gradients there is one chunk of logits and at most 5 % of it all."""
+    chunk = 4 << 20
+    monkeypatch.setitem(_rows.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", chunk // 16)
+    rows, hidden_size, vocabulary = 1024, 64, 8000
+    hidden, weight = torch.randn(rows, hidden_size, requires_grad=True), torch.randn(vocabulary, hidden_size)
+    weight.requires_grad_()
+    target = torch.randint(vocabulary, (rows,))
+    inputs = 4 * (hidden.numel() + weight.numel()) + 8 * rows
+    gradients = 4 * (hidden.numel() + weight.numel())
+
+    def step():
+        linear_cross_entropy(hidden, weight, target, reduction=reduction).sum().backward()
+
+    step()
+    hidden.grad = weight.grad = None
+    peak = peak_bytes(step)
+    assert peak >= gradients + chunk * 0.9, "the measurement misses something"
+    assert peak <= gradients + chunk + 0.05 * (inputs + gradients + chunk)
+
+
+def valid():
+    return {"hidden": torch.randn(3, 4), "weight": torch.randn(5, 4), "target": torch.tensor([0, 1, 2])}
+
+
+def valid_mixed():
+    return {
+        "base_hidden": torch.randn(2, 4), "thought_hidden": torch.randn(3, 4), "mixing_weight": torch.randn(3),
+        "weight": torch.randn(5, 4), "target": torch.tensor([0, 1, 2]), "base_index": torch.tensor([0, 1, 1]),
+    }  # fmt: skip
+
+
+BAD = [
+    ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor, got list"),
+    ({"hidden": torch.randn(4)}, ValueError, "hidden must have shape [rows, H], got 1 dimensions: [4]"),
+    ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "hidden must be float16, bfloat16, float32"),
+    ({"weight": torch.randn(5, 3)}, ValueError, "weight must have shape [V, H] with H = 4 as in hidden, got [5, 3]"),
+    ({"weight": torch.randn(5, 4).double()}, TypeError, "weight must have the dtype of hidden, torch.float32"),
+    ({"weight": torch.randn(0, 4)}, ValueError, "weight must have at least one row"),
+    ({"weight": torch.randn(5, 4, device="meta")}, ValueError, "weight must be on the device of hidden, cpu, got meta"),
+    ({"target": torch.tensor([0, 1])}, ValueError, "target must have shape [rows] with rows = 3 as in hidden, got [2]"),
+    ({"target": torch.tensor([0.0, 1, 2])}, TypeError, "target must be int32 or int64, got torch.float32"),
+    ({"target": torch.tensor([0, 5, 1])}, ValueError, "target must be in [0, 5) or ignore_index = -100, got 5"),
+    ({"target": torch.tensor([0, -1, 1])}, ValueError, "target must be in [0, 5) or ignore_index = -100, got -1"),
+    ({"suppress": [2]}, ValueError, "target must not be suppressed, got 2"),
+    ({"suppress": [5]}, ValueError, "suppress must be token ids in [0, 5), got 5"),
+    ({"suppress": torch.tensor([-1])}, ValueError, "suppress must be token ids in [0, 5), got -1"),
+    ({"suppress": range(5)}, ValueError, "suppress must leave at least one token, got all 5"),
+    ({"suppress": [0.5]}, TypeError, "suppress must be token ids (integers), got [0.5]"),
+    ({"suppress": torch.tensor([[3]])}, ValueError, "suppress must be one-dimensional, got shape [1, 1]"),
+    ({"suppress": torch.tensor([3.0])}, TypeError, "suppress must be int32 or int64, got torch.float32"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be positive and finite, got nan"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+    ({"reduction": "average"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'average'"),
+    ({"row_weight": torch.ones(3)}, ValueError, "row_weight must come with reduction='sum', got reduction='mean'"),
+    ({"row_weight": torch.ones(2), "reduction": "sum"}, ValueError, "row_weight must have the shape of target, [3]"),
+    ({"row_weight": torch.ones(3).long(), "reduction": "sum"}, TypeError, "row_weight must be floating point"),
+    ({"backend": "cuda"}, ValueError, "linear_cross_entropy has no 'cuda' backend; it has torch, reference"),
+]
+BAD_MIXED = [
+    ({"thought_hidden": torch.randn(3, 5)}, ValueError, "base_hidden must have shape [base_rows, H] with H = 5"),
+    ({"base_index": None}, ValueError, "base_hidden must have shape [rows, H] with rows = 3 as in thought_hidden"),
+    ({"base_index": torch.tensor([0, 1, 2])}, ValueError, "base_index must be in [0, 1], got values from 0 to 2"),
+    ({"base_index": torch.tensor([0, -1, 1])}, ValueError, "base_index must be in [0, 1], got values from -1 to 1"),
+    ({"base_index": torch.tensor([0.0, 1, 1])}, TypeError, "base_index must be int32 or int64, got torch.float32"),
+    ({"base_index": torch.tensor([0, 1])}, ValueError, "base_index must have shape [rows] with rows = 3"),
+    ({"mixing_weight": torch.randn(3, 1)}, ValueError, "mixing_weight must have shape [rows], got 2 dimensions"),
+    ({"mixing_weight": torch.randn(3).half()}, TypeError, "mixing_weight must be float32 or have the dtype of base_"),
+    ({"thought_hidden": torch.randn(3, 4).half()}, TypeError, "thought_hidden must have the dtype of base_hidden"),
+    ({"target": torch.tensor([0, 9, 1])}, ValueError, "target must be in [0, 5) or ignore_index = -100, got 9"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_input(change, error, message):
+    linear_cross_entropy(**valid())
+    with pytest.raises(error, match=re.escape(message)):
+        linear_cross_entropy(**{**valid(), **change})
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_MIXED, ids=[message for *_, message in BAD_MIXED])
+def test_bad_input_mixed(change, error, message):
+    mixed_linear_cross_entropy(**valid_mixed())
+    with pytest.raises(error, match=re.escape(message)):
+        mixed_linear_cross_entropy(**{**valid_mixed(), **change})
