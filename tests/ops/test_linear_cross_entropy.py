@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
@@ -388,18 +389,6 @@ def test_opcheck(needs):
     torch.library.opcheck(
         torch.ops.quietstar.scaled_gradient.default, (hidden.bfloat16(), torch.tensor(0.3), torch.float16)
     )
-
-
-def peak_bytes(function):
-    """Most bytes allocated at a time while ``function`` runs, counted from its start."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    total = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
