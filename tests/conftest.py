@@ -1,7 +1,12 @@
-"""What holds for every test: a fixed seed, and no GPU test where there is no GPU."""
+"""What holds for every test: a fixed seed, and where there is no GPU, no GPU test and Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported; "auto" still passes Triton over
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

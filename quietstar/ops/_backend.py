@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Mapping
 
+from quietstar.ops._triton import interpreted
+
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 ENVIRONMENT_VARIABLE = "QUIETSTAR_BACKEND"
 
@@ -23,7 +25,7 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Avai
         requested: the caller's ``backend`` argument. ``None`` defers to the environment variable
             ``QUIETSTAR_BACKEND`` and, when that is unset too, to ``"auto"``.
         candidates: the op's backends in order of preference, each with its availability check.
-            ``"auto"`` takes the first that can run.
+            ``"auto"`` takes the first that can run, but never Triton's interpreter.
         inputs: handed to the availability checks.
 
     Raises:
@@ -35,7 +37,7 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Avai
         requested, source = os.environ[ENVIRONMENT_VARIABLE], f"{ENVIRONMENT_VARIABLE} (the default of backend)"
     if requested is None or requested == "auto":
         for name, unavailable in candidates.items():
-            if unavailable(*inputs) is None:
+            if unavailable(*inputs) is None and not (name == "triton" and interpreted()):
                 return name
         raise ValueError(f"backend: none of {', '.join(candidates)} can run {op} on these inputs")
     if requested not in BACKENDS:
