@@ -13,8 +13,8 @@ from quietstar.ops._rows import slices
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
 
-# Rows handled together: enough for calls on [rows, groups] to be worth their overhead, few enough for the cache.
-_ROWS = 64
+# Groups raced together, over many rows: enough for library calls to be worth their overhead, few enough for the cache.
+_RACED_TOGETHER = 1 << 15
 
 # Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
 _FIRST_DRAWN = 4
@@ -42,7 +42,7 @@ def sample_rows(
     if temperature == 0:
         return logits.argmax(dim=1)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    for part in slices(logits.shape[0], _ROWS):
+    for part in slices(logits.shape[0], max(1, _RACED_TOGETHER * GROUP // logits.shape[1])):
         block = keep_most_likely(logits[part], temperature, top_k, top_p)
         rows = torch.arange(first_row + part.start, first_row + part.stop, device=logits.device)
         tokens[part] = _Race(block, rows, seed, temperature).winner()
