@@ -1,0 +1,95 @@
+"""What Triton kernels compile to, for GPUs that need not be there.
+
+``compiled(script, function)`` runs ``function`` of a Python file in a process of its own, once for every architecture.
+There, kernels are compiled as they are launched, with the very arguments and options of the launch, on CPU tensors;
+none is run. The function calls what launches the kernels and ignores the results, which are garbage.
+"""
+
+import functools
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+# Compute capability: the most shared memory a program may use there, in bytes.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+class Kernel(NamedTuple):
+    """One compiled specialisation of a kernel."""
+
+    name: str
+    architecture: int
+    warps: int
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of stack of a thread: where registers went that did not fit, and arrays indexed at run time."""
+    shared: int
+    """Bytes of shared memory of a program."""
+    ptx: str
+
+
+def compiled(script: str, function: str, *architectures: int) -> list[Kernel]:
+    """The kernels that ``function`` of the file ``script`` launches, for each architecture (all of SHARED_MEMORY)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(["", *sys.path])
+    command = [sys.executable, __file__, script, function, *map(str, architectures or SHARED_MEMORY)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, "see stderr"
+    return [Kernel(*fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _compile_launches(script: str, function: str, architectures: list[int]) -> list[Kernel]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launch = runpy.run_path(script)[function]
+    found = {}
+    run = JITFunction.run
+
+    def only_compile(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found[kernel.hash] = kernel
+        return kernel
+
+    JITFunction.run = only_compile
+    for architecture in architectures:
+        target = GPUTarget("cuda", architecture, 32)
+        limit = {"max_shared_mem": SHARED_MEMORY[architecture]}
+        driver.set_active(
+            SimpleNamespace(
+                get_current_device=functools.partial(int, architecture),
+                get_current_stream=lambda device: 0,
+                get_current_target=lambda target=target: target,
+                utils=SimpleNamespace(get_device_properties=lambda device, limit=limit: limit),
+            )
+        )
+        launch()
+    return [_kernel(kernel) for kernel in found.values()]
+
+
+def _kernel(kernel) -> Kernel:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    count = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    meta = kernel.metadata
+    return Kernel(
+        meta.name, meta.target.arch, meta.num_warps, count["REG"], count["STACK"] + count["LOCAL"], meta.shared,
+        kernel.asm["ptx"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_launches(sys.argv[1], sys.argv[2], [int(x) for x in sys.argv[3:]])))
