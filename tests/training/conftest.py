@@ -53,3 +53,9 @@ def make_trainer(tmp_path, windows):
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Prepared text goes to a temporary folder, not to the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -1,0 +1,180 @@
+"""The flags of `quietstar train`: model, data and everything transformers' TrainingArguments has.
+
+Defaults are the paper's (arXiv 2403.09629, appendix A, and the authors' training script).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from textwrap import wrap
+from typing import Literal
+
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from quietstar.models import QuietStarConfig
+
+# What --help shows of the more than one hundred flags of TrainingArguments; not every version has every one.
+COMMON_TRAINING_FLAGS = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16",
+    "activation_checkpointing", "logging_steps", "report_to", "eval_strategy", "eval_steps", "save_steps",
+    "save_total_limit", "resume_from_checkpoint", "seed", "use_cpu",
+)  # fmt: skip
+
+
+def _thoughts(help_text: str):
+    return field(default=None, metadata={"help": f"{help_text} (default: the checkpoint's, or the paper's)"})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it thinks."""
+
+    _argument_group_name = "model"
+
+    model: str = field(metadata={"help": "folder or hub name of a Mistral or a Quiet-STaR checkpoint"})
+    tokenizer: str | None = field(default=None, metadata={"help": "folder or hub name (default: the model's)"})
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "of the weights: float32 or bfloat16 (default: the checkpoint's)"}
+    )
+    thought_length: int | None = _thoughts("sampled tokens in a thought")
+    lookahead: int | None = _thoughts("real tokens predicted after a thought")
+    num_thoughts: int | None = _thoughts("independent thoughts per position")
+    thought_temperature: float | None = _thoughts("temperature at which thoughts are sampled")
+    policy_temperature: float | None = _thoughts("temperature of the log-probabilities in the policy term")
+    policy_weight: float | None = _thoughts("weight of the policy term")
+    base_loss_weight: float | None = _thoughts("weight of the loss without a thought; the rest goes to the one with")
+
+    def config_fields(self) -> dict[str, int | float]:
+        """Fields of :class:`QuietStarConfig` that were given."""
+        names = QuietStarConfig.__dataclass_fields__.keys() & vars(self).keys() - {"dtype"}
+        return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class DataArguments:
+    """Which text, and how it is cut."""
+
+    _argument_group_name = "data"
+
+    data: str = field(
+        metadata={"help": "a .txt, .jsonl, .json or .parquet file, or the name of a dataset; rows are documents, "
+                  "in a .txt file paragraphs"}
+    )  # fmt: skip
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a dataset"})
+    data_split: str = field(default="train", metadata={"help": "split of a dataset, such as train[:1000]"})
+    text_column: str = field(default="text", metadata={"help": "where the text is"})
+    block_size: int = field(
+        default=256,
+        metadata={"help": "tokens per window; documents are packed without padding, a last part is dropped"},
+    )
+    held_out_fraction: float = field(default=0.05, metadata={"help": "share of documents to evaluate on; 0 for none"})
+    max_held_out_windows: int = field(default=256, metadata={"help": "evaluate on at most so many windows"})
+    workers: int | None = field(default=None, metadata={"help": "processes that tokenise (default: this one)"})
+
+    def __post_init__(self):
+        for name, least in (("block_size", 1), ("max_held_out_windows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+
+
+@dataclass
+class PaperTrainingArguments(TrainingArguments):
+    """TrainingArguments with the paper's values as defaults.
+
+    The authors' learning rate falls linearly over 100 000 steps, of which they ran some hundreds: here it is constant.
+    """
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(default="quietstar-trained", metadata={"help": "for the model and its checkpoints"})
+    num_train_epochs: float = field(default=1, metadata={"help": "passes over the text"})
+    learning_rate: float = field(default=1e-6, metadata={"help": "of AdamW"})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant_with_warmup", metadata={"help": "course of the learning rate: linear, cosine, ..."}
+    )
+    warmup_steps: float = field(default=20, metadata={"help": "steps in which the learning rate rises linearly"})
+    weight_decay: float = field(default=0.001, metadata={"help": "of AdamW, for all but norms and biases"})
+    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "keep losses that are not finite out of the log; training stops on them anyway"},
+    )
+    eval_strategy: IntervalStrategy | str = field(
+        default="steps", metadata={"help": "when to evaluate on held-out text: no, steps or epoch"}
+    )
+    eval_steps: float | None = field(default=100, metadata={"help": "evaluate every so many steps"})
+    save_steps: float = field(default=100, metadata={"help": "save a checkpoint every so many steps"})
+    report_to: None | str | list[str] = field(  # noqa: RUF036, HfArgumentParser takes the second of the three
+        default="tensorboard", metadata={"help": "where logs go besides the terminal; none for nowhere"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "folder of a checkpoint of the same run, or last: the newest in output_dir"}
+    )
+
+
+class TrainParser(HfArgumentParser):
+    """Parser of the three groups; ``--help`` shows the flags most runs need, ``--help_all`` every one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [ModelArguments, DataArguments, PaperTrainingArguments],
+            prog="quietstar train",
+            usage="quietstar train --model MODEL --data DATA [--output_dir DIR] [FLAGS ...]",
+            description="Train a language model to think before every token.",
+            allow_abbrev=False,
+        )
+        self.add_argument("--help_all", action=_HelpAll, help="list every flag and exit")
+
+    def parse(self, argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PaperTrainingArguments]:
+        """Parsed ``argv``; bad usage exits with code 2, as argparse does."""
+        try:
+            *groups, unknown = self.parse_args_into_dataclasses(
+                list(argv), return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, ImportError) as error:  # a value that a dataclass refuses, a logger that is not installed
+            self.error(str(error))
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return tuple(groups)
+
+    def format_help(self) -> str:
+        lines = [self.format_usage().rstrip(), "", self.description]
+        for group in self.dataclass_types:
+            lines += ["", f"{group._argument_group_name}:"]
+            shown = fields(group)
+            if group is PaperTrainingArguments:
+                by_name = {entry.name: entry for entry in shown}
+                shown = [by_name[name] for name in COMMON_TRAINING_FLAGS if name in by_name]
+            for entry in shown:
+                lines += _flag_lines(entry.name, entry.metadata.get("help", ""), entry.default)
+        lines += ["", "Every other flag of transformers' TrainingArguments is taken too; --help_all lists them."]
+        return "\n".join(lines) + "\n"
+
+    def format_full_help(self) -> str:
+        """What argparse makes of all flags."""
+        return super().format_help()
+
+
+class _HelpAll(argparse.Action):
+    """Prints every flag and exits."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_full_help())
+        parser.exit()
+
+
+def _flag_lines(name: str, help_text: str, default: object) -> list[str]:
+    """A flag and what it means, in two columns."""
+    if default is MISSING:
+        help_text = f"{help_text} (required)"
+    elif default is not None:
+        help_text = f"{help_text} (default: {getattr(default, 'value', default)})"
+    first, *rest = wrap(" ".join(help_text.split()), 76) or [""]
+    return [f"  --{name:<28} {first}", *(f"{'':<33}{line}" for line in rest)]

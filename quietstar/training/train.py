@@ -1,0 +1,114 @@
+"""The command `quietstar train`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+from quietstar.models import QuietStarConfig, QuietStarForCausalLM
+from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
+from quietstar.training.data import collate_windows, load_documents, pack_dataset, split_documents
+from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; returns the exit code: 2 for a bad argument, 1 where training had to stop."""
+    model_args, data_args, training_args = TrainParser().parse(argv)
+    try:
+        resume = _checkpoint_to_resume(training_args)
+        trainer = make_trainer(model_args, data_args, training_args)
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        print(f"quietstar train: {error}", file=sys.stderr)
+        return 2
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+    except NonFiniteError as error:
+        print(f"quietstar train: training stopped: {error}", file=sys.stderr)
+        return 1
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    return 0
+
+
+def make_trainer(
+    model_args: ModelArguments, data_args: DataArguments, training_args: PaperTrainingArguments
+) -> QuietStarTrainer:
+    """Model, tokenizer and windows of text, put together.
+
+    Raises:
+        ValueError, OSError: a model, a tokenizer or text that is missing or cannot be used; the argument is named.
+    """
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="reading the text"):
+        documents = load_documents(data_args.data, data_args.data_config, data_args.data_split, data_args.text_column)
+    model, tokenizer = load_model(model_args)
+    least = model.config.lookahead + 2
+    if data_args.block_size < least:
+        raise ValueError(f"block_size must be >= lookahead + 2 = {least}, got {data_args.block_size}")
+
+    def windows(part: Dataset) -> Dataset:
+        with training_args.main_process_first(desc="packing the text"):
+            return pack_dataset(part, tokenizer, data_args.block_size, data_args.workers)
+
+    held_out = None
+    if data_args.held_out_fraction > 0:
+        documents, held_out = split_documents(documents, data_args.held_out_fraction, training_args.seed)
+        held_out = windows(held_out)
+        held_out = held_out.select(range(min(len(held_out), data_args.max_held_out_windows)))
+    else:
+        training_args.eval_strategy = IntervalStrategy.NO
+    return QuietStarTrainer(
+        model,
+        training_args,
+        train_dataset=windows(documents),
+        eval_dataset=held_out,
+        data_collator=collate_windows,
+        processing_class=tokenizer,
+    )
+
+
+def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
+    """A Quiet-STaR checkpoint (ours or the authors') as it is; an ordinary Mistral gets its two thought tokens.
+
+    Raises:
+        ValueError: neither of them, or no tokenizer.
+    """
+    name = model_args.model
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model must be the folder or hub name of a checkpoint, got {name!r}: {error}") from error
+    if saved.get("model_type") not in (MistralConfig.model_type, QuietStarConfig.model_type):
+        found = f"model type {saved.get('model_type')!r}" if saved else "no config.json"
+        raise ValueError(f"model must be a Mistral or Quiet-STaR checkpoint, got {found} in {name}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer must be given: none in {model_args.tokenizer or name}: {error}") from error
+    fields = model_args.config_fields()
+    if saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved:
+        model = QuietStarForCausalLM.from_pretrained(name, **fields)
+    else:
+        model = QuietStarForCausalLM.from_base(name, tokenizer, **fields)
+    return model if model_args.dtype is None else model.to(getattr(torch, model_args.dtype)), tokenizer
+
+
+def _checkpoint_to_resume(training_args: PaperTrainingArguments) -> str | None:
+    wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
+    if wanted == "last":
+        wanted = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if wanted is None:
+            raise ValueError(f"resume_from_checkpoint must not be 'last' without a checkpoint in {output_dir}")
+    if wanted is not None and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"resume_from_checkpoint must be the folder of a checkpoint, got {wanted!r}")
+    return wanted

@@ -1,0 +1,167 @@
+"""The command `quietstar train`, from files to a model that loads."""
+
+import json
+import math
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import main
+from quietstar.training.arguments import TrainParser
+
+PAPER = {
+    "learning_rate": 1e-6, "warmup_steps": 20, "weight_decay": 0.001, "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 8, "block_size": 256, "thought_length": 9, "lookahead": 4, "num_thoughts": 2,
+    "policy_weight": 1e6, "policy_temperature": 3.0, "thought_temperature": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with a small Mistral and its tokenizer of 30 words."""
+    folder = tmp_path / "base"
+    config = MistralConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=None,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"---": 0} | {f"w{i}": i for i in range(1, 30)}, unk_token="---"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file with twenty documents of thirty words."""
+    documents = [" ".join(f"w{i}" for i in torch.randint(1, 30, (30,)).tolist()) for _ in range(20)]
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return file
+
+
+@pytest.fixture
+def run(base, text, tmp_path):
+    """Runs the command with small sizes; later flags override earlier ones."""
+    sizes = (
+        "--block_size 10 --held_out_fraction 0.2 --per_device_train_batch_size 2 --max_steps 4 --logging_steps 2 "
+        "--eval_steps 2 --save_steps 2 --learning_rate 1e-2 --warmup_steps 1 --report_to none --use_cpu --disable_tqdm "
+        "true --dataloader_pin_memory false --thought_length 2 --num_thoughts 1"
+    )
+
+    def run(*flags):
+        required = ["--model", str(base), "--data", str(text), "--output_dir", str(tmp_path / "out")]
+        return main(["train", *required, *sizes.split(), *map(str, flags)])
+
+    return run
+
+
+def states(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_training_resuming_and_going_on(run, base, tmp_path):
+    out = tmp_path / "out"
+    assert run() == 0
+    model, tokenizer = QuietStarForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert (model.config.thought_length, model.config.num_thoughts, model.config.lookahead) == (2, 1, 4)
+    assert tokenizer.convert_tokens_to_ids(["<|startthought|>", "<|endthought|>"]) == [30, 31]
+    assert list(model.config.thought_token_ids) == [30, 31]
+    assert not torch.equal(model.lm_head.weight[:30], MistralForCausalLM.from_pretrained(base).lm_head.weight)
+    held_out = json.loads((out / "eval_results.json").read_text())
+    assert held_out["eval_base_nll"] == pytest.approx(math.log(30), rel=0.2)
+    assert [log["step"] for log in states(out) if "eval_talk_nll_3" in log] == [2, 4]
+
+    assert run("--max_steps", 6, "--resume_from_checkpoint", "last") == 0
+    assert [log["step"] for log in states(out) if "reward" in log] == [2, 4, 6]
+
+    weights = model.state_dict()
+    again = tmp_path / "again"
+    assert run("--model", out, "--output_dir", again, "--learning_rate", 0, "--held_out_fraction", 0) == 0
+    trained = QuietStarForCausalLM.from_pretrained(out).state_dict()
+    assert all(
+        torch.equal(x, trained[name]) for name, x in QuietStarForCausalLM.from_pretrained(again).state_dict().items()
+    )
+    assert not torch.equal(trained["lm_head.weight"], weights["lm_head.weight"])
+    assert not (again / "eval_results.json").exists()
+
+
+def test_dtype_of_the_weights(run, tmp_path):
+    assert run("--dtype", "bfloat16", "--max_steps", 1, "--eval_strategy", "no") == 0
+    assert QuietStarForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "none.jsonl"], "data must be a file or the name of a dataset, got no file at none.jsonl"),
+        (["--text_column", "body"], "text_column must be one of 'text', got 'body'"),
+        (["--block_size", "1000"], "block_size must be no longer than the text"),
+        (["--block_size", "5"], r"block_size must be >= lookahead \+ 2 = 6, got 5"),
+        (["--held_out_fraction", "1"], r"held_out_fraction must be in \[0, 1\), got 1.0"),
+        (["--model", "{tmp}"], "model must be a Mistral or Quiet-STaR checkpoint, got no config.json in "),
+        (["--model", "/no/such"], "model must be the folder or hub name of a checkpoint, got '/no/such': "),
+        (["--model", "{tmp}/gpt2"], "model must be a Mistral or Quiet-STaR checkpoint, got model type 'gpt2'"),
+        (["--tokenizer", "{tmp}"], "tokenizer must be given: none in "),
+        (["--thought_length", "-1"], "thought_length must be an integer >= 0, got -1"),
+        (["--resume_from_checkpoint", "last"], "resume_from_checkpoint must not be 'last' without a checkpoint"),
+        (["--resume_from_checkpoint", "{tmp}"], "resume_from_checkpoint must be the folder of a checkpoint, got '.*'"),
+        (["--learning_rat", "1"], "unknown arguments: --learning_rat 1"),
+        (["--lr_scheduler_type", "up"], "argument --lr_scheduler_type.*: invalid choice: 'up'"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0, got 0.1"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_named_without_a_traceback(run, tmp_path, capsys, flags, message):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    try:
+        code = run(*(flag.format(tmp=tmp_path) for flag in flags))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert re.search(f"^quietstar train: (error: )?{message}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_bad_numbers_end_the_command(run, base, tmp_path, capsys):
+    model = MistralForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(base)
+    assert run() == 1
+    assert "quietstar train: training stopped: the loss of step 1 is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+def test_defaults_are_the_papers():
+    model_args, data_args, training_args = TrainParser().parse(["--model", "m", "--data", "d"])
+    model_defaults = QuietStarForCausalLM.config_class()
+    assert model_args.config_fields() == {}
+    for name, value in PAPER.items():
+        holders = [holder for holder in (training_args, data_args, model_defaults) if hasattr(holder, name)]
+        assert getattr(holders[0], name) == value, name
+
+
+def test_help_is_short_and_full_help_has_every_flag(capsys):
+    shown = []
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["train", flag])
+        shown.append(capsys.readouterr().out)
+    short, full = shown
+    assert len(short.splitlines()) < 80
+    assert max(map(len, short.splitlines())) <= 110
+    for name in ("model", "data", "thought_length", "learning_rate"):
+        assert f"--{name} " in short
+    for entry in fields(TrainingArguments):
+        assert f"--{entry.name}" in full
