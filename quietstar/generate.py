@@ -5,6 +5,7 @@ import sys
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging
 
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.generation import GenerationWithThoughts, generate_with_thoughts
@@ -13,33 +14,42 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 2 for bad arguments."""
     options = _parser().parse_args(arguments)
+    logging.disable_progress_bar()
+    try:
+        _generate(options)
+    except ValueError as error:
+        print(f"quietstar generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.temperature < 0:
+        raise ValueError(f"--temperature must be >= 0, got {options.temperature}")
+    overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
         model = QuietStarForCausalLM.from_pretrained(options.model, **overrides)
     except (OSError, ValueError) as error:
-        print(f"quietstar generate: cannot load {options.model}: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"cannot load --model {options.model}: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
-        print(f"quietstar generate: --prompt must hold at least one token, got {options.prompt!r}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--prompt must hold at least one token, got {options.prompt!r}")
+
     torch.manual_seed(options.seed)
-    sampling = {"do_sample": options.temperature > 0}
+    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+    settings["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if options.temperature > 0:
-        sampling |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    sampling |= {"max_new_tokens": options.max_new_tokens, "pad_token_id": _pad_token(tokenizer)}
+        settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     if options.show_thoughts:
-        generated = generate_with_thoughts(model, **inputs, **sampling)
-        print("\n".join(thought_lines(tokenizer, generated, dim=sys.stdout.isatty())))
-        print()
+        generated = generate_with_thoughts(model, **inputs, **settings)
+        print(*thought_lines(tokenizer, generated, dim=sys.stdout.isatty()), sep="\n", end="\n\n")
         print(tokenizer.decode(generated.sequences[0], skip_special_tokens=True))
     else:
-        model.generate(**inputs, **sampling, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
-    return 0
+        model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
 
 
 def thought_lines(tokenizer: PreTrainedTokenizerBase, generated: GenerationWithThoughts, dim: bool) -> list[str]:
@@ -53,10 +63,6 @@ def thought_lines(tokenizer: PreTrainedTokenizerBase, generated: GenerationWithT
         f"{token:<{width}}  {before}weight {float(weight):+.3f}  thought {thought}{after}"
         for token, weight, thought in zip(tokens, generated.mixing_weight[0], thoughts, strict=True)
     ]
-
-
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -100,7 +100,7 @@ def resolve(name_or_path: str | Path, **kwargs) -> tuple[QuietStarConfig, dict]:
     saved, _ = QuietStarConfig.get_config_dict(name_or_path)
     fields = _pop_config_fields(kwargs)
     if saved.get("model_type") == QuietStarConfig.model_type:
-        config = QuietStarConfig.from_pretrained(name_or_path, **fields)
+        config = QuietStarConfig.from_dict(saved | fields)  # checked, unlike from_pretrained(..., **fields)
         return config, kwargs | {"pretrained_model_name_or_path": name_or_path}
     if "max_thoughts" in saved:
         config = QuietStarConfig(**(_authors_config(saved) | fields))
