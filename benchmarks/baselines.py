@@ -10,11 +10,12 @@ authors' (github.com/ezelikman/quiet-star, ``modeling_mistral.py``):
 - attention is the library's scaled-dot-product attention with that mask and with key/value heads repeated;
 - every step projects to the whole vocabulary twice, once for the next thought token and once for the mixed prediction,
   and takes the cross-entropy of the latter, although only the base step and the last M steps enter the loss;
-- sampled and forced tokens are one-hot rows [rows * L, V] multiplied with the embedding matrix;
+- thought tokens are drawn by a straight-through Gumbel softmax, detached; drawn and forced tokens are one-hot rows
+  [rows, L, V] that are multiplied with the embedding matrix;
 - there is one backward through all steps, so whatever it needs is kept until then.
 
-Left out, so that nothing is slow that need not be: clones, conversions and contiguous copies of logits, integer
-one-hots, repeated evaluations of one and the same cross-entropy, the inputs of a step that never runs, logging.
+Left out, so that nothing is slow that need not be: clones and contiguous copies of logits, repeated evaluations of one
+and the same cross-entropy, the inputs of a step that never runs, logging.
 """
 
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def authors_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Their thought embeddings are [2, H] and only row 0 is used. Views are taken, so gradients reach the originals.
     """
     renamed = {name.replace("talk_head.0", "mixing_head"): tensor for name, tensor in weights.items()}
-    return renamed | {name: weights[name][0] for name in ("start_embedding", "end_embedding")}
+    return renamed | {f"{name}.weight": weights[name][0] for name in ("start_embedding", "end_embedding")}
 
 
 def sequential_training_step(
@@ -113,17 +114,20 @@ def sequential_training_step(
         next_logits = hidden @ head.T
         next_logits[..., [config.start_thought_token_id, config.end_thought_token_id]] = -1e10
         if step == 0:
-            inputs = (weights["start_embedding"] * config.embedding_scale).expand_as(hidden)
+            inputs = (weights["start_embedding.weight"] * config.embedding_scale).expand_as(hidden)
         elif step < end - 1:
-            tokens = _sample(next_logits) if thought_tokens is None else thought_tokens[..., step - 1]
-            sampled.append(tokens)
+            if thought_tokens is None:
+                chosen = F.gumbel_softmax(next_logits, tau=1, hard=True).detach()
+            else:
+                chosen = _one_hot(thought_tokens[..., step - 1], embedding)
+            sampled.append(chosen.argmax(dim=-1))
             policy = torch.log_softmax(next_logits / config.policy_temperature, dim=-1)
-            logprobs.append(policy.gather(-1, tokens[..., None]).squeeze(-1))
-            inputs = _one_hot(tokens, next_logits) @ embedding
+            logprobs.append(policy.gather(-1, sampled[-1][..., None]).squeeze(-1))
+            inputs = chosen @ embedding
         elif step == end - 1:
-            inputs = (weights["end_embedding"] * config.embedding_scale).expand_as(hidden)
+            inputs = (weights["end_embedding.weight"] * config.embedding_scale).expand_as(hidden)
         elif step < last:
-            inputs = _one_hot(input_ids.roll(end - 1 - step, dims=1), next_logits) @ embedding
+            inputs = _one_hot(input_ids.roll(end - 1 - step, dims=1), embedding) @ embedding
 
     return _objective(config, labels, base_nll, mixed_nll[-config.lookahead :], sampled, logprobs)
 
@@ -218,14 +222,8 @@ def _shifted_nll(logits: Tensor, labels: Tensor, *, shift: int) -> Tensor:
     return nll.view_as(shifted)
 
 
-def _sample(logits: Tensor) -> Tensor:
-    """Gumbel-max: one token [R, L] of each position's distribution, at temperature 1."""
-    noise = -torch.empty_like(logits).exponential_().log()
-    return (logits.detach() + noise).argmax(dim=-1)
-
-
-def _one_hot(tokens: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter_(-1, tokens[..., None], 1)
+def _one_hot(tokens: Tensor, embedding: Tensor) -> Tensor:
+    return F.one_hot(tokens, embedding.shape[0]).to(embedding.dtype)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

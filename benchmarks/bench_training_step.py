@@ -1,0 +1,115 @@
+"""A whole training step of ``QuietStarForCausalLM``, forward and backward, against the authors' sequential program.
+
+Both sample their own thoughts when they are timed; the answers are compared on the same thoughts.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from baselines import SequentialStep, model_weights, sequential_training_step
+from measure import DEVICE, own_peak_memory, peak_memory
+from shapes import TRAINING_STEP
+from torch import Tensor
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
+
+SHAPE = TRAINING_STEP[DEVICE]
+SEQUENTIAL = "sequential baseline"
+
+
+def random_model() -> QuietStarForCausalLM:
+    config = QuietStarConfig(
+        vocab_size=SHAPE.vocab_size,
+        hidden_size=SHAPE.hidden_size,
+        num_hidden_layers=SHAPE.num_hidden_layers,
+        num_attention_heads=SHAPE.num_attention_heads,
+        num_key_value_heads=SHAPE.num_key_value_heads,
+        intermediate_size=SHAPE.intermediate_size,
+        num_thoughts=SHAPE.num_thoughts,
+        thought_length=SHAPE.thought_length,
+        lookahead=SHAPE.lookahead,
+        start_thought_token_id=SHAPE.vocab_size - 2,
+        end_thought_token_id=SHAPE.vocab_size - 1,
+    )
+    model = QuietStarForCausalLM(config).to(DEVICE)
+    # A fresh mixing head gives thoughts no weight, and then most gradients are zero.
+    torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)
+    return model
+
+
+def random_text() -> Tensor:
+    return torch.randint(SHAPE.vocab_size - 2, (SHAPE.batch, SHAPE.length), device=DEVICE)
+
+
+def random_thoughts() -> Tensor:
+    rows = SHAPE.batch * SHAPE.num_thoughts
+    return torch.randint(SHAPE.vocab_size - 2, (rows, SHAPE.length, SHAPE.thought_length), device=DEVICE)
+
+
+def ours(model: QuietStarForCausalLM, text: Tensor, thoughts: Tensor | None = None) -> QuietStarOutput:
+    output = model(text, labels=text, thought_tokens=thoughts)
+    output.loss.backward()
+    return output
+
+
+def sequential(model: QuietStarForCausalLM, text: Tensor, thoughts: Tensor | None = None) -> SequentialStep:
+    step = sequential_training_step(model_weights(model), model.config, text, text, thought_tokens=thoughts)
+    step.loss.backward()
+    return step
+
+
+CANDIDATES = {"ours": ours, SEQUENTIAL: sequential}
+
+
+def repeatable(step: Callable[..., object], model: QuietStarForCausalLM, text: Tensor) -> Callable[[], None]:
+    """The step without what it leaves behind: gradients would be added up, and the result holds on to memory."""
+
+    def run() -> None:
+        model.zero_grad()
+        step(model, text)
+
+    return run
+
+
+def assert_same(model: QuietStarForCausalLM, text: Tensor) -> None:
+    """Losses and the gradient of every parameter agree, in float32, up to what rounding does to the rewards.
+
+    A reward is the difference of 2 M losses, each rounded at its own size; the policy term, and through its weight the
+    gradient, is proportional to rewards. (In a smaller dtype nothing of a reward is left to compare.)
+    """
+    thoughts = random_thoughts()
+    results = {}
+    for name, step in CANDIDATES.items():
+        model.zero_grad()
+        result = step(model, text, thoughts)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results[name] = result.loss.detach(), result.talk_nll.detach(), gradients
+    (loss, talk_nll, gradients), (wanted_loss, wanted_nll, wanted_gradients) = results["ours"], results[SEQUENTIAL]
+
+    rounding = 2 * SHAPE.lookahead * torch.finfo(torch.float32).eps * result.base_nll.max() / result.reward.std()
+    rounding = rounding.item()
+    torch.testing.assert_close(talk_nll.flatten(0, 1), wanted_nll, rtol=0, atol=2e-5)
+    torch.testing.assert_close(loss, wanted_loss, rtol=rounding, atol=0)
+    for name, wanted in wanted_gradients.items():
+        error = ((gradients[name] - wanted).norm() / wanted.norm()).item()
+        assert error <= rounding, f"gradient of {name} is off by {error:.1e} of its norm, {rounding:.1e} is allowed"
+
+
+def bench_training_step(compare):
+    model, text = random_model(), random_text()
+    assert_same(model, text)
+    model.to(SHAPE.dtype)
+    runs = {name: repeatable(step, model, text) for name, step in CANDIDATES.items()}
+    compare(
+        runs.pop("ours"),
+        runs,
+        rounds=3,
+        promised=SHAPE.target,
+        memory={name: peak_memory(__file__, name) for name in CANDIDATES},
+    )
+
+
+if __name__ == "__main__":
+    repeatable(CANDIDATES[sys.argv[1]], random_model().to(SHAPE.dtype), random_text())()
+    print(own_peak_memory())

@@ -1,0 +1,46 @@
+"""The sizes that are measured: small ones that two CPU cores carry, and ones that fill a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    batch: int
+    length: int
+    num_thoughts: int
+    thought_length: int
+    lookahead: int
+    dtype: torch.dtype
+    target: float | None
+    """How many times faster than the sequential program the step has to be, where a promise was made."""
+
+
+@dataclass(frozen=True)
+class ThoughtAttentionShape:
+    batch: int
+    length: int
+    steps: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    target: float | None
+    """How many times faster than dense-mask attention the forward has to be, where a promise was made."""
+
+
+TRAINING_STEP = {
+    "cpu": TrainingShape(256, 4, 8, 2, 896, 32002, 2, 128, 2, 9, 4, torch.float32, target=6),
+    "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 2, 512, 2, 9, 4, torch.bfloat16, target=None),
+}
+THOUGHT_ATTENTION = {
+    "cpu": ThoughtAttentionShape(1, 512, 12, 8, 2, 64, torch.float32, target=9),
+    "cuda": ThoughtAttentionShape(1, 2048, 14, 32, 8, 128, torch.bfloat16, target=None),
+}
