@@ -288,9 +288,17 @@ def test_second_backward_and_second_run_are_bitwise_equal(mixed, reduction):
         assert torch.equal(a, c)
 
 
-def test_gradients_of_a_mean_over_many_rows_survive_float16():
-    """1 / rows · p is below the smallest float16; with the loss scaled, as a gradient scaler does, nothing is lost."""
-    problem = Problem(rows=3000, hidden_size=4, size=0.1, dtype=torch.float16, grad=2.0**14)
+def test_small_gradients_of_a_mean_survive_float16():
+    """Close to the smallest float16; with the loss scaled, as a gradient scaler does, nothing is lost."""
+    problem = Problem(rows=3000, hidden_size=4, size=1e-3, dtype=torch.float16, grad=2.0**14)
+    assert_problem_solved(problem, problem.ours("torch"))
+
+
+def test_large_sums_in_a_mean_survive_float16():
+    """The mean of d weight is small, the sum over the rows is beyond the largest float16."""
+    problem = Problem(rows=3000, hidden_size=4, size=1e-3, dtype=torch.float16)
+    problem.inputs["hidden"] += 64
+    problem.target.zero_()
     assert_problem_solved(problem, problem.ours("torch"))
 
 
