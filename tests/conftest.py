@@ -1,6 +1,7 @@
 """What holds for every test: a fixed seed, and where there is no GPU, no GPU test and Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,3 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN, so that what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

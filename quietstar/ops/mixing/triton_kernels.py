@@ -1,0 +1,251 @@
+"""The ``triton`` backend: each logit is read once per pass, and the mix never written unless it is the result.
+
+Bytes per logit, e the size of one: mix_logits 3e, its backward 5e (3e without the weight's gradient); cross-entropy 2e,
+its backward 4e. At about 15 instructions a logit all are bound by memory. A row has one program (or, where nothing is
+reduced over the row, one per block): splitting it further would only speed up calls of fewer rows than the GPU has
+processors, which take microseconds.
+
+Rows of any vocabulary: with V = 32002, rows of bfloat16 begin at multiples of 4 bytes only. Sizes and strides are
+therefore passed in units of ALIGN elements, the largest vector all rows are aligned to, which tells the compiler how
+wide its accesses may be.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Enough bytes in flight: 8 logits a thread, which in half precision is one 16-byte access, from each of two tensors,
+# and STAGES - 1 blocks ahead.
+_BLOCK, _WARPS = 2048, 8
+_STAGES = tl.constexpr(3)
+
+# The largest of no logits: −inf − (−inf) would be NaN.
+_LOWEST = tl.constexpr(-3.4e38)
+
+
+@triton.jit
+def _row_start(tensor, row, sizes, strides, ALIGN: tl.constexpr):
+    """Pointer to the first logit of a row; sizes and strides of the leading dimensions, outermost first."""
+    offset = row * 0
+    for i in tl.static_range(len(sizes) - 1, 0, -1):
+        offset += row % sizes[i] * strides[i]
+        row = row // sizes[i]
+    return tensor + (offset + row * strides[0]) * ALIGN
+
+
+@triton.jit
+def _load(row_start, columns, column_stride, inside):
+    pointers = row_start + columns * tl.cast(column_stride, tl.int64)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_split(d_base, d_thought, first, columns, gradient, weight, inside):
+    """The gradient of the mix handed on to base and thought, contiguous, in a row that starts at ``first``."""
+    if d_base is not None:
+        tl.store(d_base + first + columns, gradient * (1 - weight), mask=inside)
+    if d_thought is not None:
+        tl.store(d_thought + first + columns, gradient * weight, mask=inside)
+
+
+@triton.jit
+def mix_kernel(
+    base, thought, mixing_weight, mixed, sizes, base_strides, thought_strides, base_column, thought_column, units,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of a row of the mix, contiguous. Grid: rows · blocks."""
+    vocabulary = units * ALIGN
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocabulary
+    weight = tl.load(mixing_weight + row).to(tl.float32)
+    b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, base_column, inside)
+    t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, thought_column, inside)
+    tl.store(mixed + row * units * ALIGN + columns, (1 - weight) * b + weight * t, mask=inside)
+
+
+@triton.jit
+def mix_backward_kernel(
+    grad, base, thought, mixing_weight, d_base, d_thought, d_weight, sizes, grad_strides, base_strides,
+    thought_strides, grad_column, base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are not None, of one row. Grid: rows."""
+    vocabulary = units * ALIGN
+    row = tl.program_id(0).to(tl.int64)
+    grad = _row_start(grad, row, sizes, grad_strides, ALIGN)
+    base = _row_start(base, row, sizes, base_strides, ALIGN)
+    thought = _row_start(thought, row, sizes, thought_strides, ALIGN)
+    weight = tl.load(mixing_weight + row).to(tl.float32)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        g = _load(grad, columns, grad_column, inside)
+        if d_weight is not None:
+            b = _load(base, columns, base_column, inside)
+            products += g * (_load(thought, columns, thought_column, inside) - b)
+        _store_split(d_base, d_thought, row * units * ALIGN, columns, g, weight, inside)
+    if d_weight is not None:
+        tl.store(d_weight + row, tl.sum(products, 0))
+
+
+@triton.jit
+def cross_entropy_kernel(
+    base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
+    base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What ``library.cross_entropy`` returns, for one row. Grid: rows.
+
+    Each of BLOCK places keeps its own running maximum of z = b + w·(t − b), Σ exp(z − maximum) and
+    Σ exp(z − maximum)·(t − b): threads wait for each other once a row, not once a block. Whichever of maximum and z is
+    larger, one exponential brings the other to its scale.
+    """
+    vocabulary = units * ALIGN
+    row = tl.program_id(0).to(tl.int64)
+    base = _row_start(base, row, sizes, base_strides, ALIGN)
+    thought = _row_start(thought, row, sizes, thought_strides, ALIGN)
+    weight = tl.load(mixing_weight + row).to(tl.float32)
+    peak = tl.full((BLOCK,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        b = _load(base, columns, base_column, inside)
+        difference = _load(thought, columns, thought_column, inside) - b
+        z = tl.where(inside, b + weight * difference, float("-inf"))
+        rises = z > peak
+        smaller = tl.exp(-tl.abs(z - peak))
+        total = tl.where(rises, total * smaller + 1, total + smaller)
+        moment = tl.where(rises, moment * smaller + difference, moment + smaller * difference)
+        peak = tl.maximum(peak, z)
+    top = tl.max(peak, 0)
+    shrink = tl.exp(peak - top)
+    sum_row = tl.sum(total * shrink, 0)
+
+    place = tl.load(target + row)
+    b = _load(base, place, base_column, True)
+    difference = _load(thought, place, thought_column, True) - b
+    tl.store(largest + row, top)
+    tl.store(log_total + row, tl.log(sum_row))
+    tl.store(nll + row, tl.log(sum_row) - (b + weight * difference - top))
+    tl.store(slope + row, tl.sum(moment * shrink, 0) / sum_row - difference)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    scale, base, thought, mixing_weight, target, largest, log_total, d_base, d_thought, sizes, base_strides,
+    thought_strides, base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are not None, of a block of a row. Grid: rows · blocks."""
+    vocabulary = units * ALIGN
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocabulary
+    weight = tl.load(mixing_weight + row).to(tl.float32)
+    row_scale = tl.load(scale + row)
+    gradient = tl.zeros((BLOCK,), tl.float32)
+    if row_scale != 0:  # ignored rows are not read
+        b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, base_column, inside)
+        t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, thought_column, inside)
+        z = b + weight * (t - b)
+        probability = tl.exp(z - tl.load(largest + row) - tl.load(log_total + row))
+        gradient = row_scale * (probability - tl.where(columns == tl.load(target + row), 1.0, 0.0))
+    _store_split(d_base, d_thought, row * units * ALIGN, columns, gradient, weight, inside)
+
+
+def mix(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
+    """See ``library.mix``."""
+    mixed = torch.empty_like(base, memory_format=torch.contiguous_format)
+    rows = _Rows(base, thought)
+    mix_kernel[rows.blocks](base, thought, mixing_weight.contiguous(), mixed, *rows.arguments, **rows.options)
+    return mixed
+
+
+def mix_backward(
+    grad: Tensor, base: Tensor, thought: Tensor, mixing_weight: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``library.mix_backward``."""
+    d_base, d_thought = _gradients(base, needs[:2])
+    d_weight = base.new_empty(base.shape[:-1], dtype=torch.float32) if needs[2] else None
+    rows = _Rows(grad, base, thought)
+    mix_backward_kernel[rows.whole](
+        grad, base, thought, mixing_weight.contiguous(), d_base, d_thought, d_weight, *rows.arguments, **rows.options
+    )
+    return d_base, d_thought, d_weight
+
+
+def cross_entropy(
+    base: Tensor, thought: Tensor, mixing_weight: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``library.cross_entropy``."""
+    results = tuple(torch.empty(target.shape, dtype=torch.float32, device=base.device) for _ in range(4))
+    rows = _Rows(base, thought)
+    cross_entropy_kernel[rows.whole](
+        base, thought, mixing_weight.contiguous(), target.contiguous(), *results, *rows.arguments, **rows.options
+    )
+    return results
+
+
+def cross_entropy_backward(
+    scale: Tensor,
+    base: Tensor,
+    thought: Tensor,
+    mixing_weight: Tensor,
+    target: Tensor,
+    largest: Tensor,
+    log_total: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """See ``library.cross_entropy_backward``."""
+    d_base, d_thought = _gradients(base, needs)
+    rows = _Rows(base, thought)
+    cross_entropy_backward_kernel[rows.blocks](
+        scale.contiguous(), base, thought, mixing_weight.contiguous(), target.contiguous(), largest, log_total,
+        d_base, d_thought, *rows.arguments, **rows.options,
+    )  # fmt: skip
+    return d_base, d_thought
+
+
+def _gradients(logits: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    return [torch.empty_like(logits, memory_format=torch.contiguous_format) if needed else None for needed in needs]
+
+
+class _Rows:
+    """How kernels find the rows of tensors of one shape [..., V], and how many programs they need."""
+
+    def __init__(self, *tensors: Tensor):
+        *leading, vocabulary = tensors[0].shape
+        sizes, strides = _merged(leading, [x.stride()[:-1] for x in tensors])
+        columns = [x.stride(-1) for x in tensors]
+        align = 1
+        if all(column == 1 for column in columns):
+            align = math.gcd(16 // tensors[0].element_size(), vocabulary, *(s for x in strides for s in x))
+        self.arguments = (
+            sizes, *(tuple(s // align for s in x) for x in strides), *columns, vocabulary // align,
+        )  # fmt: skip
+        self.options = {"ALIGN": align, "BLOCK": _BLOCK, "num_warps": _WARPS}
+        self.whole = (math.prod(sizes),)
+        self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, _BLOCK),)
+
+
+def _merged(sizes: list[int], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The same rows in as few dimensions as possible: an outer dimension joins the next where all tensors allow it."""
+    merged = [(1, (0,) * len(strides))]  # innermost first: size, stride in every tensor
+    for size, steps in reversed(list(zip(sizes, zip(*strides, strict=True), strict=True))):
+        inner, inner_steps = merged[-1]
+        if size == 1:
+            continue
+        if inner == 1:
+            merged[-1] = size, steps
+        elif all(step == inner * inner_step for step, inner_step in zip(steps, inner_steps, strict=True)):
+            merged[-1] = inner * size, inner_steps
+        else:
+            merged.append((size, steps))
+    merged.reverse()
+    return tuple(size for size, _ in merged), list(zip(*(steps for _, steps in merged), strict=True))
