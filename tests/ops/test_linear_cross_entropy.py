@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cross_entropy_problem import CASES, INPUTS, Problem, assert_problem_solved
 from memory import peak_bytes
 from tolerances import assert_as_accurate
 
@@ -14,7 +14,6 @@ from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entrop
 from quietstar.ops.linear_cross_entropy import chunks
 
 BACKENDS = ["reference", "torch"]
-GRADIENTS = ("hidden", "thought", "mixing", "weight", "row_weight")
 
 
 @pytest.fixture(autouse=True)
@@ -22,100 +21,6 @@ def small_chunks(monkeypatch):
     """Room for three rows of a vocabulary of 77 in a chunk and for two in a block, or one of a larger vocabulary."""
     monkeypatch.setitem(_rows.CHUNK_BYTES, "cpu", 3 * 77 * 4)
     monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 2 * 77 * 4)
-
-
-class Problem:
-    """Inputs of one call, and the call by quietstar or by plain PyTorch."""
-
-    def __init__(self, rows=11, hidden_size=6, vocabulary=77, base_rows=None, mixed=False, ignored=(), size=1.0,
-                 dtype=torch.float32, row_weight=False, frozen=(), grad=1.0, **options):  # fmt: skip
-        self.mixed, self.frozen, self.grad, self.options = mixed, frozen, grad, options
-        self.target = torch.randint(vocabulary, (rows,))
-        if "suppress" in options:
-            self.target[torch.isin(self.target, torch.tensor(options["suppress"]))] = vocabulary - 1
-        self.target[list(ignored)] = options.get("ignore_index", -100)
-        self.base_index = None if base_rows is None else torch.randint(base_rows, (rows,))
-        self.inputs = {
-            "hidden": torch.randn(base_rows or rows, hidden_size),
-            "thought": torch.randn(rows, hidden_size) if mixed else None,
-            "mixing": torch.randn(rows) if mixed else None,
-            "weight": torch.randn(vocabulary, hidden_size) * size,
-            "row_weight": torch.randn(rows).where(torch.rand(rows) < 0.5, 0) if row_weight else None,
-        }
-        self.inputs = {name: None if x is None else x.to(dtype) for name, x in self.inputs.items()}
-
-    def ours(self, backend, **options):
-        return self._run(None, lambda **x: self._call(backend, **x, **options))
-
-    def plain(self, dtype=None):
-        return self._run(dtype, self._plain)
-
-    def _run(self, dtype, function):
-        inputs = {
-            name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_(name not in self.frozen)
-            for name, x in self.inputs.items()
-        }
-        loss = function(**inputs)
-        if loss.requires_grad:
-            (loss * self.grad).sum().backward()
-        gradients = {f"d_{name}": x.grad for name, x in inputs.items() if x is not None}
-        return {"loss": loss.detach(), **gradients}
-
-    def _call(self, backend, hidden, thought, mixing, weight, row_weight, **options):
-        options = {**self.options, **options}
-        if self.mixed:
-            return mixed_linear_cross_entropy(
-                hidden, thought, mixing, weight, self.target,
-                base_index=self.base_index, row_weight=row_weight, backend=backend, **options,
-            )  # fmt: skip
-        return linear_cross_entropy(hidden, weight, self.target, row_weight=row_weight, backend=backend, **options)
-
-    def _plain(self, hidden, thought, mixing, weight, row_weight):
-        if self.mixed:
-            base = hidden if self.base_index is None else hidden[self.base_index]
-            hidden = (1 - mixing[:, None]) * base + mixing[:, None] * thought
-        logits = F.linear(hidden, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.options.get("temperature", 1)
-        if "suppress" in self.options:
-            logits[:, list(self.options["suppress"])] = float("-inf")
-        ignore_index = self.options.get("ignore_index", -100)
-        reduction = self.options.get("reduction", "mean")
-        if row_weight is None:
-            return F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction=reduction)
-        return (row_weight * F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction="none")).sum()
-
-
-CASES = {
-    "mean": {"ignored": (0, 4)},
-    "sum": {"reduction": "sum", "ignored": (10,)},
-    "none": {"reduction": "none", "ignored": (1,)},
-    "row_weight": {"reduction": "sum", "row_weight": True, "ignored": (2,)},
-    "one row": {"rows": 1},
-    "tiny vocabulary": {"vocabulary": 7, "rows": 30},
-    "vocabulary 1000": {"vocabulary": 1000, "rows": 5, "hidden_size": 16},
-    "vocabulary 32002": {"vocabulary": 32002, "rows": 3, "hidden_size": 8},
-    "ignore_index in the vocabulary": {"ignored": (3, 5), "ignore_index": 0},
-    "temperature": {"temperature": 3.0, "reduction": "none"},
-    "low temperature": {"temperature": 0.1},
-    "suppress": {"suppress": (0, 5, 76), "vocabulary": 78},
-    "suppress and temperature": {"suppress": (3,), "temperature": 3.0, "reduction": "sum", "row_weight": True},
-    "huge logits": {"size": 1000.0},
-    "incoming gradient": {"grad": -2.5},
-    "mixed": {"mixed": True, "ignored": (7,)},
-    "mixed none": {"mixed": True, "reduction": "none"},
-    "mixed row_weight": {"mixed": True, "reduction": "sum", "row_weight": True},
-    "repeated base rows": {"mixed": True, "base_rows": 4, "ignored": (0, 9)},
-    "repeated base rows, none": {"mixed": True, "base_rows": 4, "reduction": "none"},
-}
-
-
-def assert_problem_solved(problem, actual):
-    eager, oracle = problem.plain(), problem.plain(torch.float64)
-    assert actual.keys() == oracle.keys()
-    dtype = problem.inputs["hidden"].dtype
-    assert_as_accurate(actual.pop("loss"), eager["loss"], oracle["loss"], unit=dtype, ulps=1 + 7 * dtype.itemsize // 4)
-    for name, value in actual.items():
-        assert_as_accurate(value, eager[name], oracle[name], name=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,7 +109,7 @@ def test_return_nll(mixed, options, backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_each_subset_of_gradients(mixed, reduction):
-    names = [name for name in GRADIENTS[:4] if mixed or name in ("hidden", "weight")]
+    names = [name for name in INPUTS[:4] if mixed or name in ("hidden", "weight")]
     problem = Problem(mixed=mixed, base_rows=5 if mixed else None, reduction=reduction)
     full = problem.ours("torch")
     for frozen in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)):
@@ -324,7 +229,7 @@ def test_gradcheck(backend, case, options):
     problem = Problem(rows=4, hidden_size=3, vocabulary=7, dtype=torch.float64, ignored=(1,), **case, **options)
     names = [name for name, x in problem.inputs.items() if x is not None]
     leaves = [problem.inputs[name].requires_grad_() for name in names]
-    missing = {name: None for name in GRADIENTS if name not in names}
+    missing = {name: None for name in INPUTS if name not in names}
     assert torch.autograd.gradcheck(
         lambda *values: problem._call(backend, **dict(zip(names, values, strict=True)), **missing), leaves
     )
@@ -459,7 +364,7 @@ BAD = [
     ({"row_weight": torch.ones(3)}, ValueError, "row_weight must come with reduction='sum', got reduction='mean'"),
     ({"row_weight": torch.ones(2), "reduction": "sum"}, ValueError, "row_weight must have the shape of target, [3]"),
     ({"row_weight": torch.ones(3).long(), "reduction": "sum"}, TypeError, "row_weight must be floating point"),
-    ({"backend": "cuda"}, ValueError, "linear_cross_entropy has no 'cuda' backend; it has torch, reference"),
+    ({"backend": "cuda"}, ValueError, "linear_cross_entropy has no 'cuda' backend; it has triton, torch, reference"),
 ]
 BAD_MIXED = [
     ({"thought_hidden": torch.randn(3, 5)}, ValueError, "base_hidden must have shape [base_rows, H] with H = 5"),

@@ -17,6 +17,7 @@ from quietstar.ops._checks import (
     check_same_dtype,
 )
 from quietstar.ops._precision import autocast_off
+from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
     check_mixing_weight,
     check_reduction,
@@ -28,7 +29,11 @@ from quietstar.ops._vocabulary import (
 from quietstar.ops.linear_cross_entropy import reference
 from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy
 
-_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+_BACKENDS: dict[str, Availability] = {
+    "triton": triton_unavailable,
+    "torch": always_available,
+    "reference": always_available,
+}
 
 
 def linear_cross_entropy(

@@ -1,7 +1,10 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes the nll and, if asked, all gradients at once. A backend is a row kernel.
+The op computes the nll and, if asked, all gradients at once. A backend is a row kernel
+(:class:`.chunks.RowKernel`) and a way to mix hidden states (:class:`.hidden.MixedHidden`).
 """
+
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -11,11 +14,12 @@ from quietstar.ops._precision import compute_dtype, widen
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops._vocabulary import weighted_sum
-from quietstar.ops.linear_cross_entropy import library
-from quietstar.ops.linear_cross_entropy.chunks import RowKernel, cross_entropy_in_chunks
-from quietstar.ops.linear_cross_entropy.hidden import MixedHidden, PlainHidden
+from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
+from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 
-_ROW_KERNELS: dict[str, RowKernel] = {"torch": library.cross_entropy_rows}
+# Imported when they are first used: triton may be missing, and takes its time.
+_ROW_KERNELS = {"torch": "library:cross_entropy_rows", "triton": "triton_kernels:cross_entropy_rows"}
+_MIXED_HIDDEN = {"torch": "hidden:MixedHidden", "triton": "triton_hidden:FusedMixedHidden"}
 
 
 def _weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,14 +31,15 @@ def _cross_entropy(
     hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, row_scale,
     temperature, every_nll, needs, backend,
 ):  # fmt: skip
-    needs_hidden, needs_thought, needs_mixing, needs_weight = needs
-    source = (
-        PlainHidden(hidden, needs_hidden)
-        if thought_hidden is None
-        else MixedHidden(hidden, thought_hidden, mixing_weight, base_index, (needs_hidden, needs_thought, needs_mixing))
-    )
+    *needs_hidden, needs_weight = needs
+    if thought_hidden is None:
+        source = PlainHidden(hidden, needs_hidden[0])
+    else:
+        mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
+        source = mixed(hidden, thought_hidden, mixing_weight, base_index, needs_hidden)
+    row_kernel = resolve_name(f"{__package__}.{_ROW_KERNELS[backend]}")
     nll, d_weight = cross_entropy_in_chunks(
-        _ROW_KERNELS[backend], source, weight, target, row_scale,
+        row_kernel, source, weight, target, row_scale,
         temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
     )  # fmt: skip
     if d_weight is not None:

@@ -36,9 +36,7 @@ class MixedHidden:
     d thought = w dX, dw = dX · (thought − base).
     """
 
-    def __init__(
-        self, base: Tensor, thought: Tensor, mixing_weight: Tensor, index: Tensor | None, needs: tuple[bool, bool, bool]
-    ):
+    def __init__(self, base: Tensor, thought: Tensor, mixing_weight: Tensor, index: Tensor | None, needs: list[bool]):
         self.base, self.thought, self.index = base, thought, index
         self.weight = widen(mixing_weight)[:, None]
         self.needs_gradient = any(needs)
@@ -70,7 +68,11 @@ class MixedHidden:
         d_base = d_mixed.mul_(1 - weight)
         if self.index is None:
             self.d_base[rows] = d_base.to(self.d_base.dtype)
-        elif d_base.is_cuda:  # index_add_ would use atomics there, whose order changes from run to run
+        else:
+            self._add_to_base(rows, d_base)
+
+    def _add_to_base(self, rows: Rows, d_base: Tensor) -> None:
+        if d_base.is_cuda:  # index_add_ would use atomics there, whose order changes from run to run
             self.d_base.index_put_((self.index[rows],), d_base, accumulate=True)
         else:
             self.d_base.index_add_(0, self.index[rows], d_base)

@@ -1,0 +1,105 @@
+"""Problems for the linear cross-entropies, with the answers of plain PyTorch; for the tests of all backends."""
+
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_accurate
+
+from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
+
+INPUTS = ("hidden", "thought", "mixing", "weight", "row_weight")
+
+
+class Problem:
+    """Inputs of one call, and the call by quietstar or by plain PyTorch."""
+
+    def __init__(self, rows=11, hidden_size=6, vocabulary=77, base_rows=None, mixed=False, ignored=(), size=1.0,
+                 dtype=torch.float32, row_weight=False, frozen=(), grad=1.0, device="cpu", **options):  # fmt: skip
+        self.mixed, self.frozen, self.grad, self.options = mixed, frozen, grad, options
+        self.target = torch.randint(vocabulary, (rows,))
+        if "suppress" in options:
+            self.target[torch.isin(self.target, torch.tensor(options["suppress"]))] = vocabulary - 1
+        self.target[list(ignored)] = options.get("ignore_index", -100)
+        self.base_index = None if base_rows is None else torch.randint(base_rows, (rows,))
+        self.inputs = {
+            "hidden": torch.randn(base_rows or rows, hidden_size),
+            "thought": torch.randn(rows, hidden_size) if mixed else None,
+            "mixing": torch.randn(rows) if mixed else None,
+            "weight": torch.randn(vocabulary, hidden_size) * size,
+            "row_weight": torch.randn(rows).where(torch.rand(rows) < 0.5, 0) if row_weight else None,
+        }
+        self.inputs = {name: None if x is None else x.to(device, dtype) for name, x in self.inputs.items()}
+        self.target = self.target.to(device)
+        self.base_index = None if base_rows is None else self.base_index.to(device)
+
+    def ours(self, backend, **options):
+        return self._run(None, lambda **x: self._call(backend, **x, **options))
+
+    def plain(self, dtype=None):
+        return self._run(dtype, self._plain)
+
+    def _run(self, dtype, function):
+        inputs = {
+            name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_(name not in self.frozen)
+            for name, x in self.inputs.items()
+        }
+        loss = function(**inputs)
+        if loss.requires_grad:
+            (loss * self.grad).sum().backward()
+        gradients = {f"d_{name}": x.grad for name, x in inputs.items() if x is not None}
+        return {"loss": loss.detach(), **gradients}
+
+    def _call(self, backend, hidden, thought, mixing, weight, row_weight, **options):
+        options = {**self.options, **options}
+        if self.mixed:
+            return mixed_linear_cross_entropy(
+                hidden, thought, mixing, weight, self.target,
+                base_index=self.base_index, row_weight=row_weight, backend=backend, **options,
+            )  # fmt: skip
+        return linear_cross_entropy(hidden, weight, self.target, row_weight=row_weight, backend=backend, **options)
+
+    def _plain(self, hidden, thought, mixing, weight, row_weight):
+        if self.mixed:
+            base = hidden if self.base_index is None else hidden[self.base_index]
+            hidden = (1 - mixing[:, None]) * base + mixing[:, None] * thought
+        logits = F.linear(hidden, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.options.get("temperature", 1)
+        if "suppress" in self.options:
+            logits[:, list(self.options["suppress"])] = float("-inf")
+        ignore_index = self.options.get("ignore_index", -100)
+        reduction = self.options.get("reduction", "mean")
+        if row_weight is None:
+            return F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction=reduction)
+        return (row_weight * F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction="none")).sum()
+
+
+CASES = {
+    "mean": {"ignored": (0, 4)},
+    "sum": {"reduction": "sum", "ignored": (10,)},
+    "none": {"reduction": "none", "ignored": (1,)},
+    "row_weight": {"reduction": "sum", "row_weight": True, "ignored": (2,)},
+    "one row": {"rows": 1},
+    "tiny vocabulary": {"vocabulary": 7, "rows": 30},
+    "vocabulary 1000": {"vocabulary": 1000, "rows": 5, "hidden_size": 16},
+    "vocabulary 32002": {"vocabulary": 32002, "rows": 3, "hidden_size": 8},
+    "ignore_index in the vocabulary": {"ignored": (3, 5), "ignore_index": 0},
+    "temperature": {"temperature": 3.0, "reduction": "none"},
+    "low temperature": {"temperature": 0.1},
+    "suppress": {"suppress": (0, 5, 76), "vocabulary": 78},
+    "suppress and temperature": {"suppress": (3,), "temperature": 3.0, "reduction": "sum", "row_weight": True},
+    "huge logits": {"size": 1000.0},
+    "incoming gradient": {"grad": -2.5},
+    "mixed": {"mixed": True, "ignored": (7,)},
+    "mixed none": {"mixed": True, "reduction": "none"},
+    "mixed row_weight": {"mixed": True, "reduction": "sum", "row_weight": True},
+    "repeated base rows": {"mixed": True, "base_rows": 4, "ignored": (0, 9)},
+    "repeated base rows, none": {"mixed": True, "base_rows": 4, "reduction": "none"},
+}
+
+
+def assert_problem_solved(problem, actual):
+    eager, oracle = problem.plain(), problem.plain(torch.float64)
+    assert actual.keys() == oracle.keys()
+    dtype = problem.inputs["hidden"].dtype
+    assert_as_accurate(actual.pop("loss"), eager["loss"], oracle["loss"], unit=dtype, ulps=1 + 7 * dtype.itemsize // 4)
+    for name, value in actual.items():
+        assert_as_accurate(value, eager[name], oracle[name], name=name)
