@@ -181,9 +181,10 @@ def test_tiling_changes_nothing(options, monkeypatch):
     expected = linear_sample(hidden, weight, seed=5, **options)
     assert torch.equal(linear_sample(hidden[:77], weight, seed=5, **options), expected[:77])
     monkeypatch.setitem(_rows.CHUNK_BYTES, "cpu", 50 * 1024 * 4)
-    monkeypatch.setattr(library, "_RACED_TOGETHER", 100)
+    monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 7 * 1024 * 4)
+    monkeypatch.setattr(noise, "_SERIAL", 1000)
     monkeypatch.setattr(library, "_FIRST_DRAWN", 1)
-    monkeypatch.setattr(library, "_DRAWN_TOGETHER", 3)
+    monkeypatch.setattr(library, "_DRAWN_TOGETHER", 50)
     assert torch.equal(linear_sample(hidden, weight, seed=5, **options), expected)
 
 

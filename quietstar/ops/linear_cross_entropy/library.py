@@ -1,9 +1,12 @@
-"""Row kernel of the ``torch`` backend: elementwise library calls over blocks of rows that stay in the cache."""
+"""Row kernel of the ``torch`` backend: library calls that each pass over the chunk in place.
+
+Five passes over n·V·4 bytes in place of one, yet little next to the matmuls: at V = 32002, H = 512 a row takes one CPU
+core 64 µs here and 1400 µs there. Cut into blocks that fit a cache it would be 53 µs, but on a busy machine far more:
+every parallel call waits for the slowest core, so there should be few.
+"""
 
 import torch
 from torch import Tensor
-
-from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
 
 def cross_entropy_rows(
@@ -15,18 +18,7 @@ def cross_entropy_rows(
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Nll of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
-    rows, vocabulary = logits.shape
-    nll = logits.new_empty(rows)
-    for part in slices(rows, rows_within(BLOCK_BYTES, vocabulary * logits.element_size(), logits.device)):
-        _block(logits[part], target[part, None], None if scale is None else scale[part, None], temperature, suppress,
-               nll[part])  # fmt: skip
-    return nll, None if scale is None else logits.to(gradient_dtype)
-
-
-def _block(
-    logits: Tensor, target: Tensor, scale: Tensor | None, temperature: float, suppress: Tensor | None, nll: Tensor
-) -> None:
-    """One block: nll is filled, logits become the gradient. target and scale are columns."""
+    target = target[:, None]
     if suppress is not None:
         logits.index_fill_(1, suppress, float("-inf"))
     logits.sub_(logits.amax(dim=1, keepdim=True))
@@ -34,8 +26,10 @@ def _block(
         logits.div_(temperature)
     target_logit = logits.gather(1, target)
     total = logits.exp_().sum(dim=1, keepdim=True)
-    torch.sub(total.log(), target_logit, out=nll[:, None])
-    if scale is not None:
-        scale = scale / temperature
-        logits.mul_(scale / total)
-        logits.scatter_add_(1, target, -scale)
+    nll = (total.log() - target_logit).squeeze(1)
+    if scale is None:
+        return nll, None
+    scale = scale[:, None] / temperature
+    logits.mul_(scale / total)
+    logits.scatter_add_(1, target, -scale)  # p − 1, formed before any rounding to a narrower dtype
+    return nll, logits.to(gradient_dtype)

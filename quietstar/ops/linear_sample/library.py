@@ -9,18 +9,15 @@ exactly those that drawing everything would give.
 import torch
 from torch import Tensor
 
-from quietstar.ops._rows import slices
+from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
-
-# Groups raced together, over many rows: enough for library calls to be worth their overhead, few enough for the cache.
-_RACED_TOGETHER = 1 << 15
 
 # Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
 _FIRST_DRAWN = 4
 
-# Groups whose tokens are drawn in one call: Philox then works in arrays of 256 KiB.
-_DRAWN_TOGETHER = 2048
+# Groups whose tokens are drawn in one call: about 20 MiB of noise.
+_DRAWN_TOGETHER = 1 << 14
 
 # Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 _SLACK = 1e-5
@@ -41,16 +38,15 @@ def sample_rows(
         logits.index_fill_(1, suppress, float("-inf"))
     if temperature == 0:
         return logits.argmax(dim=1)
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    for part in slices(logits.shape[0], max(1, _RACED_TOGETHER * GROUP // logits.shape[1])):
-        block = keep_most_likely(logits[part], temperature, top_k, top_p)
-        rows = torch.arange(first_row + part.start, first_row + part.stop, device=logits.device)
-        tokens[part] = _Race(block, rows, seed, temperature).winner()
-    return tokens
+    if top_k is not None or top_p is not None:
+        for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[0].nbytes, logits.device)):
+            logits[part] = keep_most_likely(logits[part], temperature, top_k, top_p)
+    rows = torch.arange(first_row, first_row + len(logits), device=logits.device)
+    return _Race(logits, rows, seed, temperature).winner()
 
 
 class _Race:
-    """The race of a block of rows, run group by group."""
+    """The race of some rows, run group by group."""
 
     def __init__(self, logits: Tensor, rows: Tensor, seed: Tensor, temperature: float):
         self.rows, self.seed, self.temperature = rows, seed, temperature

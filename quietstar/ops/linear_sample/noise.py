@@ -30,6 +30,8 @@ half a Philox call now bounds 64 tokens, and a sampler may skip groups that cann
 import torch
 from torch import Tensor
 
+from quietstar.ops._rows import slices
+
 GROUP = 64
 
 _TOKENS, _GROUPS = 0, 1  # the last word of the counter
@@ -37,6 +39,10 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+
+# Philox is some hundred integer operations per call. On a CPU they stay in the cache, and below the 32768 elements from
+# which PyTorch splits an operation over threads: on a busy machine a hundred splits cost far more than they gain.
+_SERIAL = 30000
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -54,10 +60,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return [c0, c1 & _WORD, c2, c3 & _WORD]
 
 
-def _words(seed: Tensor, rows: Tensor, index: Tensor, stream: int) -> list[Tensor]:
-    """philox(index, stream) of every row; ``rows`` broadcasts against ``index``."""
+def _words(seed: Tensor, rows: Tensor, index: Tensor, stream: int) -> Tensor:
+    """philox(index, stream) of every row, int64 [..., 4]; ``rows`` and ``index`` broadcast to [...]."""
     key = seed & _WORD, (seed >> 32) & _WORD
-    return philox((index, rows & _WORD, rows >> 32, torch.full_like(rows, stream)), key)
+    rows, index = torch.broadcast_tensors(rows, index)
+    words = torch.empty(*index.shape, 4, dtype=torch.int64, device=index.device)
+    flat, rows, index = words.view(-1, 4), rows.flatten(), index.flatten()
+    for part in slices(len(index), _SERIAL if index.device.type == "cpu" else max(1, len(index))):
+        counter = index[part], rows[part] & _WORD, rows[part] >> 32, torch.full_like(index[part], stream)
+        for i, word in enumerate(philox(counter, key)):
+            flat[part, i] = word
+    return words
 
 
 def exponential_(word: Tensor) -> Tensor:
@@ -74,8 +87,8 @@ def first_arrivals(seed: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Ten
         groups: number of groups in the vocabulary.
     """
     words = _words(seed, rows[:, None], torch.arange(-(-groups // 2), device=rows.device), _GROUPS)
-    times, places = (torch.stack(pair, dim=-1).flatten(1)[:, :groups] for pair in (words[::2], words[1::2]))
-    return exponential_(times.to(torch.float32)).div_(GROUP), places >> 26
+    pairs = words.unflatten(-1, (2, 2)).flatten(1, 2)[:, :groups]  # (x, y) of every group
+    return exponential_(pairs[..., 0].to(torch.float32)).div_(GROUP), pairs[..., 1] >> 26
 
 
 def arrivals(seed: Tensor, rows: Tensor, groups: Tensor, first: Tensor, places: Tensor) -> Tensor:
@@ -89,7 +102,5 @@ def arrivals(seed: Tensor, rows: Tensor, groups: Tensor, first: Tensor, places: 
     """
     calls = torch.arange(GROUP // 4, device=groups.device)
     words = _words(seed, rows[..., None], groups[..., None] * (GROUP // 4) + calls, _TOKENS)
-    times = first.new_empty(*groups.shape, GROUP // 4, 4)
-    for i, word in enumerate(words):
-        times[..., i] = word
-    return exponential_(times).flatten(-2).scatter_(-1, places[..., None], 0).add_(first[..., None])
+    times = exponential_(words.flatten(-2).to(torch.float32))
+    return times.scatter_(-1, places[..., None], 0).add_(first[..., None])
