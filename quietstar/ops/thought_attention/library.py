@@ -10,6 +10,7 @@ Backward needs no merge: with the *merged* output and log-sum-exp, exp(score −
 key and rowsum(dO · O) the true correction, so the library's own backward is exact for the base part.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from quietstar.ops.thought_attention import flash
 
 SCORE_BYTES = 32 * 2**20
+
+# Queries in a block of the diagonal part on a CPU: with their scores and outputs they stay in the cache.
+CACHE_BYTES = 2**21
 
 
 def forward(
@@ -38,11 +42,15 @@ def forward(
     else:
         base_output, base_lse = _blocked_forward(query, key, value, anchors, key_start, window, scale)
 
-    scores = _diagonal_scores(query, thought_key, scale)
-    lse = torch.logaddexp(base_lse, _ungroup(scores.logsumexp(dim=-1), query))
-    probability = scores.sub_(_group(lse, key.shape[1]).unsqueeze(-1)).exp_()
-    thought_output = _ungroup(probability.to(query.dtype) @ thought_value, query)
-    output = (base_output * (base_lse - lse).exp().unsqueeze(-1)).add_(thought_output).to(query.dtype)
+    output, lse = torch.empty(query.shape, dtype=query.dtype, device=query.device), torch.empty_like(base_lse)
+    for rows, own in _diagonal_blocks(query, thought_key):
+        kv_heads = thought_key[own].shape[1]
+        scores = _diagonal_scores(query[rows], thought_key[own], scale)
+        block_lse = torch.logaddexp(_group(base_lse[rows], kv_heads), scores.logsumexp(dim=-1))
+        probability = scores.sub_(block_lse.unsqueeze(-1)).exp_().to(query.dtype)
+        share = (_group(base_lse[rows], kv_heads) - block_lse).exp_().unsqueeze(-1)
+        merged = (_group(base_output[rows], kv_heads) * share).add_(probability @ thought_value[own])
+        output[rows], lse[rows] = _ungroup(merged, query), _ungroup(block_lse, query)
     if anchors is not None and repeats is None:
         inactive = _per_batch(anchors)[:, None, :, None] < 0
         output.masked_fill_(inactive.unsqueeze(-1), 0)
@@ -78,15 +86,20 @@ def backward(
     else:
         base = _blocked_backward(grad_output, delta, query, key, value, lse, anchors, key_start, window, scale)
 
-    heads = key.shape[1]
-    probability = _diagonal_scores(query, thought_key, scale).sub_(_group(lse, heads).unsqueeze(-1)).exp_()
-    rows = _group(query, heads)
-    grad_rows = _group(grad_output, heads)
-    grad_thought_value = probability.to(query.dtype).mT @ grad_rows
-    grad_scores = (grad_rows @ thought_value.mT).to(lse.dtype).sub_(_group(delta, heads).unsqueeze(-1))
-    grad_scores = grad_scores.mul_(probability).mul_(scale).to(query.dtype)
-    grad_thought_key = grad_scores.mT @ rows
-    grad_query = base[0].add_(_ungroup(grad_scores @ thought_key, query))
+    grad_query, grad_thought_key, grad_thought_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, thought_key, thought_value)
+    )
+    for rows, own in _diagonal_blocks(query, thought_key):
+        kv_heads = thought_key[own].shape[1]
+        scores = _diagonal_scores(query[rows], thought_key[own], scale)
+        probability = scores.sub_(_group(lse[rows], kv_heads).unsqueeze(-1)).exp_()
+        block_query, block_grad = _group(query[rows], kv_heads), _group(grad_output[rows], kv_heads)
+        grad_thought_value[own] = probability.to(query.dtype).mT @ block_grad
+        grad_scores = (block_grad @ thought_value[own].mT).to(lse.dtype)
+        grad_scores = grad_scores.sub_(_group(delta[rows], kv_heads).unsqueeze(-1)).mul_(probability).mul_(scale)
+        grad_scores = grad_scores.to(query.dtype)
+        grad_thought_key[own] = grad_scores.mT @ block_query
+        grad_query[rows] = base[0][rows] + _ungroup(grad_scores @ thought_key[own], query)
     return grad_query, base[1], base[2], grad_thought_key, grad_thought_value
 
 
@@ -114,6 +127,25 @@ def causal_repeats(
     if key_start is not None and bool(key_start.any()):
         return None
     return repeats
+
+
+def _diagonal_blocks(query: Tensor, thought_key: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Blocks of the diagonal part: slices of [B, Hq, P, ...] and the matching ones of [B, Hkv, P, ...].
+
+    On a CPU one key/value head and as many anchors as leave a block in the cache; elsewhere everything at once.
+    """
+    batch, query_heads, num_anchors, steps, head_size = query.shape
+    kv_heads = thought_key.shape[1]
+    if query.device.type != "cpu":
+        yield (slice(None),) * 3, (slice(None),) * 3
+        return
+    group = query_heads // kv_heads
+    size = max(1, CACHE_BYTES // (group * steps * head_size * query.element_size()))
+    for b, head, start in itertools.product(range(batch), range(kv_heads), range(0, num_anchors, size)):
+        anchors = slice(start, start + size)
+        yield (slice(b, b + 1), slice(head * group, (head + 1) * group), anchors), (
+            slice(b, b + 1), slice(head, head + 1), anchors,
+        )  # fmt: skip
 
 
 def _group(tensor: Tensor, kv_heads: int) -> Tensor:
