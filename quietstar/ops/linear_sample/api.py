@@ -10,11 +10,16 @@ from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import Availability, always_available, select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
 from quietstar.ops._precision import autocast_off
+from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import suppressed_ids
 from quietstar.ops.linear_sample import reference
 from quietstar.ops.linear_sample.registration import linear_sample_op
 
-_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+_BACKENDS: dict[str, Availability] = {
+    "triton": triton_unavailable,
+    "torch": always_available,
+    "reference": always_available,
+}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -10,8 +11,17 @@ from quietstar.ops._registration import register_op
 from quietstar.ops.linear_sample import library
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 
-# A backend takes the arguments of the op but its own name; most are the chunk loop with a row kernel.
-_SAMPLERS: dict[str, Callable[..., Tensor]] = {"torch": partial(sample_in_chunks, library.sample_rows)}
+
+def _sample_with_triton(*arguments: object) -> Tensor:
+    """Imported when it is first used: triton may be missing, and takes its time."""
+    return import_module(f"{__package__}.triton_matmul").sample(*arguments)
+
+
+# A backend takes the arguments of the op but its own name.
+_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "torch": partial(sample_in_chunks, library.sample_rows),
+    "triton": _sample_with_triton,
+}
 
 
 def _linear_sample(hidden, weight, seed, suppress, temperature, top_k, top_p, backend):
