@@ -8,6 +8,7 @@ faster than the library's half-precision ones.
 import torch
 from torch import Tensor
 
+from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import slices
 
 # Rows of the weight widened at a time on a CPU: at hidden size 4096 this is 16 MiB.
@@ -40,9 +41,12 @@ def hidden_gradient(d_logits: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def add_weight_gradient(out: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """Add d_logits^T @ hidden to out, [V, H] in float32 (float64 for float64)."""
-    if d_logits.dtype == out.dtype:
-        out.addmm_(d_logits.t(), hidden.to(out.dtype))
-    else:
-        torch.addmm(out, d_logits.t(), hidden, out_dtype=out.dtype, out=out)
+def add_weight_gradient(total: Tensor | None, d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """``total`` plus d_logits^T @ hidden, [V, H] in float32 (float64 for float64), in place unless total is None."""
+    wide = compute_dtype(d_logits.dtype)
+    if d_logits.dtype != wide:
+        if total is None:
+            return torch.mm(d_logits.t(), hidden, out_dtype=wide)
+        return torch.addmm(total, d_logits.t(), hidden, out_dtype=wide, out=total)
+    hidden = hidden.to(wide)
+    return torch.mm(d_logits.t(), hidden) if total is None else total.addmm_(d_logits.t(), hidden)

@@ -14,7 +14,8 @@ def register_op(schema: str, implementation: Callable, fake: Callable) -> Callab
     """Register ``quietstar::<schema>`` and return the callable op.
 
     Autograd stays outside, in an ``autograd.Function`` that calls the op. The implementation runs with autocast off:
-    an op chooses its dtypes itself, also when its backward happens to run inside an autocast region.
+    an op chooses its dtypes itself, also when its backward happens to run inside an autocast region. It runs with the
+    device of the first tensor current, which is where Triton launches kernels.
 
     Args:
         schema: name, arguments and results in the schema language of PyTorch; the first argument is a tensor.
@@ -24,7 +25,7 @@ def register_op(schema: str, implementation: Callable, fake: Callable) -> Callab
     name = schema.partition("(")[0]
 
     def run(first: Tensor, *others: object) -> object:
-        with autocast_off(first.device):
+        with autocast_off(first.device), torch.cuda.device_of(first):
             return implementation(first, *others)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quietstar.ops._precision import compute_dtype, widen
+from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops._vocabulary import weighted_sum
@@ -20,11 +20,6 @@ from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 # Imported when they are first used: triton may be missing, and takes its time.
 _ROW_KERNELS = {"torch": "library:cross_entropy_rows", "triton": "triton_kernels:cross_entropy_rows"}
 _MIXED_HIDDEN = {"torch": "hidden:MixedHidden", "triton": "triton_hidden:FusedMixedHidden"}
-
-
-def _weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Kept until the backward in this dtype: a sum over all rows may exceed the range of float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _cross_entropy(
@@ -42,8 +37,6 @@ def _cross_entropy(
         row_kernel, source, weight, target, row_scale,
         temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
     )  # fmt: skip
-    if d_weight is not None:
-        d_weight = d_weight.to(_weight_gradient_dtype(weight.dtype))
     return nll, *(weight.new_empty(0) if d is None else d for d in (*source.gradients(), d_weight))
 
 
@@ -59,9 +52,7 @@ def _cross_entropy_fake(
         hidden.new_empty(hidden.shape) if needs_hidden else nothing,
         thought_hidden.new_empty(thought_hidden.shape) if needs_thought else weight.new_empty(0),
         mixing_weight.new_empty(mixing_weight.shape, dtype=wide) if needs_mixing else weight.new_empty(0),
-        weight.new_empty(weight.shape, dtype=_weight_gradient_dtype(weight.dtype))
-        if needs_weight
-        else weight.new_empty(0),
+        weight.new_empty(weight.shape, dtype=wide) if needs_weight else weight.new_empty(0),
     )
 
 
@@ -75,11 +66,16 @@ _cross_entropy_op = register_op(
 
 
 def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """New tensor gradient · factor, multiplied in the compute dtype block by block."""
+    """New tensor gradient · factor, multiplied in the compute dtype.
+
+    With a factor of as many dimensions, PyTorch converts element by element, on a GPU in the one pass; a CPU does so in
+    temporary tensors, hence the blocks.
+    """
     result = torch.empty_like(gradient, dtype=dtype)
+    factor = factor.reshape([1] * gradient.dim())
     row_bytes = gradient[:1].numel() * gradient.element_size()
     for part in slices(gradient.shape[0], rows_within(BLOCK_BYTES, row_bytes, gradient.device)):
-        result[part] = widen(gradient[part]) * factor
+        torch.mul(gradient[part], factor, out=result[part])
     return result
 
 

@@ -81,7 +81,7 @@ def cross_entropy_in_chunks(
     gradient_dtype = weight.dtype if weight.is_cuda else wide
     rows, vocabulary = target.shape[0], weight.shape[0]
     nll = torch.zeros(rows, dtype=wide, device=target.device)
-    d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if weight_needs_gradient else None
+    d_weight = None
 
     step = min(rows_within(CHUNK_BYTES, vocabulary * wide.itemsize, weight.device), max(rows, 1))
     buffer = logits_buffer(step, vocabulary, wide, weight.device)
@@ -99,9 +99,11 @@ def cross_entropy_in_chunks(
             gradient_dtype,
         )
         if with_gradient and weight_needs_gradient:
-            add_weight_gradient(d_weight, d_logits, inputs)
+            d_weight = add_weight_gradient(d_weight, d_logits, inputs)
         if with_gradient and hidden.needs_gradient:
             hidden.write_gradient(chunk, hidden_gradient(d_logits, weight))
+    if weight_needs_gradient and d_weight is None:  # no row contributes
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     return mark_nll(nll, target), d_weight
 
 

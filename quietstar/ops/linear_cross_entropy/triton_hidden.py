@@ -25,7 +25,7 @@ def _load_pair(base, thought, index, row, columns, inside, base_strides, thought
     return b.to(tl.float32), t.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def mix_hidden_kernel(
     base, thought, mixing_weight, index, mixed, first_row, base_strides, thought_strides, hidden_size,
     BLOCK: tl.constexpr,
@@ -40,7 +40,7 @@ def mix_hidden_kernel(
     tl.store(mixed + place * hidden_size + columns, mix, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def split_gradient_kernel(
     d_mixed, base, thought, mixing_weight, index, d_base, d_thought, d_weight, first_row, base_strides,
     thought_strides, hidden_size, BLOCK: tl.constexpr,

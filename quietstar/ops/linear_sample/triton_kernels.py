@@ -86,7 +86,7 @@ def threshold_kernel(logits, thresholds, size, temperature, top_k, top_p, BLOCK:
     tl.store(thresholds + row, bits.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS: tl.constexpr):
     """The most that any token of each group can score. Grid: rows · blocks of GROUPS groups."""
     blocks = tl.cdiv(groups, GROUPS)
@@ -103,7 +103,7 @@ def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperatu
     tl.store(bounds + row * groups + group, largest / temperature - tl.log(first), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, temperature, ALL_GROUPS: tl.constexpr):
     """The winner of a row, the lowest token on ties. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -113,7 +113,7 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
     best = tl.full((), float("-inf"), tl.float32)
     winner = tl.full((), 0, tl.int32)
     while (top > float("-inf")) & (top + _SLACK >= best):
-        times = arrivals(tl.load(seed), first_row + tl.full((1,), 0, tl.int64) + row, group, 1)
+        times = arrivals(tl.load(seed), first_row + row + tl.zeros((1,), tl.int64), group, 1)
         place = tl.arange(0, GROUP)[:, None]
         z = tl.load(logits + (row * groups + group) * GROUP + place)
         if thresholds is not None:

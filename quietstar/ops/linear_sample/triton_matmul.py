@@ -67,7 +67,7 @@ def _halves(logits):
     return tl.split(tl.permute(tl.reshape(logits, (BLOCK_V, 2, HALF)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul_sample_kernel(
     hidden, weight, seed, suppressed, scores, tokens, hidden_strides, weight_strides, rows, vocabulary, hidden_size,
     temperature, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_STEPS: tl.constexpr,
@@ -103,7 +103,7 @@ def matmul_sample_kernel(
         _store_winners(acc, 0, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pick_kernel(scores, candidates, tokens, blocks, rows, ALL_BLOCKS: tl.constexpr):
     """The best of a row's candidates [blocks, rows], the first on ties. Grid: rows."""
     row = tl.program_id(0)

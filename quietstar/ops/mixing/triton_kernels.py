@@ -28,10 +28,10 @@ _LOWEST = tl.constexpr(-3.4e38)
 
 @triton.jit
 def _row_start(tensor, row, sizes, strides, ALIGN: tl.constexpr):
-    """Pointer to the first logit of a row; sizes and strides of the leading dimensions, outermost first."""
+    """Pointer to the first logit of a row; strides of all leading dimensions, sizes of all but the outermost."""
     offset = row * 0
-    for i in tl.static_range(len(sizes) - 1, 0, -1):
-        offset += row % sizes[i] * strides[i]
+    for i in tl.static_range(len(sizes) - 1, -1, -1):
+        offset += row % sizes[i] * strides[i + 1]
         row = row // sizes[i]
     return tensor + (offset + row * strides[0]) * ALIGN
 
@@ -227,7 +227,7 @@ class _Rows:
         if all(column == 1 for column in columns):
             align = math.gcd(16 // tensors[0].element_size(), vocabulary, *(s for x in strides for s in x))
         self.arguments = (
-            sizes, *(tuple(s // align for s in x) for x in strides), *columns, vocabulary // align,
+            sizes[1:], *(tuple(s // align for s in x) for x in strides), *columns, vocabulary // align,
         )  # fmt: skip
         self.options = {"ALIGN": align, "BLOCK": _BLOCK, "num_warps": _WARPS}
         self.whole = (math.prod(sizes),)
