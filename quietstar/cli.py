@@ -10,6 +10,7 @@ import quietstar
 # name -> (line of help, "module:function"). The module is imported only when its command is asked for.
 # The function takes the list of arguments after the command's name and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("train a small model to think, on a CPU, nothing downloaded", "quietstar.quickstart.command:main"),
     "train": ("teach a Mistral to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),
