@@ -31,10 +31,10 @@ def _load(row, columns, vocabulary, limit):
 
 
 @triton.jit
-def _store_gradient(row, columns, limit, exponential, total, place, scale):
-    """Write scale · (p − 1 at the target), p = exponential / total; the difference is taken before anything rounds."""
-    difference = exponential - tl.where(columns == place, total, 0.0)
-    tl.store(row + columns, difference * (scale / total), mask=columns < limit)
+def _store_at_target(gradient, place, exponential, total, factor):
+    """Turn the target's gradient from p into p − 1, times its scale; the difference is taken before anything rounds."""
+    tl.debug_barrier()  # after whichever thread wrote it with the others
+    tl.store(gradient + place, (exponential - total) * factor)
 
 
 @triton.jit
@@ -53,10 +53,13 @@ def resident_kernel(
     top = tl.max(z, 0)
     exponential = tl.exp((z - top) * inverse_temperature)
     total = tl.sum(exponential, 0)
-    tl.store(nll + row, tl.log(total) - (at_target - top) * inverse_temperature)
+    at_target = (at_target - top) * inverse_temperature
+    tl.store(nll + row, tl.log(total) - at_target)
     if scale is not None:
-        row_scale = tl.load(scale + row) * inverse_temperature
-        _store_gradient(gradient + row * gradient_stride, columns, limit, exponential, total, place, row_scale)
+        gradient += row * gradient_stride
+        factor = tl.load(scale + row) * inverse_temperature / total
+        tl.store(gradient + columns, exponential * factor, mask=columns < limit)
+        _store_at_target(gradient, place, tl.exp(at_target), total, factor)
 
 
 @triton.jit
@@ -82,14 +85,17 @@ def streaming_kernel(
         peak = tl.maximum(peak, z)
     top = tl.max(peak, 0)
     total = tl.sum(totals * tl.exp((peak - top) * inverse_temperature), 0)
-    tl.store(nll + row, tl.log(total) - (at_target - top) * inverse_temperature)
+    at_target = (at_target - top) * inverse_temperature
+    tl.store(nll + row, tl.log(total) - at_target)
     if scale is not None:
-        row_scale = tl.load(scale + row) * inverse_temperature
+        gradient += row * gradient_stride
+        factor = tl.load(scale + row) * inverse_temperature / total
         for start in tl.range(0, vocabulary, BLOCK, num_stages=1):
             columns = start + tl.arange(0, BLOCK)
             exponential = tl.exp((_load(logits, columns, vocabulary, limit) - top) * inverse_temperature)
             tl.debug_barrier()  # half as wide, the gradient of a block covers logits of this block and earlier ones
-            _store_gradient(gradient + row * gradient_stride, columns, limit, exponential, total, place, row_scale)
+            tl.store(gradient + columns, exponential * factor, mask=columns < limit)
+        _store_at_target(gradient, place, tl.exp(at_target), total, factor)
 
 
 def cross_entropy_rows(

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Enough bytes in flight: 8 logits a thread, which in half precision is one 16-byte access, from each of two tensors,
-# and STAGES - 1 blocks ahead.
-_BLOCK, _WARPS = 2048, 8
+# Enough bytes in flight: 16 a thread from each of two tensors, and as many of each of the next STAGES - 1 blocks.
+_BLOCK_BYTES, _WARPS = 4096, 8
 _STAGES = tl.constexpr(3)
 
 # The largest of no logits: −inf − (−inf) would be NaN.
@@ -229,9 +228,10 @@ class _Rows:
         self.arguments = (
             sizes[1:], *(tuple(s // align for s in x) for x in strides), *columns, vocabulary // align,
         )  # fmt: skip
-        self.options = {"ALIGN": align, "BLOCK": _BLOCK, "num_warps": _WARPS}
+        block = _BLOCK_BYTES // tensors[0].element_size()
+        self.options = {"ALIGN": align, "BLOCK": block, "num_warps": _WARPS}
         self.whole = (math.prod(sizes),)
-        self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, _BLOCK),)
+        self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, block),)
 
 
 def _merged(sizes: list[int], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

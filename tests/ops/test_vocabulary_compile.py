@@ -1,0 +1,77 @@
+"""The Triton kernels of the vocabulary ops, compiled for GPUs that are not there: they fit, and access wide."""
+
+import re
+
+import pytest
+import torch
+from compile_kernels import SHARED_MEMORY, compiled
+
+pytest.importorskip("triton")
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def launch_all():
+    from quietstar.ops._rows import logits_buffer
+    from quietstar.ops.linear_cross_entropy import triton_hidden
+    from quietstar.ops.linear_cross_entropy.triton_kernels import cross_entropy_rows
+    from quietstar.ops.linear_sample.triton_kernels import sample_rows
+    from quietstar.ops.linear_sample.triton_matmul import sample
+    from quietstar.ops.mixing import triton_kernels as mixing
+
+    row, number, seed = torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor(0)
+    for vocabulary, dtype in [(32000, BF16), (32002, BF16), (32003, F32)]:
+        logits = torch.zeros(2, vocabulary, dtype=dtype)
+        mixing.mix(logits, logits, row)
+        mixing.mix_backward(logits, logits, logits, row, [True] * 3)
+        mixing.cross_entropy(logits, logits, row, number)
+        mixing.cross_entropy_backward(row, logits, logits, row, number, row, row, [True] * 2)
+    for vocabulary, dtype in [(32002, BF16), (32002, F32), (128256, BF16)]:
+        logits = logits_buffer(2, vocabulary, F32, torch.device("cpu"))
+        cross_entropy_rows(logits, number, row, 0.7, None, dtype)
+    hidden = torch.zeros(2, 4096, dtype=BF16)
+    for index in (None, number):
+        mixed = triton_hidden.FusedMixedHidden(hidden, hidden, row, index, [True] * 3)
+        mixed.read(slice(0, 2))
+        mixed.write_gradient(slice(0, 2), hidden.float())
+    for vocabulary in (32064, 152064):
+        sample_rows(torch.zeros(2, vocabulary), vocabulary, 0, seed, None, 0.7, 5, 0.9)
+    for rows, dtype in [(1, BF16), (32, BF16), (64, BF16), (128, BF16), (128, F32)]:
+        hidden, weight = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(32002, 4096, dtype=dtype)
+        sample(hidden, weight, seed, number, 0.7, None, None)
+
+
+@pytest.fixture(scope="module", params=SHARED_MEMORY, ids="sm_{}".format)
+def kernels(request):
+    return compiled(__file__, "launch_all", request.param)
+
+
+@pytest.mark.slow
+def test_kernels_fit(kernels):
+    assert len(kernels) >= 29
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel[:6]
+        assert kernel.shared <= SHARED_MEMORY[kernel.architecture], kernel[:6]
+
+
+def widths(ptx):
+    """Bytes of the accesses of memory by vectors, without those of single numbers of a row."""
+    found = re.findall(r"(?:ld|st)\.global[.\w]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    found = [int(n or 1) * int(bits) // 8 for n, bits in found]
+    return found + [int(n) for n in re.findall(r"cp\.async[.\w]*\s+\[[^]]*\],\s*\[[^]]*\],\s*(?:0x)?(\d+)", ptx)]
+
+
+@pytest.mark.slow
+def test_a_row_of_logits_is_accessed_by_16_bytes(kernels):
+    """Also at V = 32002, thanks to the padding of the logits' buffer."""
+    for kernel in kernels:
+        if kernel.name == "resident_kernel":
+            assert widths(kernel.ptx).count(16) >= 8, kernel[:6]
+
+
+@pytest.mark.slow
+def test_matrix_units_are_used(kernels):
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for kernel in kernels:
+        if kernel.name == "matmul_sample_kernel" and "bf16" in kernel.ptx:
+            assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
