@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -19,7 +20,8 @@ from transformers import (
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main
-from quietstar.training.arguments import TrainParser
+from quietstar.training.arguments import ModelArguments, TrainParser
+from quietstar.training.train import load_model, make_trainer
 
 PAPER = {
     "learning_rate": 1e-6, "warmup_steps": 20, "weight_decay": 0.001, "max_grad_norm": 1.0,
@@ -96,6 +98,34 @@ def test_training_resuming_and_going_on(run, base, tmp_path):
     )
     assert not torch.equal(trained["lm_head.weight"], weights["lm_head.weight"])
     assert not (again / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "held_out"),
+    [([], 12), (["--max_held_out_windows", "5"], 5), (["--held_out_fraction", "0"], 0)],
+    ids=["all", "capped", "none"],
+)
+def test_documents_are_trained_on_or_held_out(base, text, tmp_path, flags, held_out):
+    arguments = ["--model", base, "--data", text, "--output_dir", tmp_path, "--block_size", "10", *flags]
+    if held_out:
+        arguments[6:6] = ["--held_out_fraction", "0.2"]
+    trainer = make_trainer(*TrainParser().parse([*map(str, arguments), "--report_to", "none", "--use_cpu"]))
+    # Twenty documents of thirty tokens, four of them held out.
+    assert len(trainer.train_dataset) == (48 if held_out else 60)
+    assert len(trainer.eval_dataset or []) == held_out
+
+
+def test_checkpoints_in_the_authors_layout_are_taken_as_they_are(base):
+    model, _ = load_model(ModelArguments(str(base)))
+    weights = {name.replace("mixing_head.", "talk_head.0."): x for name, x in model.state_dict().items()}
+    for name in ("start_embedding", "end_embedding"):
+        weights[name] = torch.stack([weights.pop(f"{name}.weight")] * 2)
+    save_file(weights, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text()) | {"vocab_size": 32, "max_thoughts": 8}
+    (base / "config.json").write_text(json.dumps(config))
+    again, _ = load_model(ModelArguments(str(base)))
+    assert again.config.thought_length == 3
+    assert torch.equal(again.start_embedding.weight, model.start_embedding.weight)
 
 
 def test_dtype_of_the_weights(run, tmp_path):
