@@ -65,7 +65,7 @@ def test_mean_of_chosen_tokens_and_its_error_over_repetitions():
     means, errors = [], []
     for _ in range(400):
         # Windows differ, so do their tokens, and so do the numbers of tokens that are chosen.
-        values = torch.randn(40, 1) + torch.randn(40, 6)
+        values = 5 + torch.randn(40, 1) + torch.randn(40, 6)
         chosen = torch.rand(40, 6) < torch.rand(40, 1)
         mean, error = token_mean(values, chosen)
         assert mean == pytest.approx(float(values[chosen].mean()), abs=1e-6)
