@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from thought_attention_cases import CASES, INPUTS, case, make_inputs, weighted_sum
 
 from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import library
 
 BACKENDS = ["reference", "torch"]
-INPUTS = ("query", "key", "value", "thought_key", "thought_value")
 
 
 def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
@@ -40,51 +40,6 @@ def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
                     outputs.append(scores.softmax(0) @ values)
                     lses.append(scores.logsumexp(0))
     return torch.stack(outputs).view(query.shape), torch.stack(lses).view(query.shape[:-1])
-
-
-def make_inputs(batch=2, query_heads=4, kv_heads=2, length=6, num_anchors=None, steps=3, thought_steps=None, head=8,
-                dtype=torch.float32):  # fmt: skip
-    num_anchors = length if num_anchors is None else num_anchors
-    thought_steps = steps if thought_steps is None else thought_steps
-    shapes = [(batch, query_heads, num_anchors, steps, head)] + [(batch, kv_heads, length, head)] * 2
-    shapes += [(batch, kv_heads, num_anchors, thought_steps, head)] * 2
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-CASES = {
-    "all positions": ({}, {}),
-    "earlier steps cached (S < T)": ({"steps": 2, "thought_steps": 5}, {}),
-    "sampling step (S = 1)": ({"steps": 1, "thought_steps": 4}, {}),
-    "first sampling step (S = T = 1)": ({"steps": 1}, {}),
-    "long thoughts (T = 40)": ({"length": 3, "steps": 4, "thought_steps": 40}, {}),
-    "one anchor": ({"num_anchors": 1}, {"anchors": [4]}),
-    "one anchor in front": ({"num_anchors": 1}, {"anchors": [0]}),
-    "repeated anchors": ({"num_anchors": 12}, {"anchors": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]}),
-    "a prefix of the positions, repeated": ({"num_anchors": 8}, {"anchors": [0, 0, 1, 1, 2, 2, 3, 3]}),
-    "unsorted, repeated, inactive": ({"num_anchors": 5}, {"anchors": [5, -1, 2, 2, 0]}),
-    "all inactive": ({"num_anchors": 2}, {"anchors": [-1, -1]}),
-    "anchors per batch": ({"num_anchors": 3}, {"anchors": [[0, 3, 5], [-1, 1, 1]]}),
-    "window": ({}, {"window": 2}),
-    "window of one": ({}, {"window": 1}),
-    "window that hides nothing": ({}, {"window": 6}),
-    "left padding": ({}, {"key_start": [2, 0]}),
-    "left padding over everything": ({}, {"key_start": [6, 5]}),
-    "window, padding, anchors": ({"num_anchors": 3}, {"anchors": [5, 1, -1], "window": 3, "key_start": [0, 2]}),
-    "multi-head": ({"kv_heads": 4}, {}),
-    "multi-query": ({"kv_heads": 1}, {}),
-    "odd head size, scale": ({"head": 5}, {"scale": 0.7}),
-}
-
-
-def case(name):
-    shapes, options = CASES[name]
-    tensors = {k: torch.tensor(v) for k, v in options.items() if k in ("anchors", "key_start")}
-    return make_inputs(**shapes), options | tensors
-
-
-def weighted_sum(output, lse, grad_output, grad_lse):
-    """A scalar whose gradient reaches the output and the finite part of the lse."""
-    return (output * grad_output).sum() + torch.where(lse.isfinite(), lse * grad_lse, 0).sum()
 
 
 @pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])

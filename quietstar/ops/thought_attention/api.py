@@ -13,10 +13,24 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
+from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
 
-_BACKENDS: dict[str, Availability] = {"torch": always_available, "reference": always_available}
+_LARGEST_TRITON_HEAD = 256
+
+
+def _triton_unavailable(query: Tensor) -> str | None:
+    if query.shape[-1] > _LARGEST_TRITON_HEAD:
+        return f"its kernels take heads of at most {_LARGEST_TRITON_HEAD} elements, got D = {query.shape[-1]}"
+    return triton_unavailable(query)
+
+
+_BACKENDS: dict[str, Availability] = {
+    "triton": _triton_unavailable,
+    "torch": always_available,
+    "reference": always_available,
+}
 
 
 def thought_attention(

@@ -4,17 +4,22 @@ The ops take the backend's name; a backend is a module with ``forward`` and ``ba
 ``library.py``. A gradient nobody asked for is an empty tensor.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from quietstar.ops.thought_attention import library
-
-_MODULES: dict[str, ModuleType] = {"torch": library}
+_MODULES = {"torch": "library", "triton": "triton_backend"}
 
 _KEYS = "Tensor query, Tensor key, Tensor value, Tensor thought_key, Tensor thought_value"
 _MASK = "Tensor? anchors, Tensor? key_start, int? window, float scale, str backend"
+
+
+def _module(backend: str) -> ModuleType:
+    """The backend's module, imported when it is first used: triton may be missing, and takes its time."""
+    return import_module(f"{__package__}.{_MODULES[backend]}")
+
 
 torch.library.define("quietstar::thought_attention", f"({_KEYS}, {_MASK}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -26,7 +31,7 @@ torch.library.define(
 
 @torch.library.impl("quietstar::thought_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
-    output, lse = _MODULES[backend].forward(
+    output, lse = _module(backend).forward(
         query, key, value, thought_key, thought_value, anchors, key_start, window, scale
     )
     return output.contiguous(), lse.contiguous()
@@ -43,7 +48,7 @@ def _backward(
     grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
     anchors, key_start, window, scale, backend,
 ):  # fmt: skip
-    grads = _MODULES[backend].backward(
+    grads = _module(backend).backward(
         grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
         anchors, key_start, window, scale,
     )  # fmt: skip

@@ -1,0 +1,253 @@
+"""Backward of thought attention in Triton, second and third kernel: gradients of keys and values.
+
+No atomics, every sum in a fixed order: a program holds a block of keys and adds up, in registers, over all the rows
+that see them, with all steps of an anchor and the whole head group.
+
+- Base keys: the rows of all anchors at and behind the block. Anchors are sorted, so that is one range of rows. Programs
+  go through it from its end: those of one head then read the same rows at the same time, from the L2 cache.
+- Thought keys: the rows of one anchor, or of a few whose thoughts fit a block together.
+
+Scores are computed transposed, Sᵀ = K · Qᵀ, so that no accumulator has to be. Four matrix products per (row, key), two
+of them (S and dP) a second time after ``triton_backward_query``: the price of needing neither atomics nor partial
+gradients of the queries, of which there are G·S times as many as keys.
+
+Rows are found through the tables that ``triton_backward_query`` leaves: sorted by anchor, with their offsets in query
+and dO.
+"""
+
+import triton
+import triton.language as tl
+
+from quietstar.ops.thought_attention.triton_tiles import (
+    base_2,
+    dot,
+    load_vectors,
+    place_of,
+    sees_base,
+    store_vectors,
+)
+
+
+@triton.jit
+def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale):
+    """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows]."""
+    grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
+    scores = dot(key, tl.trans(query))
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    probability = tl.exp2(scores * scale - log_sum[None, :])
+    grad_scores = (probability * grad_probability).to(query.dtype)
+    return grad_key + dot(grad_scores, query), grad_value + dot(probability.to(query.dtype), grad_output)
+
+
+@triton.jit
+def _load_rows(
+    query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+    QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Query, dO, lse and delta of rows. Without ``row_grad``, dO lies as the query does."""
+    query_offsets = tl.multiple_of(tl.load(row_query + rows), QUERY_ALIGN)
+    grad_offsets = query_offsets
+    if row_grad is not None:
+        grad_offsets = tl.multiple_of(tl.load(row_grad + rows), GRAD_ALIGN)
+    q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
+    do = load_vectors(grad_output, grad_offsets, None, HEAD, BLOCK_D)
+    return q, do, tl.load(row_log_sum + rows), tl.load(row_delta + rows)
+
+
+@triton.jit
+def _first_row(row_anchor, num_rows, base):
+    """The first row whose anchor is not before ``base``; num_rows if there is none."""
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(row_anchor + middle) < base
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _steps_base(
+    grad_key, grad_value, key, value, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+    keys, window, begin, end, steps, hole_at, hole, scale,
+    MASKED: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``_step`` over ``steps`` tiles of rows from ``end`` backwards.
+
+    MASKED: at step ``hole_at`` it leaves out ``hole`` rows, and the last tile may reach behind ``begin``.
+    """
+    for i in tl.range(0, steps):
+        rows = end - (i + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        visible = None
+        if MASKED:
+            rows -= tl.where(i < hole_at, 0, hole)
+            wanted = rows >= begin
+            rows = tl.maximum(rows, 0)
+            anchor = tl.where(wanted, tl.load(row_anchor + rows), -1)
+            visible = sees_base(anchor[None, :], keys[:, None], 0, window)
+        q, do, log_sum, delta = _load_rows(
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+            QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D,
+        )  # fmt: skip
+        grad_key, grad_value = _step(grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["num_rows", "length", "window", "splits"])
+def key_gradient_kernel(
+    grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+    grad_key, grad_value,
+    grad_output_stride, query_stride, key_stride, value_stride, batches, kv_heads, num_rows, length, window, splits,
+    scale,
+    GROUP: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D].
+
+    With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
+    negative. Grid: key blocks · Hkv · B · splits programs.
+    """
+    num_blocks = tl.cdiv(length, BLOCK_N)
+    program = tl.program_id(0)
+    block = program % num_blocks * BLOCK_N  # in this order the blocks with the most rows come first: an even end
+    part = program // num_blocks  # counts heads, then batches, then splits
+    head = (part % kv_heads).to(tl.int64)
+    batch = (part // kv_heads % batches).to(tl.int64)
+    split = part // kv_heads // batches
+
+    grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
+    query += batch * query_stride[0] + head * GROUP * query_stride[1]
+    key += batch * key_stride[0] + head * key_stride[1]
+    value += batch * value_stride[0] + head * value_stride[1]
+    table = (batch * kv_heads + head) * num_rows
+    row_anchor += table
+    row_log_sum += table
+    row_delta += table
+    row_query += table
+    if row_grad is not None:
+        row_grad += table
+
+    keys = block + tl.arange(0, BLOCK_N)
+    near = tl.minimum(keys, length - 1)  # surplus keys repeat the last one and are not stored
+    k = load_vectors(key, near.to(tl.int64) * key_stride[2], None, HEAD, BLOCK_D)
+    v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, HEAD, BLOCK_D)
+
+    # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window those in
+    # [tail, end) some again. Splits share them out evenly. Masked tiles take what whole unmasked ones leave over, and
+    # come first, so that little has to stay in registers besides what the long unmasked loop needs.
+    last_key = tl.minimum(block + BLOCK_N, length) - 1
+    begin = _first_row(row_anchor, num_rows, block)
+    full = _first_row(row_anchor, num_rows, last_key)
+    end = num_rows
+    if window is not None:
+        end = _first_row(row_anchor, num_rows, last_key + window)
+    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
+    begin = tl.minimum(begin + split * share, end)
+    end = tl.minimum(begin + share, end)
+    tail_steps = 0
+    if window is not None:
+        tail = _first_row(row_anchor, num_rows, block + window)
+        tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
+    full_end = end - tail_steps * EDGE_M
+    full_steps = tl.maximum(full_end - tl.maximum(full, begin), 0) // BLOCK_M
+    full_rows = full_steps * BLOCK_M
+    masked_steps = tail_steps + tl.cdiv(tl.maximum(full_end - full_rows - begin, 0), EDGE_M)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk, dv = _steps_base(
+        dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
+        begin, end, masked_steps, tail_steps, full_rows, base_2(scale),
+        True, QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D, EDGE_M,
+    )  # fmt: skip
+    dk, dv = _steps_base(
+        dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
+        begin, full_end, full_steps, 0, 0, base_2(scale),
+        False, QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    dk *= scale
+
+    if key_start is not None:  # no row sees padding, so it is enough to drop its gradients
+        padding = keys < tl.load(key_start + batch)
+        dk = tl.where(padding[:, None], 0.0, dk)
+        dv = tl.where(padding[:, None], 0.0, dv)
+    start = (part.to(tl.int64) * length + block) * HEAD
+    element = tl.reshape(tl.arange(0, BLOCK_N * BLOCK_D), (BLOCK_N, BLOCK_D))
+    row = element // BLOCK_D
+    column = element % BLOCK_D
+    exists = (row < length - block) & (column < HEAD)
+    offsets = row * HEAD + column
+    tl.store(grad_key + start + offsets, dk.to(grad_key.dtype.element_ty), mask=exists)
+    tl.store(grad_value + start + offsets, dv.to(grad_value.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "thought_steps"])
+def thought_gradient_kernel(
+    grad_output, query, thought_key, thought_value, order, row_log_sum, row_delta, row_query, row_grad,
+    grad_thought_key, grad_thought_value,
+    grad_output_stride, query_stride, thought_key_stride, thought_value_stride, grad_stride, order_stride,
+    kv_heads, num_anchors, thought_steps, scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the thought keys and values of as many anchors as fit BLOCK_N, or of a block of one anchor's.
+
+    ``scale`` is not negative. Grid: blocks of an anchor · groups of anchors · B · Hkv programs.
+    """
+    ROWS: tl.constexpr = STEPS * GROUP
+    together = tl.maximum(BLOCK_N // thought_steps, 1)
+    num_groups = tl.cdiv(num_anchors, together)
+    num_blocks = tl.cdiv(thought_steps, BLOCK_N)
+    program = tl.program_id(0)
+    block = program % num_blocks * BLOCK_N
+    first = program // num_blocks % num_groups * together
+    batch = (program // (num_blocks * num_groups) // kv_heads).to(tl.int64)
+    head = (program // (num_blocks * num_groups) % kv_heads).to(tl.int64)
+
+    grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
+    query += batch * query_stride[0] + head * GROUP * query_stride[1]
+    thought_key += batch * thought_key_stride[0] + head * thought_key_stride[1]
+    thought_value += batch * thought_value_stride[0] + head * thought_value_stride[1]
+    grad_thought_key += batch * grad_stride[0] + head * grad_stride[1]
+    grad_thought_value += batch * grad_stride[0] + head * grad_stride[1]
+    table = (batch * kv_heads + head) * num_anchors * ROWS
+    row_log_sum += table
+    row_delta += table
+    row_query += table
+    if row_grad is not None:
+        row_grad += table
+    if order is not None:
+        order += batch * order_stride
+
+    column = block + tl.arange(0, BLOCK_N)
+    position = first + column // thought_steps
+    step = (column % thought_steps).to(tl.int64)
+    exists = (column < together * thought_steps) & (position < num_anchors)
+    place = place_of(tl.minimum(position, num_anchors - 1), order).to(tl.int64)
+    key_offsets = place * thought_key_stride[2] + step * thought_key_stride[3]
+    value_offsets = place * thought_value_stride[2] + step * thought_value_stride[3]
+    k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
+    v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    end = tl.minimum(first + together, num_anchors) * ROWS
+    for tile in tl.range(first * ROWS, end, BLOCK_M):
+        index = tile + tl.arange(0, BLOCK_M)
+        rows = tl.minimum(index, end - 1)
+        q, do, log_sum, delta = _load_rows(
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+            QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D,
+        )  # fmt: skip
+        row_step = (rows // GROUP) % STEPS + (thought_steps - STEPS)
+        visible = (position[:, None] == (rows // ROWS)[None, :]) & (step[:, None] <= row_step[None, :])
+        visible = visible & (index < end)[None, :]
+        dk, dv = _step(dk, dv, k, v, q, do, visible, log_sum, delta, base_2(scale))
+    dk *= scale
+
+    offsets = place * grad_stride[2] + step * grad_stride[3]
+    store_vectors(grad_thought_key, offsets, dk, exists, HEAD, BLOCK_D)
+    store_vectors(grad_thought_value, offsets, dv, exists, HEAD, BLOCK_D)

@@ -1,0 +1,174 @@
+"""Backward of thought attention in Triton, first kernel: gradient of the queries.
+
+A program holds a tile of packed rows (``triton_tiles`` draws them) and goes over the keys that the tile sees, as the
+forward does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − dlse, the gradient of a score s is
+dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key).
+
+What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
+anchor, lse, delta, and where the row lies in query and in dO (if it lies elsewhere). They then read rows without a
+thought for their order.
+"""
+
+import triton
+import triton.language as tl
+
+from quietstar.ops.thought_attention.triton_tiles import (
+    LOG2_E,
+    anchor_of,
+    base_2,
+    base_range,
+    dot,
+    in_pieces,
+    load_block,
+    load_vectors,
+    out_of_pieces,
+    piece_columns,
+    place_of,
+    row_offsets,
+    sees_base,
+    store_vectors,
+    transposed,
+)
+
+
+@triton.jit
+def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, scale):
+    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D]."""
+    grad_probability = dot(grad_output, transposed(value)) - tl.expand_dims(delta, -1)
+    scores = dot(query, transposed(key))
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    probability = tl.exp2(scores * scale - tl.expand_dims(log_sum, -1))
+    return grad_query + dot((probability * grad_probability).to(key.dtype), key)
+
+
+@triton.jit
+def _steps_base(
+    grad_query, query, grad_output, key, value, key_stride, value_stride, anchor, first, window,
+    begin, end, steps, hole_at, hole, log_sum, delta, scale,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``_step`` over ``steps`` blocks of base keys from ``begin`` on; ``base_range`` explains the bounds of MASKED."""
+    for i in tl.range(0, steps):
+        block = begin + i * BLOCK_N
+        exists = None
+        visible = None
+        if MASKED:
+            block += tl.where(i < hole_at, 0, hole)
+            keys = block + tl.arange(0, BLOCK_N)
+            exists = (keys >= first) & (keys < end)  # what no row sees is not even read: it may be NaN
+            visible = sees_base(anchor[:, None], keys[None, :], first, window)
+        k = load_block(key, key_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
+        v = load_block(value, value_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
+        grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale)
+    return grad_query
+
+
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window"])
+def query_gradient_kernel(
+    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order, key_start,
+    grad_query, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+    grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
+    thought_value_stride, output_stride, lse_stride, anchors_stride,
+    kv_heads, num_anchors, length, thought_steps, window, scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr, PIECE: tl.constexpr,
+    PIECE_ANCHORS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries of a tile, with the strides of ``output``, and its part of the row tables.
+
+    ``scale`` is not negative. Grid: tiles · B · Hkv programs.
+    """
+    ROWS: tl.constexpr = STEPS * GROUP
+    PIECES: tl.constexpr = BLOCK_M // PIECE
+    num_rows = num_anchors * ROWS
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    program = tl.program_id(0)
+    tile_start = (num_tiles - 1 - program % num_tiles) * BLOCK_M  # the longest rows first, for an even end
+    batch = (program // num_tiles // kv_heads).to(tl.int64)
+    head = (program // num_tiles % kv_heads).to(tl.int64)
+
+    grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
+    query += batch * query_stride[0] + head * GROUP * query_stride[1]
+    output += batch * output_stride[0] + head * GROUP * output_stride[1]
+    grad_query += batch * output_stride[0] + head * GROUP * output_stride[1]
+    lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
+    key += batch * key_stride[0] + head * key_stride[1]
+    value += batch * value_stride[0] + head * value_stride[1]
+    thought_key += batch * thought_key_stride[0] + head * thought_key_stride[1]
+    thought_value += batch * thought_value_stride[0] + head * thought_value_stride[1]
+    if anchors is not None:
+        anchors += batch * anchors_stride
+    if order is not None:
+        order += batch * anchors_stride
+    first = 0
+    if key_start is not None:
+        first = tl.load(key_start + batch).to(tl.int32)
+
+    index = tile_start + tl.arange(0, BLOCK_M)
+    exists = index < num_rows
+    rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
+    position = rows // ROWS
+    place = place_of(position, order)
+    anchor = anchor_of(position, anchors, length)
+    query_offsets = row_offsets(rows, place, query_stride, STEPS, GROUP)
+    grad_offsets = row_offsets(rows, place, grad_output_stride, STEPS, GROUP)
+    q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
+    do = load_vectors(grad_output, grad_offsets, None, HEAD, BLOCK_D)
+    o = load_vectors(output, row_offsets(rows, place, output_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
+
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    log_sum = tl.load(lse + row_offsets(rows, place, lse_stride, STEPS, GROUP)) * LOG2_E
+    if grad_lse is not None:
+        grad_lse += batch * grad_lse_stride[0] + head * GROUP * grad_lse_stride[1]
+        delta -= tl.load(grad_lse + row_offsets(rows, place, grad_lse_stride, STEPS, GROUP))
+    if anchors is not None:  # inactive rows: probability 0
+        delta = tl.where(anchor < 0, 0.0, delta)
+        log_sum = tl.where(anchor < 0, float("inf"), log_sum)
+    table = (batch * kv_heads + head) * num_rows + index
+    tl.store(row_anchor + table, anchor, mask=exists)
+    tl.store(row_log_sum + table, log_sum, mask=exists)
+    tl.store(row_delta + table, delta, mask=exists)
+    tl.store(row_query + table, query_offsets, mask=exists)
+    if row_grad is not None:
+        tl.store(row_grad + table, grad_offsets, mask=exists)
+
+    # The thought keys, piece by piece.
+    q_pieces = in_pieces(q, PIECES)
+    do_pieces = in_pieces(do, PIECES)
+    log_sum_pieces = in_pieces(log_sum, PIECES)
+    delta_pieces = in_pieces(delta, PIECES)
+    row_position = tl.expand_dims(in_pieces(position, PIECES), -1)
+    row_step = tl.expand_dims(in_pieces((rows // GROUP) % STEPS, PIECES), -1) + (thought_steps - STEPS)
+    dq = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
+    for chunk in tl.range(0, PIECE_ANCHORS * thought_steps, BLOCK_T, num_stages=1):
+        column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
+        column_place = place_of(tl.minimum(column_position, num_anchors - 1), order).to(tl.int64)
+        key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
+        value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
+        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
+        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+        visible = tl.expand_dims(column_position, -2) == row_position
+        visible = visible & (tl.expand_dims(step, -2) <= row_step)
+        dq = _step(dq, q_pieces, do_pieces, k, v, visible, log_sum_pieces, delta_pieces, base_2(scale))
+    dq = out_of_pieces(dq, PIECES)
+
+    # The base keys: first those to mask, then the full blocks.
+    full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
+        anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
+    )
+    dq = _steps_base(
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, window,
+        begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), True, HEAD, BLOCK_D, EDGE_N,
+    )  # fmt: skip
+    dq = _steps_base(
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, window,
+        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale),
+        False, HEAD, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    if anchors is not None:
+        dq = tl.where(anchor[:, None] < 0, 0.0, dq)
+    place = place_of(tl.minimum(index // ROWS, num_anchors - 1), order)
+    offsets = row_offsets(index, place, output_stride, STEPS, GROUP)
+    store_vectors(grad_query, offsets, dq * scale, exists, HEAD, BLOCK_D)

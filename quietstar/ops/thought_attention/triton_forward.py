@@ -1,0 +1,212 @@
+"""Forward of thought attention in Triton: one kernel for training tiles, sampling steps and split keys.
+
+One program holds BLOCK_M packed rows (``triton_tiles`` draws them) of one key/value head. It starts with the block
+diagonal of thought keys, which gives every active row a finite maximum, and goes on over blocks of base keys with the
+running softmax of FlashAttention (arXiv 2205.14135, 2307.08691), in base 2.
+
+Per row that sees n base keys: 4·D·(n + T) FLOPs; bytes: 2·D elements of query and output, and of every tile n keys and
+values from the L2 cache. At n = 1024, D = 128 that is about 1000 FLOPs per byte of memory: bound by the tensor cores.
+
+With few rows and many keys (decoding) the keys of a tile are split over several programs, whose partial results
+``combine_kernel`` adds up in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from quietstar.ops.thought_attention.triton_tiles import (
+    LN_2,
+    LOWEST,
+    anchor_of,
+    base_2,
+    base_range,
+    dot,
+    in_pieces,
+    late,
+    load_block,
+    load_vectors,
+    out_of_pieces,
+    piece_columns,
+    place_of,
+    row_offsets,
+    sees_base,
+    store_vectors,
+    transposed,
+)
+
+
+@triton.jit
+def _attend(acc, peak, total, scores, scale, value):
+    """One step of the running base-2 softmax over scale · ``scores`` [..., rows, keys] and ``value`` [..., keys, D]."""
+    new_peak = tl.maximum(peak, tl.max(scores, -1) * scale)  # scale >= 0: one product a row instead of one a score
+    probability = tl.exp2(scores * scale - tl.expand_dims(new_peak, -1))
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(probability, -1)
+    acc = acc * tl.expand_dims(shrink, -1) + dot(probability.to(value.dtype), value)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _attend_base(
+    acc, peak, total, query, key, value, key_stride, value_stride, anchor, first, window,
+    begin, end, steps, hole_at, hole, scale,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attend to ``steps`` blocks of base keys from ``begin`` on. MASKED: ``base_range`` explains the other bounds."""
+    for i in tl.range(0, steps):
+        block = begin + i * BLOCK_N
+        exists = None
+        if MASKED:
+            block += tl.where(i < hole_at, 0, hole)
+            keys = block + tl.arange(0, BLOCK_N)
+            exists = (keys >= first) & (keys < end)  # what no row sees is not even read: it may be NaN
+        scores = dot(query, transposed(load_block(key, key_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)))
+        if MASKED:
+            visible = sees_base(anchor[:, None], keys[None, :], first, window)
+            scores = tl.where(visible, scores, float("-inf"))
+        block_value = load_block(value, value_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
+        acc, peak, total = _attend(acc, peak, total, scores, scale, block_value)
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "splits"])
+def forward_kernel(
+    query, key, value, thought_key, thought_value, anchors, order, key_start, output, lse,
+    query_stride, key_stride, value_stride, thought_key_stride, thought_value_stride, output_stride, lse_stride,
+    anchors_stride, kv_heads, num_anchors, length, thought_steps, window, splits, scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr, PIECE: tl.constexpr,
+    PIECE_ANCHORS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Output and natural-log lse of a tile; with SPLIT, a partial output and base-2 lse of one part of its keys.
+
+    ``scale`` is not negative. Grid: tiles · splits · B · Hkv programs.
+    """
+    ROWS: tl.constexpr = STEPS * GROUP
+    PIECES: tl.constexpr = BLOCK_M // PIECE
+    num_rows = num_anchors * ROWS
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    program = tl.program_id(0)
+    tile_start = (num_tiles - 1 - program % num_tiles) * BLOCK_M  # the longest rows first, for an even end
+    split = program // num_tiles % splits
+    batch = (program // (num_tiles * splits) // kv_heads).to(tl.int64)
+    head = (program // (num_tiles * splits) % kv_heads).to(tl.int64)
+
+    query += batch * query_stride[0] + head * GROUP * query_stride[1]
+    key += batch * key_stride[0] + head * key_stride[1]
+    value += batch * value_stride[0] + head * value_stride[1]
+    thought_key += batch * thought_key_stride[0] + head * thought_key_stride[1]
+    thought_value += batch * thought_value_stride[0] + head * thought_value_stride[1]
+    if anchors is not None:
+        anchors += batch * anchors_stride
+    if order is not None:
+        order += batch * anchors_stride
+    first = 0
+    if key_start is not None:
+        first = tl.load(key_start + batch).to(tl.int32)
+
+    scale = base_2(scale)
+    index = tile_start + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
+    position = rows // ROWS
+    place = place_of(position, order)
+    anchor = anchor_of(position, anchors, length)
+    q = load_vectors(query, row_offsets(rows, place, query_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
+
+    # The thought keys, piece by piece.
+    q_pieces = in_pieces(q, PIECES)
+    row_position = tl.expand_dims(in_pieces(position, PIECES), -1)
+    row_step = tl.expand_dims(in_pieces((rows // GROUP) % STEPS, PIECES), -1) + (thought_steps - STEPS)
+    acc = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
+    peak = in_pieces(tl.full((BLOCK_M,), LOWEST, tl.float32), PIECES)
+    total = in_pieces(tl.zeros((BLOCK_M,), tl.float32), PIECES)
+    columns = PIECE_ANCHORS * thought_steps
+    if SPLIT:
+        columns = tl.where(split == 0, columns, 0)
+    # The next keys of a piece are fetched ahead where shared memory has room for them.
+    for chunk in tl.range(0, columns, BLOCK_T, num_stages=2 if BLOCK_D <= 128 else 1):
+        column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
+        column_place = place_of(tl.minimum(column_position, num_anchors - 1), order).to(tl.int64)
+        key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
+        value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
+        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
+        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+        visible = tl.expand_dims(column_position, -2) == row_position
+        visible = visible & (tl.expand_dims(step, -2) <= row_step)
+        scores = tl.where(visible, dot(q_pieces, transposed(k)), float("-inf"))
+        acc, peak, total = _attend(acc, peak, total, scores, scale, v)
+    acc = out_of_pieces(acc, PIECES)
+    peak = out_of_pieces(peak, PIECES)
+    total = out_of_pieces(total, PIECES)
+
+    # The base keys: first those to mask, then the full blocks.
+    full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
+        anchor, first, window, length, split, splits, BLOCK_N, EDGE_N
+    )
+    acc, peak, total = _attend_base(
+        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, window,
+        begin, end, steps, hole_at, hole, scale, True, HEAD, BLOCK_D, EDGE_N,
+    )  # fmt: skip
+    acc, peak, total = _attend_base(
+        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, window,
+        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, False, HEAD, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    seen = (anchor >= 0) & (total > 0)
+    acc = tl.where(seen[:, None], acc, 0.0)
+    peak = tl.where(seen, peak, float("-inf"))
+    total = tl.where(seen, total, 1.0)
+    acc = acc * (1 / total)[:, None]
+    log_sum = peak + tl.log2(total)
+
+    index = late(index, total)
+    exists = index < num_rows
+    if not SPLIT:
+        place = place_of(tl.minimum(index // ROWS, num_anchors - 1), order)
+        output += batch * output_stride[0] + head * GROUP * output_stride[1]
+        lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
+        store_vectors(output, row_offsets(index, place, output_stride, STEPS, GROUP), acc, exists, HEAD, BLOCK_D)
+        tl.store(lse + row_offsets(index, place, lse_stride, STEPS, GROUP), log_sum * LN_2, mask=exists)
+    else:
+        part = ((batch * kv_heads + head) * splits + split) * num_rows + index
+        store_vectors(output, part * HEAD, acc, exists, HEAD, BLOCK_D)
+        tl.store(lse + part, log_sum, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "splits"])
+def combine_kernel(
+    parts, part_log_sums, order, output, lse, output_stride, lse_stride, anchors_stride, kv_heads, num_anchors, splits,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Sum of the partial results of ``forward_kernel``, in the order of the splits. Grid: tiles · B · Hkv programs."""
+    num_rows = num_anchors * STEPS * GROUP
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    program = tl.program_id(0)
+    batch = (program // num_tiles // kv_heads).to(tl.int64)
+    head = (program // num_tiles % kv_heads).to(tl.int64)
+    rows = program % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < num_rows
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for split in range(splits):
+        part = ((batch * kv_heads + head) * splits + split) * num_rows + rows
+        log_sum = tl.load(part_log_sums + part, mask=exists, other=float("-inf"))
+        new_peak = tl.maximum(peak, log_sum)
+        weight = tl.exp2(log_sum - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * load_vectors(parts, part * HEAD, exists, HEAD, BLOCK_D)
+        peak = new_peak
+
+    if order is not None:
+        order += batch * anchors_stride
+    place = place_of(tl.minimum(rows, num_rows - 1) // (STEPS * GROUP), order)
+    output += batch * output_stride[0] + head * GROUP * output_stride[1]
+    lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
+    seen = total > 0
+    acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
+    log_sum = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
+    store_vectors(output, row_offsets(rows, place, output_stride, STEPS, GROUP), acc, exists, HEAD, BLOCK_D)
+    tl.store(lse + row_offsets(rows, place, lse_stride, STEPS, GROUP), log_sum, mask=exists)

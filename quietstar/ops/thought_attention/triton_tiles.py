@@ -1,0 +1,202 @@
+"""What the kernels of thought attention share: how rows are packed in tiles, which keys they see, how both are read.
+
+The S·G query rows of an anchor (S steps, G heads that share one key/value head) lie together: row r of one key/value
+head belongs to head r % G of step (r // G) % S of anchor r // (G·S). Rows are cut into tiles without regard to anchors,
+so that no tile row is wasted; anchors come sorted, so that the rows of a tile end at nearly the same base key:
+
+             base keys 0 … L                          thought keys of the tile's anchors
+    row 0    ████████████████████████                 █
+    .        ████████████████████████                 ██
+    .        ████████████████████████                 ███
+    .        █████████████████████████                   █
+    .        █████████████████████████                   ██
+    row M    █████████████████████████                   ███
+             └ full blocks ──────┘└ masked            └ block diagonal, see PIECE
+
+Thought keys are a block diagonal: a row sees at most T of them. A tile is cut in pieces of PIECE rows, each piece is
+multiplied with the thought keys of its own few anchors only, and a batched dot does all pieces at once. Small pieces
+waste little of a diagonal with small blocks (a sampling step has G rows to an anchor), large pieces read less twice.
+
+Base keys come in blocks of BLOCK_N that every row of the tile sees in full and that need no mask. Only the edges are
+masked: around the tile's smallest and largest anchor, the edge of a window, and left padding. Their blocks have EDGE_N
+keys: fewer, because on average half of an edge block is waste.
+"""
+
+import triton
+import triton.language as tl
+
+# Stands in for the maximum of no scores: −inf − (−inf) would be NaN, exp2(−inf − LOWEST) is 0.
+LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place_of(position, order):
+    """Where the caller has the anchor that is at ``position`` in the kernel's order."""
+    if order is None:
+        return position
+    else:
+        return tl.load(order + position)
+
+
+@triton.jit
+def anchor_of(position, anchors, length):
+    """The base position of the anchor at ``position``; without anchors, every base position has one."""
+    if anchors is None:
+        return position
+    else:
+        return tl.minimum(tl.load(anchors + position), length - 1)
+
+
+@triton.jit
+def row_offsets(rows, place, stride, STEPS: tl.constexpr, GROUP: tl.constexpr):
+    """Offsets of packed rows in a tensor with strides (batch, head, anchor, step) of one key/value head."""
+    step = (rows // GROUP) % STEPS
+    return place.to(tl.int64) * stride[2] + step.to(tl.int64) * stride[3] + (rows % GROUP).to(tl.int64) * stride[1]
+
+
+@triton.jit
+def load_vectors(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The vectors of HEAD elements at ``offsets``, zero-padded to BLOCK_D; zeros where ``mask`` is off."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = pointer + (tl.expand_dims(offsets, -1) + column)
+    if mask is None:
+        if HEAD == BLOCK_D:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=column < HEAD, other=0.0)
+    else:
+        wanted = tl.expand_dims(mask, -1)
+        if HEAD != BLOCK_D:
+            wanted = wanted & (column < HEAD)
+        return tl.load(pointers, mask=wanted, other=0.0)
+
+
+@triton.jit
+def store_vectors(pointer, offsets, vectors, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store rows of HEAD elements, held in BLOCK_D columns, at ``offsets`` in the dtype of ``pointer``."""
+    column = tl.arange(0, BLOCK_D)
+    wanted = tl.expand_dims(mask, -1)
+    if HEAD != BLOCK_D:
+        wanted = wanted & (column < HEAD)
+    pointers = pointer + (tl.expand_dims(offsets, -1) + column)
+    tl.store(pointers, vectors.to(pointer.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def late(offsets, never_negative):
+    """``offsets``, which the compiler cannot find before it has ``never_negative`` [the same shape].
+
+    It would address results before the loops that compute them, where it is short of registers, and spill.
+    """
+    return offsets + (never_negative < 0).to(offsets.dtype)
+
+
+@triton.jit
+def load_block(pointer, stride, block, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_N base keys (or values) from ``block`` on. Only the offset of the block needs 64 bits."""
+    start = pointer + tl.cast(block, tl.int64) * stride[2]
+    return load_vectors(start, tl.arange(0, BLOCK_N) * stride[2], mask, HEAD, BLOCK_D)
+
+
+@triton.jit
+def base_2(scale):
+    """The scale of scores in base 2. Never 0, which would make NaN of the −inf of a hidden key."""
+    return tl.maximum(scale, 1e-30) * LOG2_E
+
+
+@triton.jit
+def dot(a, b):
+    """Tensor cores with float32 accumulation for half precision, true float32 for float32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def base_range(anchor, first, window, length, split, splits, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr):
+    """Which base keys a part of the splits has to look at for the rows of a tile, given their anchors (−1 inactive).
+
+    Returns:
+        full_begin, full_end: these keys every active row sees; whole blocks of BLOCK_N.
+        begin, end, steps, hole_at, hole: the masked blocks. There are ``steps`` of EDGE_N from ``begin`` on, but at
+        step ``hole_at`` come ``hole`` keys to leave out. ``end`` is behind the last key.
+    """
+    high = tl.max(anchor, 0)
+    low = tl.minimum(tl.min(tl.where(anchor < 0, length, anchor), 0), high)
+    begin = first
+    full_begin = first
+    if window is not None:
+        begin = tl.maximum(first, low - window + 1)
+        full_begin = tl.maximum(first, high - window + 1)
+    end = high + 1
+    full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
+    full_end = (low + 1) // BLOCK_N * BLOCK_N
+
+    start = begin // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(end - start, BLOCK_N), splits) * BLOCK_N
+    begin = tl.maximum(begin // EDGE_N * EDGE_N, start + split * share)
+    end = tl.minimum(end, start + (split + 1) * share)
+    full_begin = tl.maximum(full_begin, begin)
+    full_end = tl.minimum(full_end, end)
+
+    hole_at = tl.cdiv(tl.maximum(tl.minimum(full_begin, end) - begin, 0), EDGE_N)
+    behind = tl.maximum(full_begin, full_end)
+    steps = hole_at + tl.cdiv(tl.maximum(end - behind, 0), EDGE_N)
+    return full_begin, full_end, begin, end, steps, hole_at, behind - (begin + hole_at * EDGE_N)
+
+
+@triton.jit
+def sees_base(anchor, keys, first, window):
+    """Whether a row with ``anchor`` sees base ``keys``; shapes broadcast."""
+    visible = (keys <= anchor) & (keys >= first)
+    if window is not None:
+        visible = visible & (keys > anchor - window)
+    return visible
+
+
+@triton.jit
+def in_pieces(rows, PIECES: tl.constexpr):
+    """[BLOCK_M, ...] -> [PIECES, PIECE, ...]; unchanged if the tile is one piece."""
+    if PIECES == 1:
+        return rows
+    elif len(rows.shape) == 1:
+        return tl.reshape(rows, (PIECES, rows.shape[0] // PIECES))
+    else:
+        return tl.reshape(rows, (PIECES, rows.shape[0] // PIECES, rows.shape[1]))
+
+
+@triton.jit
+def out_of_pieces(rows, PIECES: tl.constexpr):
+    """The inverse of ``in_pieces``."""
+    if PIECES == 1:
+        return rows
+    elif len(rows.shape) == 2:
+        return tl.reshape(rows, (rows.shape[0] * rows.shape[1],))
+    else:
+        return tl.reshape(rows, (rows.shape[0] * rows.shape[1], rows.shape[2]))
+
+
+@triton.jit
+def piece_columns(tile_start, chunk, thought_steps, ROWS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+                  BLOCK_T: tl.constexpr):  # fmt: skip
+    """Position of the anchor, and step, of the thought keys in columns ``chunk`` … of each piece: [(PIECES,) BLOCK_T].
+
+    ROWS is S·G. The columns of a piece are the thought keys of its anchors in their order, T to an anchor.
+    """
+    column = chunk + tl.arange(0, BLOCK_T)
+    if PIECES == 1:
+        return tile_start // ROWS + column // thought_steps, (column % thought_steps).to(tl.int64)
+    else:
+        first = (tile_start + tl.arange(0, PIECES) * PIECE) // ROWS
+        position = first[:, None] + (column // thought_steps)[None, :]
+        step = (column % thought_steps).to(tl.int64)
+        return position, tl.broadcast_to(step[None, :], (PIECES, BLOCK_T))
+
+
+@triton.jit
+def transposed(vectors):
+    """[..., n, D] -> [..., D, n]."""
+    if len(vectors.shape) == 2:
+        return tl.trans(vectors)
+    else:
+        return tl.permute(vectors, (0, 2, 1))

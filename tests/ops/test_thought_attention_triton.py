@@ -1,0 +1,242 @@
+"""The Triton kernels of thought attention against the specification: on a GPU if there is one, else interpreted."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from thought_attention_cases import CASES, INPUTS, case, weighted_sum
+from tolerances import assert_as_accurate
+
+from quietstar.ops import thought_attention
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+from quietstar.ops.thought_attention import triton_launch  # noqa: E402 (imports triton)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
+NAMES = "output", "lse", *(f"d_{name}" for name in INPUTS)
+
+
+def spread(count, length):
+    """Anchors over the whole sequence, not sorted."""
+    return [(7 + 31 * i) % length for i in range(count)]
+
+
+# Tiles of the interpreter are 64 rows and 32 keys, edges 32 and 16: what does not fit one of them, and odd sizes.
+LARGE = {
+    "full blocks": ({"length": 100, "num_anchors": 12, "batch": 1}, {"anchors": spread(12, 100)}),
+    "window over blocks": (
+        {"length": 130, "num_anchors": 24, "batch": 1}, {"anchors": spread(24, 130), "window": 50},
+    ),
+    "padding and window over blocks": (
+        {"length": 100, "num_anchors": 12}, {"anchors": spread(12, 100), "window": 70, "key_start": [0, 37]},
+    ),
+    "an anchor larger than a tile": (
+        {"length": 3, "steps": 40, "thought_steps": 45, "query_heads": 2, "kv_heads": 1, "batch": 1}, {},
+    ),
+    "T = 130": ({"length": 3, "steps": 2, "thought_steps": 130, "batch": 1}, {}),
+    "sampling step, many anchors": ({"length": 40, "steps": 1, "thought_steps": 12, "batch": 1}, {}),
+    "group of 7": ({"length": 9, "query_heads": 7, "kv_heads": 1, "batch": 1}, {}),
+    "D = 16": ({"length": 3, "head": 16, "batch": 1}, {}),
+    "D = 80": ({"length": 3, "head": 80, "batch": 1}, {}),
+    "D = 96": ({"length": 3, "head": 96, "batch": 1}, {}),
+    "D = 256": ({"length": 2, "head": 256, "batch": 1, "query_heads": 2}, {}),
+    "negative scale": ({"length": 3, "batch": 1}, {"scale": -0.4}),
+    "scale of zero": ({"length": 3, "batch": 1}, {"scale": 0.0}),
+}  # fmt: skip
+
+
+def solve(inputs, options, grads, backend, dtype=None):
+    """Output, lse and gradients by name, through output and lse."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    output, lse = thought_attention(*leaves, **options, return_lse=True, backend=backend)
+    weighted_sum(output, lse, *(grad.to(dtype or grad.dtype) for grad in grads)).backward()
+    return dict(zip(NAMES, (output.detach(), lse.detach(), *(x.grad for x in leaves)), strict=True))
+
+
+def incoming(inputs):
+    query = inputs[0]
+    return torch.randn_like(query), torch.randn(query.shape[:-1], device=DEVICE)
+
+
+def assert_right(inputs, options):
+    grads = incoming(inputs)
+    actual = solve(inputs, options, grads, "triton")
+    eager = solve(inputs, options, grads, "reference")
+    oracle = solve(inputs, options, grads, "reference", torch.float64)
+    for name in NAMES:
+        assert actual[name].dtype == eager[name].dtype
+        assert_as_accurate(actual[name], eager[name], oracle[name], unit=inputs[0].dtype, name=name)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*CASES, *LARGE])
+def test_values_and_gradients(name, dtype):
+    assert_right(*case(name, dtype, DEVICE, CASES | LARGE))
+
+
+@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks", "unsorted, repeated, inactive"])
+def test_split_over_programs(name, monkeypatch):
+    """Few rows, few keys: the forward splits the keys, the backward the rows, to fill more processors."""
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 64)
+    monkeypatch.setattr(triton_launch, "SPLIT_KEYS", 32)
+    monkeypatch.setattr(triton_launch, "SPLIT_ROWS", 16)
+    inputs, options = case(name, device=DEVICE, cases=CASES | LARGE)
+    options["anchors"] = options["anchors"][:3]
+    inputs = [x[:, :, :3] if x.dim() == 5 else x for x in inputs]
+    assert_right(inputs, options)
+
+
+def transformers_layout(x):
+    """[B, H, ..., D] as a view of [B, ..., H, D], with anchors and steps in one dimension there."""
+    return x.flatten(2, -2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:-1])
+
+
+STRIDES = {
+    "as transformers has them": transformers_layout,
+    "a part of a larger cache": lambda x: torch.cat([x, x], dim=-2)[..., : x.shape[-2], :],
+    "anchors in front": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "elements apart": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "one batch for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("strided", STRIDES.values(), ids=STRIDES)
+def test_strides(strided):
+    inputs, options = case("window, padding, anchors", device=DEVICE)
+    inputs = [strided(x.detach()) for x in inputs]
+    assert not inputs[0].is_contiguous()
+    assert_right(inputs, options)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "expanded"])
+def test_strides_of_the_gradient(layout):
+    inputs, options = case("unsorted, repeated, inactive", device=DEVICE)
+    output = thought_attention(*inputs, **options, backend="triton")
+    grad = torch.randn_like(output)
+    if layout == "expanded":
+        grad = grad[..., :1, :1].expand(grad.shape)
+    strided = transformers_layout(grad) if layout == "transformers" else grad
+    expected = torch.autograd.grad(output, inputs, grad.contiguous(), retain_graph=True)
+    for actual, same in zip(torch.autograd.grad(output, inputs, strided), expected, strict=True):
+        assert torch.equal(actual, same)
+
+
+@pytest.mark.parametrize("wanted", INPUTS)
+def test_each_input_alone_can_need_a_gradient(wanted):
+    inputs, options = case("earlier steps cached (S < T)", device=DEVICE)
+    grads = incoming(inputs)
+    leaves = [x.detach().requires_grad_(name == wanted) for name, x in zip(INPUTS, inputs, strict=True)]
+    weighted_sum(*thought_attention(*leaves, **options, return_lse=True, backend="triton"), *grads).backward()
+    full = solve(inputs, options, grads, "triton")
+    for name, x in zip(INPUTS, leaves, strict=True):
+        assert torch.equal(x.grad, full[f"d_{name}"]) if name == wanted else x.grad is None
+
+
+def test_gradients_are_bitwise_reproducible():
+    inputs, options = case("window over blocks", torch.float16, DEVICE, LARGE)
+    grads = incoming(inputs)
+    first, second = (solve(inputs, options, grads, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_order_of_anchors_changes_nothing():
+    """Rows of permuted anchors are the permuted rows, to the bit: kernels go through them sorted in any case."""
+    inputs, options = case("full blocks", device=DEVICE, cases=LARGE)
+    sorted_anchors, order = options["anchors"].sort()
+    output = thought_attention(*inputs, **options, backend="triton")
+    query, key, value, *thoughts = inputs
+    permuted = (query[:, :, order], key, value, *(x[:, :, order] for x in thoughts))
+    assert torch.equal(thought_attention(*permuted, anchors=sorted_anchors, backend="triton"), output[:, :, order])
+
+
+def test_keys_that_no_row_sees_may_hold_anything():
+    inputs, options = case("window, padding, anchors", device=DEVICE)
+    options["anchors"] = torch.tensor([[4, 3, -1], [4, 4, 3]], device=DEVICE)
+    expected = thought_attention(*inputs, **options, backend="triton")
+    with torch.no_grad():
+        for base in inputs[1:3]:
+            base[:, :, 5] = math.nan
+            base[1, :, :2] = math.nan
+    assert torch.equal(thought_attention(*inputs, **options, backend="triton"), expected)
+
+
+def test_opcheck():
+    inputs, options = case("window, padding, anchors", device=DEVICE)
+    inputs = [x.detach() for x in inputs]
+    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, "triton"
+    output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)
+    torch.library.opcheck(torch.ops.quietstar.thought_attention, (*inputs, *mask))
+    grads = (torch.randn_like(output), torch.randn_like(lse), *inputs, output, lse, *mask)
+    torch.library.opcheck(torch.ops.quietstar.thought_attention_backward, grads)
+
+
+def test_compiles_without_graph_breaks():
+    inputs, options = case("window, padding, anchors", device=DEVICE)
+
+    def loss(*tensors):
+        return thought_attention(*tensors, **options, backend="triton").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss)), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("sizes", [{"num_anchors": 0}, {"batch": 0}, {"steps": 0, "thought_steps": 2}], ids=str)
+def test_nothing_to_do(sizes):
+    inputs, _ = case("x", device=DEVICE, cases={"x": (sizes, {})})
+    anchors = torch.zeros(inputs[0].shape[2], dtype=torch.int64, device=DEVICE)
+    output = thought_attention(*inputs, anchors=anchors, backend="triton")
+    assert output.shape == inputs[0].shape
+    assert not any(grad.any() for grad in torch.autograd.grad(output.sum(), inputs))
+
+
+def test_a_model_learns_the_same(monkeypatch):
+    """Loss and gradients of a whole tree pass, left-padded, as with the torch backend."""
+    pytest.importorskip("transformers")
+    from quietstar import QuietStarConfig, QuietStarForCausalLM
+    from quietstar.models import attention
+
+    config = QuietStarConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, thought_length=2, lookahead=2, num_thoughts=2, sliding_window=5,
+        start_thought_token_id=48, end_thought_token_id=49,
+        policy_weight=1.0,  # the paper's 1e6 would magnify the rounding of the rewards
+    )  # fmt: skip
+    model = QuietStarForCausalLM(config).to(DEVICE)
+    torch.nn.init.normal_(model.mixing_head[-1].weight)  # at zero it would hide the thoughts
+    tokens = torch.randint(48, (2, 8), device=DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    thoughts = torch.randint(48, (2, 2, 8, 2), device=DEVICE)
+    results = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(attention, "thought_attention", partial(thought_attention, backend=backend))
+        loss = model(tokens, attention_mask=mask, labels=tokens, thought_tokens=thoughts).loss
+        results[backend] = loss, *torch.autograd.grad(loss, list(model.parameters()))
+    for actual, expected in zip(results["triton"], results["torch"], strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm().clamp_min(1e-30)
+
+
+UNAVAILABLE = {
+    "dtype": ({"dtype": torch.float64}, "its kernels compute in float32"),
+    "head size": ({"head": 257}, "at most 256 elements, got D = 257"),
+}
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_what_it_cannot_do_names_who_can(name):
+    sizes, reason = UNAVAILABLE[name]
+    inputs, _ = case("x", sizes.pop("dtype", torch.float32), DEVICE, {"x": (sizes, {})})
+    with pytest.raises(ValueError, match=f"'triton' cannot run.*{reason}.*usable here: torch, reference"):
+        thought_attention(*inputs, backend="triton")
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"need a GPU.*usable here: torch, reference"):
+        thought_attention(*case("all positions")[0], backend="triton")
