@@ -1,6 +1,6 @@
 """The ``triton`` backend: sorts the anchors, chooses launch parameters and starts the kernels.
 
-``triton_tiles`` draws the layout that all kernels share; ``docs/thought_attention.md`` says why it is so.
+``triton_tiles`` draws the layout that all kernels share.
 """
 
 import contextlib

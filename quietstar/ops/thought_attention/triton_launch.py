@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels of thought attention.
 
 ``TILES`` is a table by kernel, architecture, element size and padded head size, with a reason for every row. Nothing is
-tuned while a program runs; ``triton_tune`` times candidates for a shape and prints the row to put here.
+tuned while a program runs. No row has been timed on a GPU yet.
 """
 
 import functools
