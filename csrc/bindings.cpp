@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "quietstar/bindings.h"
 #ifdef QUIETSTAR_CUDA
 #include "quietstar/cuda_build.h"
 #endif
@@ -47,4 +48,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
              "Compiler, C++ standard, OpenMP version, CUDA version and architectures of this build, as text; None "
              "where a part was not built.");
+  quietstar::bind_cpu(module);
+#ifdef QUIETSTAR_CUDA
+  quietstar::bind_cuda(module);
+#endif
 }

@@ -1,0 +1,58 @@
+"""The compiled module ``quietstar._C``: whether it is there, and how tensors are handed to it.
+
+Its functions take addresses, sizes and strides as plain integers and know no torch, so that one build serves every
+version of torch. What the integers stand for is checked here and in the ops; the functions themselves refuse null,
+negative and misaligned ones.
+"""
+
+import torch
+from torch import Tensor
+
+try:  # after torch: the module then shares torch's OpenMP threads instead of starting its own
+    from quietstar import _C
+except ImportError as error:
+    _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it"
+
+# The numbers of csrc/include/quietstar/contract.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def cpu_unavailable(tensor: Tensor) -> str | None:
+    """Why the ``cpu`` backend cannot run on ``tensor``, in one clause; None if it can."""
+    if _C is None:
+        return _MISSING
+    if tensor.device.type != "cpu":
+        return f"its kernels need tensors on the CPU, got {tensor.device.type}"
+    return _unless_dtype(tensor, torch.float32, torch.bfloat16)
+
+
+def cuda_unavailable(tensor: Tensor) -> str | None:
+    """Why the ``cuda`` backend cannot run on ``tensor``, in one clause; None if it can."""
+    if _C is None:
+        return _MISSING
+    if _C.build_info()["cuda"] is None:
+        return "the compiled module was built without CUDA; `pip install . -C cmake.define.QUIETSTAR_CUDA=ON` adds it"
+    if tensor.device.type != "cuda":
+        return f"its kernels need tensors on a GPU, got {tensor.device.type}"
+    return _unless_dtype(tensor, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _unless_dtype(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
+    if tensor.dtype in dtypes:
+        return None
+    return f"its kernels take {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {tensor.dtype}"
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's elements lie; 0 for a tensor that is absent."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def unit_columns(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., n] with neighbouring elements in the last dimension; copied only if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., n] as [rows, n] with neighbouring elements in a row; copied only if its strides demand it."""
+    return unit_columns(tensor.reshape(-1, tensor.shape[-1]))
