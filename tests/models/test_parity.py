@@ -13,12 +13,21 @@ from quietstar.models.checkpoint import authors_state_dict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 FILES = sorted(Path(os.environ.get("QUIETSTAR_PARITY_DIR", FIXTURES)).glob("*.safetensors"))
-BACKENDS = ["reference", "torch"]
 
 
-def load(file):
+@pytest.fixture(params=["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
+def device(request, monkeypatch):
+    """Where every op runs by one backend: on the CPU, Triton's kernels in its interpreter if there is no GPU."""
+    monkeypatch.setenv("QUIETSTAR_BACKEND", request.param)
+    if request.param != "triton":
+        return "cpu"
+    pytest.importorskip("triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(file, device):
     """Model, tensors and settings of a parity file."""
-    with safe_open(file, "pt") as archive:
+    with safe_open(file, "pt", device) as archive:
         meta = json.loads(archive.metadata()["meta"])
         tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     config = QuietStarConfig(
@@ -33,7 +42,7 @@ def load(file):
         base_loss_weight=meta["original_loss_weight"],
         embedding_scale=meta["embedding_scale"],
     )
-    model = QuietStarForCausalLM(config)
+    model = QuietStarForCausalLM(config).to(device)
     model.load_state_dict(authors_state_dict(part(tensors, "weights.")))
     return model, tensors, meta
 
@@ -55,11 +64,9 @@ def test_there_are_parity_files_of_both_modes():
     assert {"train" in file.stem for file in FILES} == {True, False}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @files("train")
-def test_training_parity(file, backend, monkeypatch):
-    monkeypatch.setenv("QUIETSTAR_BACKEND", backend)
-    model, expected, _ = load(file)
+def test_training_parity(file, device):
+    model, expected, _ = load(file, device)
     input_ids, mask = expected["input_ids"], expected["attention_mask"]
     output = model(
         input_ids,
@@ -88,11 +95,9 @@ def test_training_parity(file, backend, monkeypatch):
         assert error < 1e-5, f"gradient of {name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @files("eval")
-def test_evaluation_parity(file, backend, monkeypatch):
-    monkeypatch.setenv("QUIETSTAR_BACKEND", backend)
-    model, expected, _ = load(file)
+def test_evaluation_parity(file, device):
+    model, expected, _ = load(file, device)
     model.eval()
     input_ids, mask = expected["input_ids"], expected["attention_mask"]
     with torch.no_grad():
