@@ -1,4 +1,4 @@
-"""What the Quiet-STaR authors' training code does, rewritten plainly, to be compared with.
+"""What the Quiet-STaR authors' training code does, operation by operation, to be compared with.
 
 The mathematics is that of the paper (arXiv:2403.09629) and of ``QuietStarForCausalLM``; the way it is computed is the
 authors' (github.com/ezelikman/quiet-star, ``modeling_mistral.py``):
@@ -9,13 +9,14 @@ authors' (github.com/ezelikman/quiet-star, ``modeling_mistral.py``):
   a token sees base keys up to its own position and, of each later step, the diagonal;
 - attention is the library's scaled-dot-product attention with that mask and with key/value heads repeated;
 - every step projects to the whole vocabulary twice, once for the next thought token and once for the mixed prediction,
-  and takes the cross-entropy of the latter, although only the base step and the last M steps enter the loss;
+  and takes the cross-entropy of a copy of the latter, although only the base step and the last M steps enter the loss;
 - thought tokens are drawn by a straight-through Gumbel softmax, detached; drawn and forced tokens are one-hot rows
-  [rows, L, V] that are multiplied with the embedding matrix;
+  [rows, L, V] that are multiplied with the embedding matrix, also after the last step, where nothing uses the result;
+- the token a thought took is found again by searching all one-hot rows for what is not zero;
+- the cross-entropy of the base prediction is evaluated anew for every look-ahead;
 - there is one backward through all steps, so whatever it needs is kept until then.
 
-Left out, so that nothing is slow that need not be: clones and contiguous copies of logits, repeated evaluations of one
-and the same cross-entropy, the inputs of a step that never runs, logging.
+Left out: logging, and checks that a step's tokens are not already known.
 """
 
 from collections.abc import Mapping
@@ -88,48 +89,66 @@ def sequential_training_step(
         tensor.repeat_interleave(config.num_thoughts, dim=0) for tensor in (input_ids, labels, attention_mask)
     )
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    start, end = (weights[f"{name}_embedding.weight"] * config.embedding_scale for name in ("start", "end"))
     decoder = _Decoder(weights, config)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    length = input_ids.shape[1]
+    position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     real = attention_mask[:, None, None, :].bool()
-    mask = _additive((positions <= positions[:, None]) & real, embedding.dtype)  # [R, 1, L, L], grows by L a step
-    diagonal = _additive((positions == positions[:, None]) & real, embedding.dtype)
+    mask = _additive(torch.ones(length, length, device=input_ids.device).tril().bool() & real, embedding.dtype)
 
     # Step 0 is the base text, 1 the start token, then k sampled tokens, the end token and M - 1 tokens of the text.
-    end = config.thought_length + 2
-    last = end + config.lookahead - 1
-    inputs = embedding[input_ids]
-    mixed_nll, sampled, logprobs = [], [], []
-    for step in range(last + 1):
-        hidden = decoder(inputs, mask, positions + step)
-        mask = torch.cat([mask, diagonal], dim=-1)
-
+    end_step = config.thought_length + 2
+    inputs = F.embedding(input_ids, embedding)
+    nll, base_again, sampled, logprobs = [], [], [], []
+    choice = previous_choice = scores = None
+    for step in range(end_step + config.lookahead):
+        hidden = decoder(inputs, mask, position_ids + step)
+        ahead = max(0, step - end_step)
         if step == 0:
-            base_hidden = hidden
-            base_nll = _shifted_nll(hidden @ head.T, labels, shift=1)
+            base_hidden = hidden.clone()
+            logits = F.linear(hidden, head)
+            initial_logits = logits.clone()
         else:
-            ahead = max(0, step - end)
-            mixed_hidden = _mix(weights, base_hidden.roll(-ahead, dims=1), hidden)
-            mixed_nll.append(_shifted_nll(mixed_hidden @ head.T, labels, shift=ahead + 1))
+            shifted = torch.cat([base_hidden[:, ahead:], base_hidden[:, :ahead]], dim=1)
+            logits = _project(head, _mix(weights, shifted, hidden))
 
-        next_logits = hidden @ head.T
-        next_logits[..., [config.start_thought_token_id, config.end_thought_token_id]] = -1e10
-        if step == 0:
-            inputs = (weights["start_embedding.weight"] * config.embedding_scale).expand_as(hidden)
-        elif step < end - 1:
+        next_logits = _project(head, hidden)
+        next_logits[..., config.start_thought_token_id] = -1e10
+        next_logits[..., config.end_thought_token_id] = -1e10
+        if choice is not None:
+            previous_choice = choice.clone()
+        previous_scores, scores = scores, None
+        if step in (0, end_step - 1):
+            token = config.start_thought_token_id if step == 0 else config.end_thought_token_id
+            choice = torch.zeros_like(next_logits)
+            choice[..., token] = 1
+        elif step < end_step - 1:
+            scores = next_logits
             if thought_tokens is None:
-                chosen = F.gumbel_softmax(next_logits, tau=1, hard=True).detach()
+                choice = F.gumbel_softmax(scores, tau=1, hard=True).detach()
             else:
-                chosen = _one_hot(thought_tokens[..., step - 1], embedding)
-            sampled.append(chosen.argmax(dim=-1))
-            policy = torch.log_softmax(next_logits / config.policy_temperature, dim=-1)
-            logprobs.append(policy.gather(-1, sampled[-1][..., None]).squeeze(-1))
-            inputs = chosen @ embedding
-        elif step == end - 1:
-            inputs = (weights["end_embedding.weight"] * config.embedding_scale).expand_as(hidden)
-        elif step < last:
-            inputs = _one_hot(input_ids.roll(end - 1 - step, dims=1), embedding) @ embedding
+                choice = _one_hot(thought_tokens[..., step - 1], embedding)
+            sampled.append(choice.argmax(dim=-1))
+        else:
+            following = torch.cat([input_ids[:, ahead + 1 :], torch.zeros_like(input_ids[:, : ahead + 1])], dim=1)
+            choice = _one_hot(following, embedding)
+        if choice[..., config.start_thought_token_id].sum() > 0:
+            inputs = start.repeat(*input_ids.shape, 1)
+        elif choice[..., config.end_thought_token_id].sum() > 0:
+            inputs = end.repeat(*input_ids.shape, 1)
+        else:
+            inputs = choice @ embedding
+        mask = torch.cat([mask, _diagonal(mask[..., :length])], dim=-1)
 
-    return _objective(config, labels, base_nll, mixed_nll[-config.lookahead :], sampled, logprobs)
+        nll.append(_shifted_nll(logits, labels, shift=ahead + 1))
+        if step >= end_step:
+            base_again.append(_shifted_nll(initial_logits[:, ahead:].detach(), labels[:, ahead:], shift=1))
+        if previous_scores is not None:
+            rows, tokens = previous_choice.flatten(0, 1).nonzero().unbind(dim=1)
+            policy = torch.log_softmax(previous_scores.flatten(0, 1) / config.policy_temperature, dim=-1)
+            logprobs.append(policy[rows, tokens].view_as(input_ids))
+
+    return _objective(config, labels, nll[0], nll[-config.lookahead :], base_again, sampled, logprobs)
 
 
 def _objective(
@@ -137,6 +156,7 @@ def _objective(
     labels: Tensor,
     base_nll: Tensor,
     talk_nll: list[Tensor],
+    base_again: list[Tensor],
     sampled: list[Tensor],
     logprobs: list[Tensor],
 ) -> SequentialStep:
@@ -147,7 +167,7 @@ def _objective(
     talk_loss = sum(nll.sum() / count[m] for m, nll in enumerate(talk_nll)) / lookahead
     loss = config.base_loss_weight * base_nll.sum() / count[0] + (1 - config.base_loss_weight) * talk_loss
 
-    reward = sum(base_nll[:, m : m + anchors] - nll[:, :anchors] for m, nll in enumerate(talk_nll)).detach()
+    reward = sum(base[:, :anchors] - nll[:, :anchors].detach() for base, nll in zip(base_again, talk_nll, strict=True))
     advantage = reward
     if config.num_thoughts > 1:
         per_position = reward.unflatten(0, (-1, config.num_thoughts))
@@ -167,23 +187,23 @@ class _Decoder:
         self.weights, self.config = weights, config
         self.cache: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
 
-    def __call__(self, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """[R, L, H] inputs at positions [L] under the additive mask [R, 1, L, keys so far] -> [R, L, H], normed."""
+    def __call__(self, hidden: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+        """[R, L, H] inputs at positions [R, L] under the additive mask [R, 1, L, keys so far] -> [R, L, H], normed."""
         for layer in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
             normed = self._norm(f"{prefix}.input_layernorm", hidden)
-            hidden = hidden + self._attention(layer, f"{prefix}.self_attn", normed, mask, positions)
+            hidden = hidden + self._attention(layer, f"{prefix}.self_attn", normed, mask, position_ids)
             normed = self._norm(f"{prefix}.post_attention_layernorm", hidden)
             gate, up = (self._linear(f"{prefix}.mlp.{name}_proj", normed) for name in ("gate", "up"))
             hidden = hidden + self._linear(f"{prefix}.mlp.down_proj", F.silu(gate) * up)
         return self._norm("model.norm", hidden)
 
-    def _attention(self, layer: int, prefix: str, normed: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _attention(self, layer: int, prefix: str, normed: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         query, key, value = (
             self._linear(f"{prefix}.{name}_proj", normed).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for name in "qkv"
         )
-        query, key = (self._rotate(states, positions) for states in (query, key))
+        query, key = (self._rotate(states, position_ids) for states in (query, key))
         if self.cache[layer] is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(self.cache[layer], (key, value), strict=True))
         self.cache[layer] = key, value
@@ -191,19 +211,28 @@ class _Decoder:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self._linear(f"{prefix}.o_proj", attended.transpose(1, 2).flatten(2))
 
-    def _rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, states: Tensor, position_ids: Tensor) -> Tensor:
         """Rotary position embedding of [R, heads, L, D]: dimension d is paired with d + D/2."""
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
-        angles = positions[:, None] / self.config.rope_parameters["rope_theta"] ** exponent
-        cosine, sine = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+        exponent = torch.arange(0, self.config.head_dim, 2, device=states.device) / self.config.head_dim
+        angles = position_ids[:, None, :, None] / self.config.rope_parameters["rope_theta"] ** exponent
+        angles = torch.cat([angles, angles], dim=-1)
         first, second = states.chunk(2, dim=-1)
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        return states * angles.cos().to(states.dtype) + torch.cat([-second, first], dim=-1) * angles.sin().to(
+            states.dtype
+        )
 
     def _linear(self, name: str, states: Tensor) -> Tensor:
         return F.linear(states, self.weights[f"{name}.weight"])
 
     def _norm(self, name: str, states: Tensor) -> Tensor:
-        return F.rms_norm(states, states.shape[-1:], self.weights[f"{name}.weight"], self.config.rms_norm_eps)
+        wide = states.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)
+        return self.weights[f"{name}.weight"] * wide.to(states.dtype)
+
+
+def _project(head: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [R, L, V] of hidden states [R, L, H]."""
+    return (head @ hidden.transpose(-1, -2)).transpose(-1, -2).contiguous()
 
 
 def _mix(weights: Mapping[str, Tensor], base: Tensor, thought: Tensor) -> Tensor:
@@ -217,8 +246,11 @@ def _mix(weights: Mapping[str, Tensor], base: Tensor, thought: Tensor) -> Tensor
 
 def _shifted_nll(logits: Tensor, labels: Tensor, *, shift: int) -> Tensor:
     """Cross-entropy [R, L - shift] of position i's logits against label i + shift; 0 where it is ignored."""
-    shifted = labels[:, shift:]
-    nll = F.cross_entropy(logits[:, :-shift].flatten(0, 1), shifted.flatten(), ignore_index=IGNORE, reduction="none")
+    shifted = labels[:, shift:].contiguous()
+    logits = logits[:, :-shift].contiguous().flatten(0, 1)
+    nll = F.cross_entropy(logits, shifted.flatten(), ignore_index=IGNORE, reduction="none")
+    if torch.isnan(nll).any():
+        raise ValueError("the loss is NaN")
     return nll.view_as(shifted)
 
 
@@ -228,3 +260,10 @@ def _one_hot(tokens: Tensor, embedding: Tensor) -> Tensor:
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _diagonal(mask: Tensor) -> Tensor:
+    """The additive mask of a step's own keys, given that of the base keys: the diagonal where the key is visible."""
+    visible = torch.eye(mask.shape[-1], dtype=mask.dtype, device=mask.device).repeat(mask.shape[0], 1, 1, 1)
+    visible = visible * (mask == mask.max())
+    return torch.where(visible == 0, mask.min(), mask.max())
