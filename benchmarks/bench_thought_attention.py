@@ -2,7 +2,7 @@
 
 The peer is what a tree pass costs without an op for it: base and thought keys in one sequence of L + P*S, queries of
 all P*S thought tokens, a mask of [P*S, L + P*S]. The mask is built beforehand, the concatenation of the keys is timed.
-FLOPs counted are of the visible (query, key) pairs only: 4 D each forward, 10 D more backward.
+FLOPs counted are of the visible (query, key) pairs only.
 """
 
 import sys
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from quietstar.ops import thought_attention
 from quietstar.ops._backend import BACKENDS
+from quietstar.ops.thought_attention.cost import thought_attention_cost
 
 SHAPE = THOUGHT_ATTENTION[DEVICE]
 DENSE = "dense-mask SDPA"
@@ -81,10 +82,9 @@ def candidate(name: str) -> Callable[[Inputs], Tensor]:
     return lambda inputs: thought_attention(*inputs, backend=name)
 
 
-def visible_flops(passes: str) -> float:
-    length, steps = SHAPE.length, SHAPE.steps
-    pairs = steps * length * (length + 1) / 2 + length * steps * (steps + 1) / 2
-    return (4 if passes == "forward" else 14) * SHAPE.head_dim * SHAPE.batch * SHAPE.heads * pairs
+def visible_flops(passes: str, inputs: Inputs) -> int:
+    cost = thought_attention_cost(*inputs)
+    return cost.forward.flops + (cost.backward.flops if passes == "forward+backward" else 0)
 
 
 def assert_right(backend: str, inputs: Inputs) -> None:
@@ -131,7 +131,7 @@ def bench_thought_attention(backend, passes, compare):
         rounds=5,
         promised=SHAPE.target if (backend, passes) == ("torch", "forward") else None,
         memory={name: peak_memory(__file__, them, passes) for name, them in (("ours", backend), (DENSE, DENSE))},
-        flops=visible_flops(passes),
+        flops=visible_flops(passes, inputs),
         dtype=SHAPE.dtype,
     )
 

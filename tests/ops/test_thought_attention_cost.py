@@ -1,0 +1,46 @@
+"""The cost of a call of thought attention, against a count of what the specification's mask lets through."""
+
+import pytest
+import torch
+from thought_attention_cases import CASES, case, make_inputs
+
+from quietstar.ops import thought_attention
+from quietstar.ops.thought_attention.cost import thought_attention_cost
+from quietstar.ops.thought_attention.reference import visibility
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counts_what_the_mask_lets_through(name):
+    inputs, options = case(name)
+    query, key, _, thought_key, _ = inputs
+    batch, query_heads, num_anchors, steps, head_size = query.shape
+    kv_heads, length = key.shape[1:3]
+    visible = visibility(
+        length, steps, thought_key.shape[3],
+        options.get("anchors", torch.arange(length)).expand(batch, -1),
+        options.get("key_start", torch.zeros(batch, dtype=torch.int64)),
+        options.get("window"),
+    )  # fmt: skip
+
+    options.pop("scale", None)
+    forward, backward = thought_attention_cost(*inputs, **options)
+
+    pairs = query_heads * int(visible.sum())
+    assert (forward.flops, backward.flops) == (4 * head_size * pairs, 10 * head_size * pairs)
+    vector = 4 * head_size
+    rows = query_heads * int(visible.any(3).sum())
+    all_rows = batch * query_heads * num_anchors * steps
+    keys = kv_heads * int(visible.any((1, 2)).sum())
+    all_keys = batch * kv_heads * visible.shape[3]
+    assert forward.bytes == (rows + 2 * keys) * vector + all_rows * (vector + 4)
+    assert backward.bytes == (3 * rows + 2 * keys) * vector + rows * 4 + (all_rows + 2 * all_keys) * vector
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_bytes_are_those_of_the_tensors_where_everything_is_seen(dtype):
+    inputs = make_inputs(dtype=dtype)
+    output, lse = thought_attention(*inputs, return_lse=True)
+    forward, backward = thought_attention_cost(*(x.to("meta") for x in inputs))
+    given, made = sum(x.nbytes for x in inputs), output.nbytes + lse.nbytes
+    assert forward.bytes == given + made
+    assert backward.bytes == given + made + output.nbytes + given
