@@ -48,7 +48,7 @@ def random_thoughts() -> Tensor:
 
 
 def ours(model: QuietStarForCausalLM, text: Tensor, thoughts: Tensor | None = None) -> QuietStarOutput:
-    output = model(text, labels=text, thought_tokens=thoughts)
+    output = model(text, labels=text, thought_tokens=thoughts, output_thought_logprobs=False)  # as the trainer does
     output.loss.backward()
     return output
 

@@ -11,8 +11,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import ModelOutput
 
 from quietstar.models import checkpoint
-from quietstar.models.attention import ATTENTION_NAME, BaseStates, ThoughtTree
+from quietstar.models.attention import ATTENTION_NAME, BaseStates, ThoughtStates, ThoughtTree
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.generation import ThinkingGeneration
 from quietstar.models.objective import IGNORE_INDEX, quiet_star_objective
 from quietstar.models.padding import first_key
 from quietstar.models.thoughts import Thinker, run_layers
@@ -35,7 +36,8 @@ class QuietStarOutput(ModelOutput):
         reward: float [B, N, L−1−M], what the thought gained: Σ_m base_nll[i+m] − talk_nll[i, m].
         policy_loss: scalar, the REINFORCE term before its weight.
         thought_tokens: int64 [B, N, L, k] with labels, [B, 1, K, k] without.
-        thought_logprobs: float [B, N, L−1, k], log p of the thought tokens at ``policy_temperature``.
+        thought_logprobs: float [B, N, L−1, k], log p of the thought tokens at ``policy_temperature``; None if
+            they were not asked for.
         mixing_weight: [B, N, L−1, M] with labels, [B, 1, K, 1] without.
     """
 
@@ -100,7 +102,7 @@ class MixingHead(nn.Sequential):
         return hidden.squeeze(-1)
 
 
-class QuietStarForCausalLM(MistralForCausalLM):
+class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
     """Mistral with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
 
     >>> model = QuietStarForCausalLM.from_base("a Mistral checkpoint", tokenizer=tokenizer)
@@ -169,7 +171,9 @@ class QuietStarForCausalLM(MistralForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         thought_tokens: Tensor | None = None,
+        output_thought_logprobs: bool = True,
         suppress_thought_tokens: bool = False,
+        thought_states: ThoughtStates | None = None,
         **kwargs,
     ) -> QuietStarOutput:
         """Think behind every position and predict.
@@ -186,7 +190,10 @@ class QuietStarForCausalLM(MistralForCausalLM):
                 positions a 1-D tensor names.
             thought_tokens: int64 [B, N, L, k] ([B·N, L, k] is taken too; [B, 1, K, k] without labels, K kept
                 positions): use these thoughts instead of sampling them.
+            output_thought_logprobs: with labels: give ``thought_logprobs``; a training step is a few per cent faster
+                without, because thoughts that did not help then need no logits.
             suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
+            thought_states: inference only: room for the thoughts' keys and values that ``generate`` reuses.
 
         Raises:
             TypeError, ValueError: a bad argument, named.
@@ -196,15 +203,11 @@ class QuietStarForCausalLM(MistralForCausalLM):
         if labels is None:
             return self._predict(
                 input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
-                suppress_thought_tokens, **kwargs,
+                suppress_thought_tokens, thought_states, **kwargs,
             )  # fmt: skip
         if past_key_values is not None:
             raise ValueError("past_key_values cannot be used together with labels")
-        return self._train(input_ids, attention_mask, position_ids, labels, thought_tokens)
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As in transformers; the thought tokens are never generated."""
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
+        return self._train(input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs)
 
     @torch.no_grad()
     def sample_thoughts(
@@ -246,7 +249,9 @@ class QuietStarForCausalLM(MistralForCausalLM):
             return tokens.unflatten(1, (length, -1)).transpose(1, 2)
         return tokens.masked_fill(anchors.expand(batch, -1)[..., None] < 0, -1)
 
-    def _train(self, input_ids, attention_mask, position_ids, labels, thought_tokens) -> QuietStarOutput:
+    def _train(
+        self, input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs
+    ) -> QuietStarOutput:
         """One pass over base text and thoughts (the thought tree), and the objective."""
         config, model = self.config, self.model
         k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
@@ -301,15 +306,16 @@ class QuietStarForCausalLM(MistralForCausalLM):
             base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(positions)[:, None]
         )
         parts = quiet_star_objective(
-            base_hidden, thought_hidden, mixing_weight, self.lm_head.weight, labels, own_tokens, config
-        )
+            base_hidden, thought_hidden, mixing_weight, self.lm_head.weight, labels, own_tokens, config,
+            output_thought_logprobs,
+        )  # fmt: skip
         return QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
         )
 
     def _predict(
         self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
-        suppress_thought_tokens, **kwargs,
+        suppress_thought_tokens, thought_states, **kwargs,
     ) -> QuietStarOutput:  # fmt: skip
         """A base pass, a thought behind each kept position, and the mixed logits there."""
         batch, length = input_ids.shape
@@ -330,7 +336,7 @@ class QuietStarForCausalLM(MistralForCausalLM):
         dropped = max(0, past + length - base.keys[0].shape[2])
         if key_start is not None:
             key_start = (key_start - dropped).clamp_min(0)
-        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start)
+        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
         if thought_tokens is None:
             tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
         else:
@@ -348,7 +354,7 @@ class QuietStarForCausalLM(MistralForCausalLM):
             mixing_weight=weight[:, None, :, None],
         )
 
-    def _thinker(self, base, anchors, position_ids, offset, key_start) -> Thinker:
+    def _thinker(self, base, anchors, position_ids, offset, key_start, states=None) -> Thinker:
         """A thinker behind positions ``anchors`` [P] or [B, P] of the current tokens, ``offset`` keys into the base."""
         batch = base.keys[0].shape[0]
         anchors = anchors.expand(batch, -1)
@@ -356,6 +362,7 @@ class QuietStarForCausalLM(MistralForCausalLM):
         return Thinker(
             self.model, self.lm_head.weight, base, torch.where(anchors < 0, -1, anchors + offset), anchor_positions,
             self.start_embedding(), self.end_embedding(), self.config.thought_length, key_start,
+            states,
         )  # fmt: skip
 
     def _base_mask(self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None) -> Tensor | None:

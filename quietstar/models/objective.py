@@ -22,7 +22,7 @@ class Objective(NamedTuple):
     talk_nll: Tensor  # [B, N, L−1, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
     reward: Tensor  # [B, N, L−1−M], sum over m of base_nll[i+m] − talk_nll[i, m]
     policy_loss: Tensor  # scalar, before its weight
-    thought_logprobs: Tensor  # [B, N, L−1, k], log p of the thought tokens at policy_temperature
+    thought_logprobs: Tensor | None  # [B, N, L−1, k], log p of the thought tokens at policy_temperature
 
 
 def quiet_star_objective(
@@ -33,6 +33,7 @@ def quiet_star_objective(
     labels: Tensor,
     thought_tokens: Tensor,
     config: QuietStarConfig,
+    output_thought_logprobs: bool = True,
 ) -> Objective:
     """Base loss, mixed ("talk") loss and REINFORCE term of one batch.
 
@@ -43,6 +44,7 @@ def quiet_star_objective(
         lm_head: [V, H].
         labels: int [B, L], −100 is ignored.
         thought_tokens: int [B, L−1, N, k].
+        output_thought_logprobs: without them, thoughts of no advantage need no logits.
     """
     k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
     batch, length = labels.shape
@@ -82,11 +84,11 @@ def quiet_star_objective(
     advantage = reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward
 
     policy_loss = base_loss.new_zeros(())
-    thought_logprobs = base_nll.new_zeros(batch, positions, num_thoughts, k)
+    thought_nll = base_nll.new_zeros(batch, positions, num_thoughts, k)
     if k > 0:
-        row_weight = base_nll.new_zeros(batch, positions, num_thoughts, k)
+        row_weight = torch.zeros_like(thought_nll)
         row_weight[:, :rewarded] = advantage.clamp_min(0)[..., None] / (k * reward.numel())
-        policy_loss, thought_nll = linear_cross_entropy(
+        result = linear_cross_entropy(
             thought_hidden[:, :, :, :k].flatten(0, 3),
             lm_head,
             thought_tokens.flatten(),
@@ -94,9 +96,12 @@ def quiet_star_objective(
             suppress=config.thought_token_ids,
             reduction="sum",
             row_weight=row_weight.flatten(),
-            return_nll=True,
+            return_nll=output_thought_logprobs,
         )
-        thought_logprobs = -thought_nll.view(batch, positions, num_thoughts, k)
+        if output_thought_logprobs:
+            policy_loss, thought_nll = result[0], result[1].view_as(thought_nll)
+        else:
+            policy_loss = result
 
     loss = config.base_loss_weight * base_loss + (1 - config.base_loss_weight) * talk_loss
     loss = loss + config.policy_weight * policy_loss
@@ -106,5 +111,5 @@ def quiet_star_objective(
         talk_nll.transpose(1, 2),
         reward.transpose(1, 2),
         policy_loss.detach(),
-        thought_logprobs.transpose(1, 2),
+        -thought_nll.transpose(1, 2) if output_thought_logprobs else None,
     )

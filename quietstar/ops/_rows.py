@@ -1,6 +1,7 @@
 """Work in blocks of rows, so that nothing of size rows x vocabulary is ever held as a whole."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,7 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 # Leading dimensions that are a multiple of this keep every row of a chunk aligned for the matrix units.
-_ALIGNMENT = 32
+_ALIGNMENT = 64
 
 
 def rows_within(budget: dict[str, int], row_bytes: int, device: torch.device) -> int:
@@ -45,7 +46,32 @@ def blocks(leading: torch.Size, rows: int) -> Iterator[tuple[int | slice, ...]]:
     return iter([()] if whole else [])
 
 
+class _Workspace(threading.local):
+    """Memory that a thread keeps from one call to the next, at most one chunk."""
+
+    memory: Tensor | None = None
+
+
+_workspace = _Workspace()
+
+
 def logits_buffer(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, vocabulary] tensor whose rows are aligned, whatever the vocabulary."""
+    """An uninitialised [rows, vocabulary] tensor whose rows are aligned, whatever the vocabulary.
+
+    On a CPU it is the calling thread's workspace, so only one is in use at a time: fresh memory of this size comes
+    from the operating system page by page, which would cost half as much again as the matmul that fills it. (On a GPU
+    PyTorch keeps freed memory by itself.)
+    """
     padded = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
-    return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocabulary]
+    if device.type != "cpu":
+        return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocabulary]
+    size = rows * padded * dtype.itemsize
+    if _workspace.memory is None or _workspace.memory.nbytes < size:
+        with torch.inference_mode(False):  # or else it could not be written to outside of inference mode
+            _workspace.memory = torch.empty(size, dtype=torch.uint8)
+    return _workspace.memory[:size].view(dtype).view(rows, padded)[:, :vocabulary]
+
+
+def release_logits_buffer() -> None:
+    """Give the memory kept by ``logits_buffer`` back, before something else of that size is needed."""
+    _workspace.memory = None

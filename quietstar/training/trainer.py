@@ -53,6 +53,7 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = {**inputs, "output_thought_logprobs": False}  # nothing here reads them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         metrics = self._training_metrics if model.training else self._evaluation_metrics
         metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"))

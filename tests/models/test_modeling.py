@@ -73,6 +73,19 @@ def test_given_anchors(make_model, text):
     assert torch.equal(thoughts[1, :2], everywhere[1, [3, 3]])
 
 
+def test_thought_logprobs_may_be_left_out(make_model, text):
+    model = make_model()
+    thoughts = model.sample_thoughts(text)
+    whole = model(text, labels=text, thought_tokens=thoughts)
+    lean = model(text, labels=text, thought_tokens=thoughts, output_thought_logprobs=False)
+    assert lean.thought_logprobs is None
+    assert torch.equal(lean.reward, whole.reward)
+    assert_close(lean.loss, whole.loss)
+    expected = gradients(model, whole)
+    for name, gradient in gradients(model, lean).items():
+        assert_close(gradient, expected[name])
+
+
 def test_right_padding_contributes_nothing(make_model, text):
     model = make_model()
     thoughts = model.sample_thoughts(text)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
-from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
+from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import weighted_sum
 from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
@@ -116,6 +116,7 @@ class ReducedCrossEntropy(torch.autograd.Function):
         *gradients, peak, nll = ctx.saved_tensors
         *needs, needs_row_scale = ctx.needs
         factor = grad_loss * peak
+        release_logits_buffer()  # the gradients are about to be held twice
         wanted = (
             _scaled_gradient_op(gradient, factor, dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)

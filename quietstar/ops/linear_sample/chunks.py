@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quietstar.ops._head_matmuls import logits_into
 from quietstar.ops._precision import compute_dtype
-from quietstar.ops._rows import CHUNK_BYTES, rows_within, slices
+from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops.linear_sample.noise import GROUP
 
 
@@ -52,7 +52,7 @@ def sample_in_chunks(
     dtype, padded = compute_dtype(hidden.dtype), -(-vocabulary // GROUP) * GROUP
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     step = min(rows_within(CHUNK_BYTES, padded * dtype.itemsize, hidden.device), max(rows, 1))
-    buffer = torch.empty(step, padded, dtype=dtype, device=hidden.device)
+    buffer = logits_buffer(step, padded, dtype, hidden.device)
     buffer[:, vocabulary:] = float("-inf")
     for part in slices(rows, step):
         logits = buffer[: part.stop - part.start]
