@@ -61,11 +61,11 @@ def thought_attention_cost(
     own_pairs = steps * thought_steps - steps * (steps - 1) // 2  # step t sees t + 1, the queries are the last S of T
     pairs = query_heads * (steps * int(base_pairs.sum()) + own_pairs * int(active.sum()))
 
-    # Base keys that some anchor sees: +1 where an anchor's range begins, −1 behind its end.
+    # Base keys that some anchor sees: +1 where an anchor's range begins, −1 behind its end. An anchor in front of
+    # key_start, whose range is empty, does so in reverse, but only where no other sees anything either.
     ends = torch.zeros(batch, length + 1, dtype=torch.int64)
-    some = (base_pairs > 0).long()
-    ends.scatter_add_(1, first.expand_as(last) * some, some)
-    ends.scatter_add_(1, (last + 1) * some, -some)
+    one = torch.ones_like(last)
+    ends.scatter_add_(1, first.expand_as(last), one).scatter_add_(1, last + 1, -one)
     seen_keys = int((ends.cumsum(1) > 0).sum())
 
     size = query.element_size()
