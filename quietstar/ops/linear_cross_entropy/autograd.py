@@ -71,6 +71,7 @@ def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Te
     With a factor of as many dimensions, PyTorch converts element by element, on a GPU in the one pass; a CPU does so in
     temporary tensors, hence the blocks.
     """
+    release_logits_buffer()  # the gradient is about to be held twice
     result = torch.empty_like(gradient, dtype=dtype)
     factor = factor.reshape([1] * gradient.dim())
     row_bytes = gradient[:1].numel() * gradient.element_size()
@@ -116,7 +117,6 @@ class ReducedCrossEntropy(torch.autograd.Function):
         *gradients, peak, nll = ctx.saved_tensors
         *needs, needs_row_scale = ctx.needs
         factor = grad_loss * peak
-        release_logits_buffer()  # the gradients are about to be held twice
         wanted = (
             _scaled_gradient_op(gradient, factor, dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
