@@ -116,6 +116,22 @@ def test_no_labels(leading, reduction, backend):
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_may_hold_anything(reduction, backend):
+    inputs, target = make_inputs(), make_target(ignored=3)
+
+    def call(*x):
+        return mixed_cross_entropy(*x, target, reduction=reduction, backend=backend)
+
+    expected = run(call, inputs)
+    for i, x in enumerate(inputs):
+        x[i] = float("nan")
+    inputs[0][:2, 3], inputs[1][1], inputs[0][2] = float("inf"), float("-inf"), 1e38
+    for name, value in run(call, inputs).items():
+        assert torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_probabilities_of_huge_logits(offset):
     """The backward finds the probabilities again to full precision: an offset of all logits changes little."""

@@ -132,6 +132,17 @@ def test_all_rows_ignored(reduction):
         assert torch.equal(value, torch.zeros_like(value))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_ignored_rows_may_hold_anything():
+    problem = Problem("cross entropy", ignored=(0, 1, 2))
+    expected = problem.solve()
+    for i, x in enumerate(problem.inputs):
+        x.detach()[i] = float("nan")
+        x.detach()[1] = float("inf")
+    for name, value in problem.solve().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_probabilities_of_huge_logits():
     """The backward finds the probabilities again to full precision: an offset of all logits changes little."""
     base = torch.tensor([[1.0, 0.5, -0.25]], device=DEVICE).add(1e4).requires_grad_()

@@ -75,7 +75,7 @@ def mixed_cross_entropy(
         thought_logits: [..., V], shape and dtype of ``base_logits``.
         mixing_weight: [...], weight w of the thought, unbounded; in the dtype of the logits or float32.
         target: int [...], token ids in [0, V) or ``ignore_index``.
-        ignore_index: rows with this target have nll 0 and no gradient.
+        ignore_index: rows with this target have nll 0 and no gradient, whatever they hold.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
         backend: None, "auto", or a name: see ``quietstar.ops``.
 
@@ -98,6 +98,8 @@ def mixed_cross_entropy(
         )
     check_reduction(reduction, None, target)
     target = marked_target(target, base_logits.shape[-1], ignore_index)
+    # Rows without a target pass no gradient on, but a gradient of 0 times a weight of NaN is NaN.
+    mixing_weight = mixing_weight.masked_fill(target < 0, 0)
     name = select_backend("mixed_cross_entropy", backend, _BACKENDS, base_logits)
     if name == "reference":
         with autocast_off(base_logits.device):

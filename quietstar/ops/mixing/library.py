@@ -72,12 +72,15 @@ def cross_entropy_backward(
     log_total: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum(scale · nll) by base and thought; scale [...] is 0 for rows without a gradient."""
+    """Gradients of sum(scale · nll) by base and thought; scale [...] is 0 for rows without a gradient, whose logits may
+    be anything.
+    """
     d_base, d_thought, _ = _gradients(base, thought, [*needs, False])
     for index in _blocks(base):
         b, weight, row_scale = widen(base[index]), mixing_weight[index], scale[index][..., None]
         z = torch.addcmul(b, weight[..., None].to(b.dtype), widen(thought[index]) - b)
         g = z.sub_(largest[index][..., None]).sub_(log_total[index][..., None]).exp_().mul_(row_scale)
+        g.masked_fill_(row_scale == 0, 0)
         g.scatter_add_(-1, target[index][..., None], -row_scale)
         _split(g, weight, index, d_base, d_thought)
     return d_base, d_thought

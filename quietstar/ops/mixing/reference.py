@@ -16,6 +16,8 @@ def mixed(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) ->
 
 def mixed_nll(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor, target: Tensor) -> Tensor:
     """Per-row nll [...]; ``target`` marked as in ``_vocabulary``."""
+    absent = (target < 0)[..., None]
+    base_logits, thought_logits = base_logits.masked_fill(absent, 0), thought_logits.masked_fill(absent, 0)
     log_probabilities = F.log_softmax(mixed(base_logits, thought_logits, mixing_weight), dim=-1)
     nll = -log_probabilities.gather(-1, target.clamp_min(0)[..., None]).squeeze(-1)
     return mark_nll(nll, target)

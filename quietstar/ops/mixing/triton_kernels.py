@@ -10,6 +10,7 @@ therefore passed in units of ALIGN elements, the largest vector all rows are ali
 wide its accesses may be.
 """
 
+import itertools
 import math
 
 import torch
@@ -36,9 +37,8 @@ def _row_start(tensor, row, sizes, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load(row_start, columns, column_stride, inside):
-    pointers = row_start + columns * tl.cast(column_stride, tl.int64)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+def _load(row_start, columns, inside):
+    return tl.load(row_start + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def _store_split(d_base, d_thought, first, columns, gradient, weight, inside):
 
 @triton.jit
 def mix_kernel(
-    base, thought, mixing_weight, mixed, sizes, base_strides, thought_strides, base_column, thought_column, units,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    base, thought, mixing_weight, mixed, sizes, base_strides, thought_strides, units, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of a row of the mix, contiguous. Grid: rows · blocks."""
     vocabulary = units * ALIGN
@@ -62,15 +62,15 @@ def mix_kernel(
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
     weight = tl.load(mixing_weight + row).to(tl.float32)
-    b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, base_column, inside)
-    t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, thought_column, inside)
+    b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, inside)
+    t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, inside)
     tl.store(mixed + row * units * ALIGN + columns, (1 - weight) * b + weight * t, mask=inside)
 
 
 @triton.jit
 def mix_backward_kernel(
     grad, base, thought, mixing_weight, d_base, d_thought, d_weight, sizes, grad_strides, base_strides,
-    thought_strides, grad_column, base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are not None, of one row. Grid: rows."""
     vocabulary = units * ALIGN
@@ -83,10 +83,10 @@ def mix_backward_kernel(
     for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
-        g = _load(grad, columns, grad_column, inside)
+        g = _load(grad, columns, inside)
         if d_weight is not None:
-            b = _load(base, columns, base_column, inside)
-            products += g * (_load(thought, columns, thought_column, inside) - b)
+            b = _load(base, columns, inside)
+            products += g * (_load(thought, columns, inside) - b)
         _store_split(d_base, d_thought, row * units * ALIGN, columns, g, weight, inside)
     if d_weight is not None:
         tl.store(d_weight + row, tl.sum(products, 0))
@@ -95,7 +95,7 @@ def mix_backward_kernel(
 @triton.jit
 def cross_entropy_kernel(
     base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
-    base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What ``library.cross_entropy`` returns, for one row. Grid: rows.
 
@@ -114,8 +114,8 @@ def cross_entropy_kernel(
     for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
-        b = _load(base, columns, base_column, inside)
-        difference = _load(thought, columns, thought_column, inside) - b
+        b = _load(base, columns, inside)
+        difference = _load(thought, columns, inside) - b
         z = tl.where(inside, b + weight * difference, float("-inf"))
         rises = z > peak
         smaller = tl.exp(-tl.abs(z - peak))
@@ -127,8 +127,8 @@ def cross_entropy_kernel(
     sum_row = tl.sum(total * shrink, 0)
 
     place = tl.load(target + row)
-    b = _load(base, place, base_column, True)
-    difference = _load(thought, place, thought_column, True) - b
+    b = _load(base, place, True)
+    difference = _load(thought, place, True) - b
     tl.store(largest + row, top)
     tl.store(log_total + row, tl.log(sum_row))
     tl.store(nll + row, tl.log(sum_row) - (b + weight * difference - top))
@@ -138,7 +138,7 @@ def cross_entropy_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     scale, base, thought, mixing_weight, target, largest, log_total, d_base, d_thought, sizes, base_strides,
-    thought_strides, base_column, thought_column, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are not None, of a block of a row. Grid: rows · blocks."""
     vocabulary = units * ALIGN
@@ -150,8 +150,8 @@ def cross_entropy_backward_kernel(
     row_scale = tl.load(scale + row)
     gradient = tl.zeros((BLOCK,), tl.float32)
     if row_scale != 0:  # ignored rows are not read
-        b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, base_column, inside)
-        t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, thought_column, inside)
+        b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, inside)
+        t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, inside)
         z = b + weight * (t - b)
         probability = tl.exp(z - tl.load(largest + row) - tl.load(log_total + row))
         gradient = row_scale * (probability - tl.where(columns == tl.load(target + row), 1.0, 0.0))
@@ -162,7 +162,7 @@ def mix(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
     """See ``library.mix``."""
     mixed = torch.empty_like(base, memory_format=torch.contiguous_format)
     rows = _Rows(base, thought)
-    mix_kernel[rows.blocks](base, thought, mixing_weight.contiguous(), mixed, *rows.arguments, **rows.options)
+    mix_kernel[rows.blocks](*rows.tensors, mixing_weight.contiguous(), mixed, *rows.layout, **rows.options)
     return mixed
 
 
@@ -174,7 +174,7 @@ def mix_backward(
     d_weight = base.new_empty(base.shape[:-1], dtype=torch.float32) if needs[2] else None
     rows = _Rows(grad, base, thought)
     mix_backward_kernel[rows.whole](
-        grad, base, thought, mixing_weight.contiguous(), d_base, d_thought, d_weight, *rows.arguments, **rows.options
+        *rows.tensors, mixing_weight.contiguous(), d_base, d_thought, d_weight, *rows.layout, **rows.options
     )
     return d_base, d_thought, d_weight
 
@@ -186,7 +186,7 @@ def cross_entropy(
     results = tuple(torch.empty(target.shape, dtype=torch.float32, device=base.device) for _ in range(4))
     rows = _Rows(base, thought)
     cross_entropy_kernel[rows.whole](
-        base, thought, mixing_weight.contiguous(), target.contiguous(), *results, *rows.arguments, **rows.options
+        *rows.tensors, mixing_weight.contiguous(), target.contiguous(), *results, *rows.layout, **rows.options
     )
     return results
 
@@ -205,8 +205,8 @@ def cross_entropy_backward(
     d_base, d_thought = _gradients(base, needs)
     rows = _Rows(base, thought)
     cross_entropy_backward_kernel[rows.blocks](
-        scale.contiguous(), base, thought, mixing_weight.contiguous(), target.contiguous(), largest, log_total,
-        d_base, d_thought, *rows.arguments, **rows.options,
+        scale.contiguous(), *rows.tensors, mixing_weight.contiguous(), target.contiguous(), largest, log_total,
+        d_base, d_thought, *rows.layout, **rows.options,
     )  # fmt: skip
     return d_base, d_thought
 
@@ -216,36 +216,33 @@ def _gradients(logits: Tensor, needs: list[bool]) -> list[Tensor | None]:
 
 
 class _Rows:
-    """How kernels find the rows of tensors of one shape [..., V], and how many programs they need."""
+    """Tensors of one shape [..., V] as kernels see them: where their rows are, and how many programs they need."""
 
     def __init__(self, *tensors: Tensor):
-        *leading, vocabulary = tensors[0].shape
-        sizes, strides = _merged(leading, [x.stride()[:-1] for x in tensors])
-        columns = [x.stride(-1) for x in tensors]
-        align = 1
-        if all(column == 1 for column in columns):
-            align = math.gcd(16 // tensors[0].element_size(), vocabulary, *(s for x in strides for s in x))
-        self.arguments = (
-            sizes[1:], *(tuple(s // align for s in x) for x in strides), *columns, vocabulary // align,
-        )  # fmt: skip
-        block = _BLOCK_BYTES // tensors[0].element_size()
+        # Any strides but that of the last dimension, which is 1: rows laid out otherwise are copied.
+        self.tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+        vocabulary, size = tensors[0].shape[-1], tensors[0].element_size()
+        sizes, strides = _merged(self.tensors)
+        align = math.gcd(16 // size, vocabulary, *itertools.chain(*strides))
+        self.layout = sizes[1:], *(tuple(step // align for step in steps) for steps in strides), vocabulary // align
+        block = _BLOCK_BYTES // size
         self.options = {"ALIGN": align, "BLOCK": block, "num_warps": _WARPS}
         self.whole = (math.prod(sizes),)
         self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, block),)
 
 
-def _merged(sizes: list[int], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The same rows in as few dimensions as possible: an outer dimension joins the next where all tensors allow it."""
-    merged = [(1, (0,) * len(strides))]  # innermost first: size, stride in every tensor
-    for size, steps in reversed(list(zip(sizes, zip(*strides, strict=True), strict=True))):
-        inner, inner_steps = merged[-1]
-        if size == 1:
-            continue
-        if inner == 1:
-            merged[-1] = size, steps
-        elif all(step == inner * inner_step for step, inner_step in zip(steps, inner_steps, strict=True)):
-            merged[-1] = inner * size, inner_steps
+def _merged(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Sizes of the leading dimensions, outermost first, and strides per tensor, of which dimensions as few as possible.
+
+    An outer dimension joins the next where all tensors allow it. Those of size 1 say nothing, whatever their strides.
+    """
+    leading = zip(tensors[0].shape[:-1], zip(*(x.stride()[:-1] for x in tensors), strict=True), strict=True)
+    merged = []  # size, stride in every tensor
+    for size, steps in reversed([dimension for dimension in leading if dimension[0] != 1]):
+        inner, inner_steps = merged[0] if merged else (1, steps)
+        if steps == tuple(inner * step for step in inner_steps):
+            merged[:1] = [(inner * size, inner_steps)]
         else:
-            merged.append((size, steps))
-    merged.reverse()
-    return tuple(size for size, _ in merged), list(zip(*(steps for _, steps in merged), strict=True))
+            merged.insert(0, (size, steps))
+    sizes, strides = zip(*(merged or [(1, (0,) * len(tensors))]), strict=True)
+    return sizes, tuple(zip(*strides, strict=True))
