@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
 from quietstar.models import QuietStarForCausalLM
-from quietstar.models.generation import GenerationWithThoughts, generate_with_thoughts
+from quietstar.models.generation_output import TokenStep
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -45,24 +45,30 @@ def _generate(options: argparse.Namespace) -> None:
     if options.temperature > 0:
         settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     if options.show_thoughts:
-        generated = generate_with_thoughts(model, **inputs, **settings)
-        print(*thought_lines(tokenizer, generated, dim=sys.stdout.isatty()), sep="\n", end="\n\n")
+        generated = model.generate(**inputs, **settings, return_thoughts=True)
+        print(*thought_lines(tokenizer, generated.steps(), dim=sys.stdout.isatty()), sep="\n", end="\n\n")
         print(tokenizer.decode(generated.sequences[0], skip_special_tokens=True))
     else:
         model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
 
 
-def thought_lines(tokenizer: PreTrainedTokenizerBase, generated: GenerationWithThoughts, dim: bool) -> list[str]:
-    """One line per new token of the first sequence: the token, the weight of its thought, and the thought."""
-    count = generated.thought_tokens.shape[1]
-    tokens = [repr(tokenizer.decode(token)) for token in generated.sequences[0, -count:]]
-    thoughts = [repr(tokenizer.decode(thought)) for thought in generated.thought_tokens[0]]
+def thought_lines(tokenizer: PreTrainedTokenizerBase, steps: list[TokenStep], dim: bool) -> list[str]:
+    """One line per new token: the token, the weight of its thought, what it gained, and the thought."""
+    tokens = [repr(tokenizer.decode([step.token])) for step in steps]
     width = max(map(len, tokens))
     before, after = (_DIM, _PLAIN) if dim else ("", "")
     return [
-        f"{token:<{width}}  {before}weight {float(weight):+.3f}  thought {thought}{after}"
-        for token, weight, thought in zip(tokens, generated.mixing_weight[0], thoughts, strict=True)
+        f"{token:<{width}}  {before}{describe_thought(tokenizer, step)}{after}"
+        for token, step in zip(tokens, steps, strict=True)
     ]
+
+
+def describe_thought(tokenizer: PreTrainedTokenizerBase, step: TokenStep) -> str:
+    """What the model thought in front of a token, in one line."""
+    if step.thought is None:
+        return "no thought"
+    thought = repr(tokenizer.decode(step.thought))
+    return f"weight {step.mixing_weight:+.3f}  gain {step.gain:+.3f}  thought {thought}"
 
 
 def _parser() -> argparse.ArgumentParser:

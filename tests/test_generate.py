@@ -56,7 +56,7 @@ def test_shows_a_thought_for_every_token(folder, capsys):
     assert text.startswith("the cat")
     assert len(lines) == 5
     for line in lines:
-        token, thought = re.fullmatch(r"'(.+)' +weight [+-]\d\.\d{3}  thought '(.+)'", line).groups()
+        token, thought = re.fullmatch(r"'(.+)' +weight [+-]\d\.\d{3}  gain [+-]\d\.\d{3}  thought '(.+)'", line).groups()
         assert {token, *thought.split()} <= set(WORDS)
     assert run(capsys, *options)[1] == out  # the same seed, the same text
     assert run(capsys, *options, "--seed", "1")[1] != out

@@ -4,6 +4,7 @@ Every layer of a Quiet-STaR model calls :func:`quietstar_attention`. Without a `
 SDPA; with one, that object says which rows are base text and which are thought steps:
 
 - :class:`BaseStates`: a base pass whose keys and values are kept for the thoughts that follow;
+- :class:`TextCache`: base passes over texts that grow each at its own pace (generation with drafts);
 - :class:`ThoughtCache`: steps of thoughts on kept base states (inference, sampling);
 - :class:`ThoughtTree`: base text and all thought steps in one sequence (training).
 """
@@ -54,25 +55,104 @@ class BaseStates:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
 
 
+class TextCache:
+    """Base keys and values of texts that grow each at its own pace, and may be cut back.
+
+    ``keys[layer]`` and ``values[layer]`` are [B, Hkv, capacity, D], allocated once; key j of row b belongs to column j
+    of that row's text. What lies behind the end of a text is never looked at: to cut a text back is to forget its end.
+
+    Args:
+        capacity: columns of the longest text.
+        key_start: int64 [B], first column that is not left padding; None if there is none.
+        window: sliding window in tokens, or None.
+    """
+
+    def __init__(self, capacity: int, key_start: Tensor | None, window: int | None):
+        self.capacity, self.key_start, self.window = capacity, key_start, window
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def extend(self, columns: Tensor, end: int, mask: Tensor | None) -> "TextCache":
+        """Prepare a pass over new tokens.
+
+        Args:
+            columns: int64 [B, S], where the tokens stand.
+            end: host copy of the largest column + 1: no later key is read.
+            mask: bool [B, 1, S, end], the keys each token sees; None is plain causal.
+        """
+        self._columns, self._end, self._mask = columns, end, mask
+        return self
+
+    def visible(self, columns: Tensor, end: int) -> Tensor:
+        """The mask of single tokens at ``columns`` [B, 1], bool [B, 1, 1, end]."""
+        column = torch.arange(end, device=columns.device)
+        visible = column <= columns
+        if self.key_start is not None:
+            visible &= column >= self.key_start[:, None]
+        if self.window is not None:
+            visible &= columns - column < self.window
+        return visible[:, None, None]
+
+    def attend(self, module, query, key, value, _mask, **options) -> Tensor:
+        layer = module.layer_idx
+        if layer not in self.keys:
+            shape = *key.shape[:2], self.capacity, key.shape[-1]
+            # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
+            self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        row = torch.arange(key.shape[0], device=key.device)[:, None]
+        seen = []
+        for states, new in ((self.keys[layer], key), (self.values[layer], value)):
+            states[row, :, self._columns] = new.transpose(1, 2)
+            seen.append(states[:, :, : self._end])
+        return sdpa_attention_forward(module, query, *seen, self._mask, **options)[0]
+
+
+class ThoughtStates:
+    """Room for the keys and values of thoughts, allocated at the first thought and reused by all that follow."""
+
+    def __init__(self) -> None:
+        self._room: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of_layer(self, layer: int, key: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new keys [B, Hkv, P, S, D].
+
+        A smaller batch of anchors takes the front of the room, a larger one makes it anew.
+        """
+        batch, heads, num_anchors, _, head_size = key.shape
+        shape = batch, heads, num_anchors, max_steps, head_size
+        room = self._room.get(layer)
+        if room is None or not _fits(shape, room[0]) or room[0].dtype != key.dtype or room[0].device != key.device:
+            room = self._room[layer] = key.new_empty(shape), key.new_empty(shape)
+        front = tuple(slice(size) for size in shape)
+        return room[0][front], room[1][front]
+
+
+def _fits(shape: tuple[int, ...], room: Tensor) -> bool:
+    return all(size <= available for size, available in zip(shape, room.shape, strict=True))
+
+
 class ThoughtCache:
     """Thoughts growing step by step behind anchors in a finished base pass.
-
-    Thought keys and values are preallocated for ``max_steps`` steps: [B, Hkv, P, max_steps, D] per layer.
 
     Args:
         base: the base pass.
         anchors: int [B, P] or [P], indices into the base keys; −1 is inactive.
         max_steps: T at the end of the thought.
         key_start: int [B], first base key that is not left padding; None if there is none.
+        states: room for the thought keys and values, of earlier thoughts; default new.
     """
 
-    def __init__(self, base: BaseStates, anchors: Tensor, max_steps: int, key_start: Tensor | None = None):
-        self.base, self.anchors, self.key_start = base, anchors, key_start
+    def __init__(
+        self,
+        base: BaseStates | TextCache,
+        anchors: Tensor,
+        max_steps: int,
+        key_start: Tensor | None = None,
+        states: ThoughtStates | None = None,
+    ):
+        self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
-        self._keys, self._values = (
-            {layer: x.new_empty(*x.shape[:2], anchors.shape[-1], max_steps, x.shape[-1]) for layer, x in states.items()}
-            for states in (base.keys, base.values)
-        )
+        self._states = ThoughtStates() if states is None else states
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
@@ -80,7 +160,7 @@ class ThoughtCache:
         num_anchors = self.anchors.shape[-1]
         query, key, value = (x.unflatten(2, (num_anchors, -1)) for x in (query, key, value))
         total = self.steps + query.shape[3]
-        thought_key, thought_value = (x[layer][:, :, :, :total] for x in (self._keys, self._values))
+        thought_key, thought_value = (x[:, :, :, :total] for x in self._states.of_layer(layer, key, self.max_steps))
         thought_key[:, :, :, self.steps :] = key
         thought_value[:, :, :, self.steps :] = value
         output = thought_attention(

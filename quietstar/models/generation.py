@@ -1,41 +1,96 @@
-"""Generation with the thoughts in view."""
+"""``generate`` of a Quiet-STaR model: transformers' own, and beyond it drafts, when to think, and visible thoughts.
 
-from typing import NamedTuple
+Plain thinking runs in transformers' loops, where every forward pass thinks once. The options run in the loop of
+``decoding.py``, inside the same ``generate``: transformers prepares prompts, logits processors, stopping criteria and
+streamers either way.
+"""
 
-from torch import Tensor, stack
+from typing import Literal
 
-from quietstar.models.modeling import QuietStarForCausalLM, QuietStarOutput
+import torch
+from torch import Tensor
 
-
-class GenerationWithThoughts(NamedTuple):
-    """Generated text and the thought in front of each new token; n new tokens, k tokens per thought."""
-
-    sequences: Tensor  # int64 [B, L + n]
-    thought_tokens: Tensor  # int64 [B, n, k]
-    mixing_weight: Tensor  # [B, n], weight of the prediction after the thought
+from quietstar.models.attention import ThoughtStates
+from quietstar.models.decoding import decode
+from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
+from quietstar.models.speculation import Thinking
 
 
-def generate_with_thoughts(model: QuietStarForCausalLM, input_ids: Tensor, **options) -> GenerationWithThoughts:
-    """``model.generate``, keeping every thought.
+class ThinkingGeneration:
+    """Mixin in front of a transformers model: the options of :meth:`generate`."""
 
-    Args:
-        model: the model.
-        input_ids: int64 [B, L], the prompts.
-        options: arguments of ``generate``.
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args,
+        draft_length: int | Literal["auto"] | None = None,
+        think: float | Literal["always", "never"] = "always",
+        return_thoughts: bool = False,
+        **kwargs,
+    ) -> Tensor | QuietStarGenerateOutput:
+        """Generate text, thinking before every token. Other arguments are those of transformers' ``generate``.
 
-    Raises:
-        ValueError: beam search, where a thought does not stay with its text.
-    """
-    if options.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams must be 1 to keep thoughts, got {options['num_beams']}")
-    steps: list[QuietStarOutput] = []
-    hook = model.register_forward_hook(lambda _module, _inputs, output: steps.append(output))
-    try:
-        sequences = model.generate(input_ids, **options, return_dict_in_generate=False)
-    finally:
-        hook.remove()
-    return GenerationWithThoughts(
-        sequences,
-        stack([step.thought_tokens[:, 0, -1] for step in steps], dim=1),
-        stack([step.mixing_weight[:, 0, -1, 0] for step in steps], dim=1),
-    )
+        Args:
+            inputs: int64 [B, L], the prompts (or ``input_ids``), padded on the left.
+            draft_length: the base model drafts so many tokens, the model thinks behind all of them at once and keeps
+                those it agrees with (speculative sampling, arXiv 2211.17192, with the model as its own drafter). The
+                text is distributed as without drafts, greedy text is the same. ``"auto"`` chooses the length from how
+                many drafts were accepted so far; None drafts nothing.
+            think: ``"always"``; ``"never"`` for the base model alone; or a threshold in nats: think only in front of
+                tokens whose base prediction has more entropy.
+            return_thoughts: return a :class:`QuietStarGenerateOutput` with every thought. So does
+                ``return_dict_in_generate`` with ``draft_length`` or ``think``, without the thoughts.
+
+        Raises:
+            TypeError, ValueError: a bad option, an empty prompt or one longer than the model's positions; with one of
+                the three options also beam search, ``past_key_values``, ``guidance_scale``, ``synced_gpus`` and scores,
+                logits, attentions or hidden states in the output.
+        """
+        thinking = Thinking(draft_length, think, return_thoughts)
+        self._check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
+        if isinstance(kwargs.get("streamer"), ThoughtStreamer) and not return_thoughts:
+            raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
+        if thinking.plain:
+            return super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "past_key_values must be None with draft_length, think or return_thoughts, "
+                f"got {type(kwargs['past_key_values']).__name__}"
+            )
+        return super().generate(inputs, *args, thinking=thinking, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, thinking: Thinking | None = None, **kwargs):
+        """As in transformers; the thought tokens are never generated."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
+
+    def _sample(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
+        if thinking is None:
+            return super()._sample(input_ids, *args, **kwargs)
+        return decode(self, input_ids, *args, thinking=thinking, **kwargs)
+
+    def _beam_search(self, *args, thinking: Thinking | None = None, **kwargs):
+        self._only_without_options(thinking, "beam search", "num_beams must be 1")
+        return super()._beam_search(*args, **kwargs)
+
+    def _assisted_decoding(self, *args, thinking: Thinking | None = None, **kwargs):
+        self._only_without_options(thinking, "assisted decoding", "assistant_model and prompt lookup must be left out")
+        return super()._assisted_decoding(*args, **kwargs)
+
+    @staticmethod
+    def _only_without_options(thinking: Thinking | None, mode: str, demand: str) -> None:
+        if thinking is not None:
+            raise ValueError(f"{demand} with draft_length, think or return_thoughts, got {mode}")
+
+    def _check_prompt(self, prompt: object, attention_mask: Tensor | None) -> None:
+        if not isinstance(prompt, Tensor) or prompt.dim() != 2:
+            return  # transformers says what is wrong with it
+        if prompt.shape[1] == 0:
+            raise ValueError(f"input_ids must hold at least one token per prompt, got shape {list(prompt.shape)}")
+        positions = self.config.max_position_embeddings
+        if prompt.shape[1] > positions:
+            longest = prompt.shape[1] if attention_mask is None else int(attention_mask.sum(dim=-1).max())
+            if longest > positions:
+                raise ValueError(
+                    f"input_ids must have at most max_position_embeddings = {positions} tokens, got {longest}"
+                )

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from transformers.models.mistral.modeling_mistral import MistralModel
 
-from quietstar.models.attention import BaseStates, ThoughtCache, ThoughtTree
+from quietstar.models.attention import BaseStates, TextCache, ThoughtCache, ThoughtStates, ThoughtTree
 from quietstar.ops import linear_sample
 
 
 def run_layers(
-    model: MistralModel, embeddings: Tensor, position_ids: Tensor, thoughts: ThoughtCache | ThoughtTree
+    model: MistralModel, embeddings: Tensor, position_ids: Tensor, thoughts: TextCache | ThoughtCache | ThoughtTree
 ) -> Tensor:
     """Final hidden states [B, rows, H] of rows whose attention ``thoughts`` lays out.
 
@@ -34,23 +34,25 @@ class Thinker:
         start, end: embeddings [H] of the thought tokens.
         thought_length: k.
         key_start: int [B] or None, first base key that is not left padding.
+        states: room for the thoughts' keys and values, to be reused; default new.
     """
 
     def __init__(
         self,
         model: MistralModel,
         lm_head: Tensor,
-        base: BaseStates,
+        base: BaseStates | TextCache,
         anchors: Tensor,
         anchor_positions: Tensor,
         start: Tensor,
         end: Tensor,
         thought_length: int,
         key_start: Tensor | None = None,
+        states: ThoughtStates | None = None,
     ):
         self.model, self.lm_head, self.start, self.end = model, lm_head, start, end
         self.thought_length, self.anchor_positions = thought_length, anchor_positions
-        self.cache = ThoughtCache(base, anchors, thought_length + 2, key_start)
+        self.cache = ThoughtCache(base, anchors, thought_length + 2, key_start, states)
 
     def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""

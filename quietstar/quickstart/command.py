@@ -14,7 +14,6 @@ from transformers.utils import logging
 from quietstar.evaluation import HeldOutNll, hardest, held_out_nll, token_mean
 from quietstar.generate import thought_lines
 from quietstar.models import QuietStarForCausalLM
-from quietstar.models.generation import generate_with_thoughts
 from quietstar.quickstart.corpus import standard_library, train_tokenizer, windows_of
 from quietstar.quickstart.stages import THINKING, TINY, USUAL, Size, train_base, train_thinking
 
@@ -66,11 +65,12 @@ def quickstart(folder: Path, size: Size, seed: int) -> None:
     after = held_out_nll(model, held_out, progress=lambda batches: tqdm(batches, unit="batch"))
     print(results_table(before, after, speed))
     prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    generated = generate_with_thoughts(
-        model, **prompt, max_new_tokens=24, do_sample=True, temperature=0.7, pad_token_id=tokenizer.pad_token_id
-    )
+    generated = model.generate(
+        **prompt, max_new_tokens=24, do_sample=True, temperature=0.7, pad_token_id=tokenizer.pad_token_id,
+        return_thoughts=True,
+    )  # fmt: skip
     print(f"\nA continuation of {PROMPT!r}, token by token with the thought in front of it:\n")
-    print(*thought_lines(tokenizer, generated, dim=sys.stdout.isatty()), sep="\n")
+    print(*thought_lines(tokenizer, generated.steps(), dim=sys.stdout.isatty()), sep="\n")
 
 
 def results_table(before: HeldOutNll, after: HeldOutNll, speed: float) -> str:

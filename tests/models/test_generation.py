@@ -4,8 +4,6 @@ import pytest
 import torch
 from transformers import TextStreamer
 
-from quietstar.models.generation import generate_with_thoughts
-
 
 def recompute(model, text, count):
     """Greedy continuation from the whole context at every token, no cache."""
@@ -49,7 +47,7 @@ def test_thought_tokens_are_never_generated(make_model, text):
     model = make_model()
     model.lm_head.weight.data[-2:] = 100 * model.model.norm.weight  # the model would like nothing better
     for options in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 1}):
-        output = generate_with_thoughts(model, text, attention_mask=torch.ones_like(text), max_new_tokens=20, **options)
+        output = model.generate(text, max_new_tokens=20, return_thoughts=True, **options)
         assert int(output.sequences.max()) < 38
         assert int(output.thought_tokens.max()) < 38
 
@@ -66,9 +64,7 @@ def test_the_same_seed_gives_the_same_text(make_model, text):
 
 def test_thoughts_in_view(make_model, text):
     model = make_model(thought_temperature=0.0)
-    output = generate_with_thoughts(
-        model, text, attention_mask=torch.ones_like(text), max_new_tokens=5, do_sample=False
-    )
+    output = model.generate(text, max_new_tokens=5, do_sample=False, return_thoughts=True)
     assert torch.equal(output.sequences, greedy(model, text, 5))
     assert output.thought_tokens.shape == (2, 5, 3)
     assert output.mixing_weight.shape == (2, 5)
@@ -76,8 +72,6 @@ def test_thoughts_in_view(make_model, text):
         whole = model(output.sequences)
     assert torch.equal(output.thought_tokens, whole.thought_tokens[:, 0, 11:-1])
     torch.testing.assert_close(output.mixing_weight, whole.mixing_weight[:, 0, 11:-1, 0], atol=1e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match="num_beams must be 1"):
-        generate_with_thoughts(model, text, num_beams=2)
 
 
 def test_streamer_num_return_sequences_and_beams(make_model, text):
