@@ -1,29 +1,58 @@
-"""``compare``: time ours and its peers in turn, and a table of all comparisons at the end of the run."""
+"""``compare``: time ours and its peers in turn; a table of all comparisons at the end of the run, and all in JSON."""
 
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import shlex
+from collections.abc import Callable, Generator, Iterable, Mapping
 
 import pytest
 import torch
-from measure import DEVICE, THREADS, matmul_peak, seconds, settle, to_the_end
+from comparison import OURS, interleaved, summary
+from measure import DEVICE, machine, seconds
+from report import FORMAT
 
-ROWS = pytest.StashKey[list[tuple[str, ...]]]()
-HEADER = (
-    "benchmark",
-    "candidate",
-    "median ms",
-    "x ours",
-    "best ms",
-    "x ours",
-    "promised",
-    "peak MiB",
-    "GFLOP/s",
-    "of matmul",
-)
+RESULTS = pytest.StashKey[dict[str, dict]]()
+NOT_RUN = pytest.StashKey[dict[str, str]]()
+COLUMNS = {
+    "median ms": ("median_ms", "{:.2f}"),
+    "spread": ("spread", "{:.0%}"),
+    "x ours": ("median_ratio", "{:.2f}"),
+    "best ms": ("best_ms", "{:.2f}"),
+    "x ours, best": ("best_ratio", "{:.2f}"),
+    "promised": ("promised_ratio", ">= {:.3g}"),
+    "peak MiB": ("peak_mib", "{:.0f}"),
+    "GFLOP/s": ("gflop_per_s", "{:.0f}"),
+    "of matmul": ("matmul_fraction", "{:.1%}"),
+    "GB/s": ("gb_per_s", "{:.1f}"),
+    "of copy": ("copy_fraction", "{:.1%}"),
+}
+
+
+class Clock:
+    """A stopped clock that ``measured`` moves on: pytest-benchmark's statistics are then of ``measure.seconds``."""
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def measured(self, function: Callable[[], object]) -> None:
+        self.now += seconds(function)
+
+
+CLOCK = Clock()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[RESULTS] = {}
+    config.stash[NOT_RUN] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "compare" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+        if item.get_closest_marker("gpu") and DEVICE != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +73,9 @@ def compare(benchmark, request) -> Callable[..., None]:
         memory: Mapping[str, int] | None = None,
         flops: float | None = None,
         dtype: torch.dtype = torch.float32,
+        moved: float | None = None,
+        missing: Mapping[str, str] | None = None,
+        shape: object | None = None,
     ) -> None:
         """Each round runs every peer, then ours. The best times say most on a machine that others use too.
 
@@ -55,46 +87,80 @@ def compare(benchmark, request) -> Callable[..., None]:
             memory: peak bytes by name, ours under "ours".
             flops: floating-point operations of the task, not counting what a candidate does in vain.
             dtype: that of the matrix products ``flops`` is compared with.
+            moved: bytes that the task has to read and write, not counting what a candidate moves in vain.
+            missing: peers that could not be timed, and why.
+            shape: dataclass of ``shapes``, for the report.
         """
-        times: dict[str, list[float]] = {name: [] for name in peers}
+        times: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
 
         def peers_first() -> None:
-            for name, peer in peers.items():
-                times[name].append(seconds(peer))
-            settle()
+            for name, [time] in interleaved(peers, rounds=1).items():
+                times[name].append(time)
 
-        benchmark.pedantic(to_the_end(ours), setup=peers_first, rounds=rounds)
+        benchmark.pedantic(CLOCK.measured, args=(ours,), setup=peers_first, rounds=rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        times["ours"] = benchmark.stats.stats.data
-        for name in ("ours", *peers):
-            median, best = statistics.median(times[name]), min(times[name])
-            benchmark.extra_info[name] = result = {
-                "median_ms": median * 1e3,
-                "median_ratio": median / statistics.median(times["ours"]),
-                "best_ms": best * 1e3,
-                "best_ratio": best / min(times["ours"]),
-                "promised_ratio": promised if name == next(iter(peers)) else None,
-                "peak_mib": memory[name] / 2**20 if memory else None,
-                "gflop_per_s": flops / median / 1e9 if flops else None,
-                "matmul_fraction": flops / median / matmul_peak(dtype) if flops else None,
-            }
-            formats = ("{:.2f}", "{:.2f}", "{:.2f}", "{:.2f}", ">= {:g}", "{:.0f}", "{:.0f}", "{:.1%}")
-            cells = ("" if x is None else f.format(x) for f, x in zip(formats, result.values(), strict=True))
-            request.config.stash[ROWS].append((request.node.name.removeprefix("bench_"), name, *cells))
+        times[OURS] = benchmark.stats.stats.data
+        measured = {"promised": promised, "memory": memory, "flops": flops, "dtype": dtype, "moved": moved}
+        described = {key: str(value) for key, value in dataclasses.asdict(shape).items()} if shape else {}
+        benchmark.extra_info |= summary(times, **measured, missing=missing, shape=described)
+        request.config.stash[RESULTS][_short(request.node)] = benchmark.extra_info
 
     return compare
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped:
+        reason = report.longrepr[2].removeprefix("Skipped: ").replace(f"{item.config.rootpath}/", "")
+        item.config.stash[NOT_RUN][_short(item)] = reason
+    elif report.failed:
+        item.config.stash[NOT_RUN][_short(item)] = "FAILED"
+    return report
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info.clear()  # pytest-benchmark's names the host
+    machine_info.update(machine())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json |= {
+        "format": FORMAT,
+        "command": shlex.join(["pytest", *config.invocation_params.args]),
+        "not_run": config.stash[NOT_RUN],
+    }
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
+    results = config.stash[RESULTS]
+    if not results:
         return
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {THREADS} threads"
-    terminalreporter.section(f"ours and its peers, interleaved; {machine}; torch {torch.__version__}")
-    terminalreporter.write_line("peak MiB: of a process that does only this, Python and torch included unless on a GPU")
-    for line in _aligned([HEADER, *rows]):
-        terminalreporter.write_line(line)
+    about = machine()
+    threads = f", {about['threads']} threads" if DEVICE == "cpu" else ""
+    write = terminalreporter.write_line
+    terminalreporter.section(f"ours and its peers, interleaved; {about['device']}{threads}; torch {about['torch']}")
+    write("spread: interquartile range over median; best peer: by the median, a ratio above 1 is ours being faster")
+    write("peak MiB: of a process that does only this, Python and torch included unless on a GPU")
+    rows = [("benchmark", "candidate", *COLUMNS)]
+    for benchmark, result in results.items():
+        for name, numbers in result["candidates"].items():
+            cells = ("" if numbers[key] is None else text.format(numbers[key]) for key, text in COLUMNS.values())
+            rows.append((benchmark, name, *cells))
+    for line in _aligned(rows):
+        write(line)
+    for benchmark, result in results.items():
+        if result["best_peer"]:
+            write(f"best peer of {benchmark}: {result['best_peer']}, {result['best_peer_ratio']:.2f} x ours")
+    for name, reason in {name: why for result in results.values() for name, why in result["missing"].items()}.items():
+        write(f"missing peer: {name} ({reason})")
+    for name, reason in config.stash[NOT_RUN].items():
+        write(f"not run: {name} ({reason})")
+
+
+def _short(item: pytest.Item) -> str:
+    return item.name.removeprefix("bench_")
 
 
 def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:

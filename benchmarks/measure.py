@@ -1,12 +1,14 @@
 """Time, memory and the machine's own speed: what every benchmark measures with."""
 
 import os
+import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -16,34 +18,28 @@ THREADS = 2  # of the promises made for the CPU; set on import so that child pro
 if DEVICE == "cpu":
     torch.set_num_threads(THREADS)
 
+PACKAGES = ("torch", "triton", "transformers")
 _MORE_THAN_L2 = 512 * 2**20  # bytes
 
 
-def settle() -> None:
-    """Idle device, nothing useful in its L2 cache."""
-    if DEVICE == "cuda":
-        torch.empty(_MORE_THAN_L2, dtype=torch.int8, device=DEVICE).zero_()
-        torch.cuda.synchronize()
-
-
-def to_the_end(function: Callable[[], object]) -> Callable[[], None]:
-    """``function``, returning only when the device has done its work."""
-
-    def run() -> None:
-        function()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, from an idle device to its end."""
-    run = to_the_end(function)
-    settle()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    """Time of one call, from an idle device until it has done its work.
+
+    On a GPU nothing useful is in its L2 cache, and the time is the device's own, between two events: while it clears
+    the cache the host has time to submit the call, so what is timed is not the launching.
+    """
+    if DEVICE == "cpu":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.empty(_MORE_THAN_L2, dtype=torch.int8, device=DEVICE).zero_()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 @cache
@@ -52,6 +48,14 @@ def matmul_peak(dtype: torch.dtype) -> float:
     n = 8192 if DEVICE == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
     return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+@cache
+def copy_peak() -> float:
+    """Bytes per second of a large copy on this machine, read and written, the best of ten."""
+    source = torch.ones((2**30 if DEVICE == "cuda" else 2**28) // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
 def own_peak_memory() -> int:
@@ -66,9 +70,47 @@ def own_peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def peak_memory(script: str, *arguments: str) -> int:
-    """``own_peak_memory()`` of ``script arguments`` in a process of its own; the script prints it on its last line."""
+def peak_memory(script: str, *arguments: str, run: Callable[[], object] | None = None) -> int:
+    """``own_peak_memory()`` of ``script arguments`` in a process of its own; the script prints it on its last line.
+
+    If ``run`` is given, it does the same work in this process, and on a GPU no other is started: there the peak is that
+    of ``run`` and of what is allocated before.
+    """
+    if run is not None and DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return own_peak_memory()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, script, *arguments]
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(printed.splitlines()[-1])
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the numbers depend on: device, threads and versions; None where there is no such thing."""
+    import quietstar  # here, so that whoever only takes the time needs no more than torch
+
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _processor(),
+        "kind": DEVICE,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(terse=True),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "quietstar": quietstar.__version__,
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

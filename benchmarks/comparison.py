@@ -1,0 +1,76 @@
+"""From the times of ours and its peers to the numbers that are reported; how those are written is in ``report``."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from measure import copy_peak, matmul_peak, seconds
+
+OURS = "ours"
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[..., float] = seconds
+) -> dict[str, list[float]]:
+    """Seconds of each call, ``rounds`` for each candidate: what slows the machine down for a while slows them all."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            times[name].append(clock(candidate))
+    return times
+
+
+def spread(times: Sequence[float]) -> float | None:
+    """Interquartile range as a fraction of the median; None of fewer than two times."""
+    if len(times) < 2:
+        return None
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return (upper - lower) / median
+
+
+def summary(
+    times: Mapping[str, Sequence[float]],
+    *,
+    promised: float | None = None,
+    memory: Mapping[str, int] | None = None,
+    flops: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    moved: float | None = None,
+    missing: Mapping[str, str] | None = None,
+    shape: Mapping[str, object] | None = None,
+) -> dict:
+    """What a comparison found, ready for JSON. ``times`` are those of ``interleaved``, the rest as in ``compare``.
+
+    Ratios are times of the candidate over ours: above 1, ours is the faster one. ``spread`` is the interquartile range
+    over the median. Fractions are of ``matmul_peak`` and ``copy_peak``, measured now.
+    """
+    peers = [name for name in times if name != OURS]
+    memory = memory or {}
+    unknown = [*sorted(set(memory) - set(times)), *sorted(set(missing or {}) & set(times))]
+    if unknown:
+        raise ValueError(f"memory must be of what is timed ({', '.join(times)}), missing of what is not, got {unknown}")
+    ours_median, ours_best = statistics.median(times[OURS]), min(times[OURS])
+    candidates = {}
+    for name in (OURS, *peers):
+        median, best = statistics.median(times[name]), min(times[name])
+        candidates[name] = {
+            "median_ms": median * 1e3,
+            "median_ratio": median / ours_median,
+            "spread": spread(times[name]),
+            "best_ms": best * 1e3,
+            "best_ratio": best / ours_best,
+            "promised_ratio": promised if [name] == peers[:1] else None,
+            "peak_mib": memory[name] / 2**20 if name in memory else None,
+            "gflop_per_s": flops / median / 1e9 if flops else None,
+            "matmul_fraction": flops / median / matmul_peak(dtype) if flops else None,
+            "gb_per_s": moved / median / 1e9 if moved else None,
+            "copy_fraction": moved / median / copy_peak() if moved else None,
+        }
+    best_peer = min(peers, key=lambda name: candidates[name]["median_ms"], default=None)
+    return {
+        "shape": dict(shape or {}),
+        "candidates": candidates,
+        "missing": dict(missing or {}),
+        "best_peer": best_peer,
+        "best_peer_ratio": candidates[best_peer]["median_ratio"] if best_peer else None,
+    }
