@@ -1,9 +1,303 @@
 // quietstar._C.cpu: the kernels of the `cpu` backend as Python sees them.
+//
+// Addresses, sizes and strides are integers; strides count elements. Arguments are named as in kernels.h.
 
 #include "quietstar/bindings.h"
 
-namespace quietstar {
+#include <pybind11/stl.h>
 
-void bind_cpu(pybind11::module_& module) { module.def_submodule("cpu", "Kernels of the cpu backend."); }
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "quietstar/contract.h"
+
+namespace py = pybind11;
+
+namespace quietstar {
+namespace cpu {
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+// The instruction sets of this build that this machine has, the best last.
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> usable = {&baseline::kernels};
+#ifdef QUIETSTAR_X86
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) usable.push_back(&avx2::kernels);
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    usable.push_back(&avx512::kernels);
+  }
+#endif
+  return usable;
+}
+
+const Kernels*& active() {
+  static const Kernels* kernels = usable_kernels().back();
+  return kernels;
+}
+
+void use_instruction_set(const std::string& name) {
+  std::string names;
+  for (const Kernels* kernels : usable_kernels()) {
+    if (name == kernels->name) {
+      active() = kernels;
+      return;
+    }
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::invalid_argument("name must be one of " + names + ", got " + name);
+}
+
+// Calls function(kernels of the dtype, example) where the example is a T that says what T is.
+template <class Function>
+void with_dtype(int dtype, Function function) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32:
+      return function(active()->float32, float{});
+    case DType::kBFloat16:
+      return function(active()->bfloat16, BFloat16{});
+    default:
+      refuse("dtype", "be 0 (float32) or 1 (bfloat16)", dtype);
+  }
+}
+
+// A matrix [rows, columns] of which rows may overlap (stride 0), but not lie in front of it.
+template <class T>
+Matrix<T> matrix(const char* name, Address address, Size stride, Size rows, Size columns) {
+  return {pointer<T>(name, address, rows * columns), at_least("stride", 0, stride)};
+}
+
+template <class T>
+Mix<T> mix_arguments(Address base, Size base_stride, Address thought, Size thought_stride, Address weight, Size rows,
+                     Size vocabulary, int threads) {
+  at_least("rows", 0, rows);
+  at_least("vocabulary", 1, vocabulary);
+  return {matrix<const T>("base", base, base_stride, rows, vocabulary),
+          matrix<const T>("thought", thought, thought_stride, rows, vocabulary),
+          pointer<const float>("weight", weight, rows),
+          rows,
+          vocabulary,
+          static_cast<int>(at_least("threads", 1, threads))};
+}
+
+// Token ids in [0, vocabulary): kernels use them as indices.
+const Size* tokens(const char* name, Address address, Size count, Size vocabulary) {
+  const Size* ids = pointer<const Size>(name, address, at_least(name, 0, count));
+  for (Size i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= vocabulary) refuse(name, "be in [0, " + std::to_string(vocabulary) + ")", ids[i]);
+  }
+  return ids;
+}
+
+void mix(int dtype, Address base, Size base_stride, Address thought, Size thought_stride, Address weight, Address mixed,
+         Size rows, Size vocabulary, int threads) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const MixForward<T> arguments{
+        mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
+        pointer<T>("mixed", mixed, rows)};
+    py::gil_scoped_release released;
+    kernels.mix(arguments);
+  });
+}
+
+void mix_backward(int dtype, Address grad, Size grad_stride, Address base, Size base_stride, Address thought,
+                  Size thought_stride, Address weight, Address d_base, Address d_thought, Address d_weight, Size rows,
+                  Size vocabulary, int threads) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const MixBackward<T> arguments{
+        mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
+        matrix<const T>("grad", grad, grad_stride, rows, vocabulary), optional_pointer<T>("d_base", d_base),
+        optional_pointer<T>("d_thought", d_thought), optional_pointer<float>("d_weight", d_weight)};
+    py::gil_scoped_release released;
+    kernels.mix_backward(arguments);
+  });
+}
+
+void mixed_cross_entropy(int dtype, Address base, Size base_stride, Address thought, Size thought_stride,
+                         Address weight, Address target, Address nll, Address slope, Address largest, Address log_total,
+                         Size rows, Size vocabulary, int threads) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const MixedCrossEntropy<T> arguments{
+        mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
+        tokens("target", target, rows, vocabulary),
+        pointer<float>("nll", nll, rows),
+        pointer<float>("slope", slope, rows),
+        pointer<float>("largest", largest, rows),
+        pointer<float>("log_total", log_total, rows)};
+    py::gil_scoped_release released;
+    kernels.mixed_cross_entropy(arguments);
+  });
+}
+
+void mixed_cross_entropy_backward(int dtype, Address scale, Address base, Size base_stride, Address thought,
+                                  Size thought_stride, Address weight, Address target, Address largest,
+                                  Address log_total, Address d_base, Address d_thought, Size rows, Size vocabulary,
+                                  int threads) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const MixedCrossEntropyBackward<T> arguments{
+        mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
+        tokens("target", target, rows, vocabulary),
+        pointer<const float>("scale", scale, rows),
+        pointer<const float>("largest", largest, rows),
+        pointer<const float>("log_total", log_total, rows),
+        optional_pointer<T>("d_base", d_base),
+        optional_pointer<T>("d_thought", d_thought)};
+    py::gil_scoped_release released;
+    kernels.mixed_cross_entropy_backward(arguments);
+  });
+}
+
+void cross_entropy_rows(Address logits, Size stride, Address target, Address scale, Address nll, Address suppressed,
+                        Size suppressed_count, float temperature, Size rows, Size vocabulary, int threads) {
+  at_least("rows", 0, rows);
+  at_least("vocabulary", 1, vocabulary);
+  const CrossEntropyRows arguments{matrix<float>("logits", logits, stride, rows, vocabulary),
+                                   tokens("target", target, rows, vocabulary),
+                                   optional_pointer<const float>("scale", scale),
+                                   pointer<float>("nll", nll, rows),
+                                   tokens("suppressed", suppressed, suppressed_count, vocabulary),
+                                   suppressed_count,
+                                   temperature,
+                                   rows,
+                                   vocabulary,
+                                   static_cast<int>(at_least("threads", 1, threads))};
+  py::gil_scoped_release released;
+  active()->cross_entropy_rows(arguments);
+}
+
+void sample_rows(Address logits, Address chosen, Address suppressed, Size suppressed_count, Size seed, Size first_row,
+                 float temperature, Size top_k, double top_p, Size rows, Size groups, int threads) {
+  constexpr Size kGroup = 64;
+  at_least("rows", 0, rows);
+  at_least("groups", 1, groups);
+  const SampleRows arguments{pointer<float>("logits", logits, rows),
+                             pointer<Size>("tokens", chosen, rows),
+                             tokens("suppressed", suppressed, suppressed_count, groups * kGroup),
+                             suppressed_count,
+                             seed,
+                             first_row,
+                             temperature,
+                             at_least("top_k", 0, top_k),
+                             top_p,
+                             rows,
+                             groups,
+                             static_cast<int>(at_least("threads", 1, threads))};
+  py::gil_scoped_release released;
+  active()->sample_rows(arguments);
+}
+
+using Strides = std::vector<Size>;  // of batch, head, anchor and step
+
+template <class T>
+Steps<T> steps(const char* name, const std::pair<Address, Strides>& tensor) {
+  const Strides& strides = tensor.second;
+  if (strides.size() != 4) refuse(name, "come with 4 strides", static_cast<Size>(strides.size()));
+  for (Size stride : strides) at_least("stride", 0, stride);
+  return {pointer<T>(name, tensor.first, 1), strides[0], strides[1], strides[2], strides[3]};
+}
+
+using Tensor = std::pair<Address, Strides>;
+
+ThoughtShape thought_shape(const std::vector<Size>& sizes, float scale, int threads) {
+  if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, T, D", static_cast<Size>(sizes.size()));
+  for (Size size : sizes) at_least("sizes", 1, size);
+  const ThoughtShape shape{sizes[0], sizes[1], sizes[2],
+                           sizes[3], sizes[4], sizes[5],
+                           sizes[6], scale,    static_cast<int>(at_least("threads", 1, threads))};
+  if (shape.query_heads % shape.kv_heads) refuse("Hq", "be a multiple of Hkv", shape.query_heads);
+  at_least("T", shape.steps, shape.thought_steps);
+  return shape;
+}
+
+void thought_forward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
+                     const Tensor& thought_key, const Tensor& thought_value, const Tensor& base_output,
+                     const Tensor& base_lse, const Tensor& output, Address lse) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const ThoughtForward<T> arguments{thought_shape(sizes, scale, threads),
+                                      steps<const T>("query", query),
+                                      steps<const T>("thought_key", thought_key),
+                                      steps<const T>("thought_value", thought_value),
+                                      steps<const float>("base_output", base_output),
+                                      steps<const float>("base_lse", base_lse),
+                                      steps<T>("output", output),
+                                      pointer<float>("lse", lse, 1)};
+    py::gil_scoped_release released;
+    kernels.thought_forward(arguments);
+  });
+}
+
+void thought_backward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
+                      const Tensor& thought_key, const Tensor& thought_value, const Tensor& output,
+                      const Tensor& grad_output, const Tensor& base_grad_query, Address lse, Address grad_lse,
+                      const Tensor& grad_query, const Tensor& grad_thought_key, const Tensor& grad_thought_value) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const ThoughtBackward<T> arguments{thought_shape(sizes, scale, threads),
+                                       steps<const T>("query", query),
+                                       steps<const T>("thought_key", thought_key),
+                                       steps<const T>("thought_value", thought_value),
+                                       steps<const T>("output", output),
+                                       steps<const T>("grad_output", grad_output),
+                                       steps<const float>("base_grad_query", base_grad_query),
+                                       pointer<const float>("lse", lse, 1),
+                                       optional_pointer<const float>("grad_lse", grad_lse),
+                                       steps<T>("grad_query", grad_query),
+                                       steps<T>("grad_thought_key", grad_thought_key),
+                                       steps<T>("grad_thought_value", grad_thought_value)};
+    py::gil_scoped_release released;
+    kernels.thought_backward(arguments);
+  });
+}
+
+void bind(py::module_& module) {
+  module.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : usable_kernels()) names.push_back(kernels->name);
+        return names;
+      },
+      "Instruction sets of this build that this machine has, the best last.");
+  module.def("instruction_set", [] { return std::string(active()->name); }, "The one in use; at first the best.");
+  module.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Use another one, in all threads.");
+  const auto elementary = [](auto member) {
+    return [member](Address x, Address result, Size count) {
+      (active()->*member)(pointer<const float>("x", x, at_least("count", 0, count)),
+                          pointer<float>("result", result, count), count);
+    };
+  };
+  module.def("exponential", elementary(&Kernels::exponential), py::arg("x"), py::arg("result"), py::arg("count"));
+  module.def("logarithm", elementary(&Kernels::logarithm), py::arg("x"), py::arg("result"), py::arg("count"));
+  module.def("mix", &mix);
+  module.def("mix_backward", &mix_backward);
+  module.def("mixed_cross_entropy", &mixed_cross_entropy);
+  module.def("mixed_cross_entropy_backward", &mixed_cross_entropy_backward);
+  module.def("cross_entropy_rows", &cross_entropy_rows);
+  module.def("sample_rows", &sample_rows);
+  module.def("thought_forward", &thought_forward);
+  module.def("thought_backward", &thought_backward);
+}
+
+}  // namespace
+}  // namespace cpu
+
+void bind_cpu(py::module_& module) {
+  py::module_ submodule = module.def_submodule("cpu", "Kernels of the cpu backend.");
+  cpu::bind(submodule);
+}
 
 }  // namespace quietstar

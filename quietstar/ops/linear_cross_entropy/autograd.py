@@ -18,8 +18,12 @@ from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 
 # Imported when they are first used: triton may be missing, and takes its time.
-_ROW_KERNELS = {"torch": "library:cross_entropy_rows", "triton": "triton_kernels:cross_entropy_rows"}
-_MIXED_HIDDEN = {"torch": "hidden:MixedHidden", "triton": "triton_hidden:FusedMixedHidden"}
+_ROW_KERNELS = {
+    "torch": "library:cross_entropy_rows",
+    "triton": "triton_kernels:cross_entropy_rows",
+    "cpu": "native_cpu:cross_entropy_rows",
+}
+_MIXED_HIDDEN = {"torch": "hidden:MixedHidden", "triton": "triton_hidden:FusedMixedHidden", "cpu": "hidden:MixedHidden"}
 
 
 def _cross_entropy(

@@ -13,6 +13,7 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
+from quietstar.ops._native import cpu_unavailable
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
@@ -28,6 +29,7 @@ def _triton_unavailable(query: Tensor) -> str | None:
 
 _BACKENDS: dict[str, Availability] = {
     "triton": _triton_unavailable,
+    "cpu": cpu_unavailable,
     "torch": always_available,
     "reference": always_available,
 }

@@ -36,12 +36,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32 (float64 for float64)."""
-    repeats = causal_repeats(anchors, key_start, window, query, key)
-    if repeats is not None:
-        base_output, base_lse = flash.forward(query, key, value, repeats, scale)
-    else:
-        base_output, base_lse = _blocked_forward(query, key, value, anchors, key_start, window, scale)
-
+    base_output, base_lse = base_forward(query, key, value, anchors, key_start, window, scale)
     output, lse = torch.empty(query.shape, dtype=query.dtype, device=query.device), torch.empty_like(base_lse)
     for rows, own in _diagonal_blocks(query, thought_key):
         kv_heads = thought_key[own].shape[1]
@@ -51,10 +46,7 @@ def forward(
         share = (_group(base_lse[rows], kv_heads) - block_lse).exp_().unsqueeze(-1)
         merged = (_group(base_output[rows], kv_heads) * share).add_(probability @ thought_value[own])
         output[rows], lse[rows] = _ungroup(merged, query), _ungroup(block_lse, query)
-    if anchors is not None and repeats is None:
-        inactive = _per_batch(anchors)[:, None, :, None] < 0
-        output.masked_fill_(inactive.unsqueeze(-1), 0)
-        lse.masked_fill_(inactive, -torch.inf)
+    blank_inactive(anchors, output, lse)
     return output, lse
 
 
@@ -74,18 +66,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, thought_key and thought_value, in that order."""
-    delta = (grad_output.to(lse.dtype) * output).sum(dim=-1)
-    if grad_lse is not None:
-        delta -= grad_lse
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # inactive rows: exp(score − lse) is 0
-
-    # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
-    repeats = causal_repeats(anchors, key_start, window, query, key) if grad_lse is None else None
-    if repeats is not None:
-        base = flash.backward(grad_output, query, key, value, output, lse, repeats, scale)
-    else:
-        base = _blocked_backward(grad_output, delta, query, key, value, lse, anchors, key_start, window, scale)
-
+    base = base_backward(grad_output, grad_lse, query, key, value, output, lse, anchors, key_start, window, scale)
+    delta, lse = _delta(grad_output, grad_lse, output, lse), _divisor(lse)
     grad_query, grad_thought_key, grad_thought_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, thought_key, thought_value)
     )
@@ -101,6 +83,68 @@ def backward(
         grad_thought_key[own] = grad_scores.mT @ block_query
         grad_query[rows] = base[0][rows] + _ungroup(grad_scores @ thought_key[own], query)
     return grad_query, base[1], base[2], grad_thought_key, grad_thought_value
+
+
+def base_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    anchors: Tensor | None,
+    key_start: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the base keys alone: output [B, Hq, P, S, D], and lse [B, Hq, P, S] in float32 or wider.
+
+    The output is in the dtype of ``query`` or wider. Rows that see no base key have lse −inf.
+    """
+    repeats = causal_repeats(anchors, key_start, window, query, key)
+    if repeats is not None:
+        return flash.forward(query, key, value, repeats, scale)
+    return _blocked_forward(query, key, value, anchors, key_start, window, scale)
+
+
+def base_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    anchors: Tensor | None,
+    key_start: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What reaches query, key and value through the base keys, given the *merged* output and lse."""
+    # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
+    repeats = causal_repeats(anchors, key_start, window, query, key) if grad_lse is None else None
+    if repeats is not None:
+        return flash.backward(grad_output, query, key, value, output, _divisor(lse), repeats, scale)
+    delta = _delta(grad_output, grad_lse, output, lse)
+    return _blocked_backward(grad_output, delta, query, key, value, _divisor(lse), anchors, key_start, window, scale)
+
+
+def blank_inactive(anchors: Tensor | None, output: Tensor, lse: Tensor) -> None:
+    """Give the rows of inactive anchors output 0 and lse −inf, in place."""
+    if anchors is None:
+        return
+    inactive = _per_batch(anchors)[:, None, :, None] < 0
+    if inactive.is_cuda or inactive.any():  # a GPU would wait for the answer
+        output.masked_fill_(inactive.unsqueeze(-1), 0)
+        lse.masked_fill_(inactive, -torch.inf)
+
+
+def _delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
+    """rowsum(dO · O) − dLSE, [B, Hq, P, S] in the dtype of ``lse``."""
+    delta = (grad_output.to(lse.dtype) * output).sum(dim=-1)
+    return delta if grad_lse is None else delta - grad_lse
+
+
+def _divisor(lse: Tensor) -> Tensor:
+    """Lse such that exp(score − lse) is the probability, also for inactive rows, where it is 0."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def causal_repeats(

@@ -1,0 +1,23 @@
+// The kernels of one instruction set, for its table. Each is defined in the file of its op.
+#pragma once
+
+#include "kernels.h"
+
+namespace quietstar::cpu::QUIETSTAR_ISA {
+
+template <class T>
+void mix(const MixForward<T>&);
+template <class T>
+void mix_backward(const MixBackward<T>&);
+template <class T>
+void mixed_cross_entropy(const MixedCrossEntropy<T>&);
+template <class T>
+void mixed_cross_entropy_backward(const MixedCrossEntropyBackward<T>&);
+template <class T>
+void thought_forward(const ThoughtForward<T>&);
+template <class T>
+void thought_backward(const ThoughtBackward<T>&);
+void cross_entropy_rows(const CrossEntropyRows&);
+void sample_rows(const SampleRows&);
+
+}  // namespace quietstar::cpu::QUIETSTAR_ISA
