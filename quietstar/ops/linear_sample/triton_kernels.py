@@ -27,8 +27,8 @@ _KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 
 @triton.jit
 def _key(x):
-    """Float32 as int32 of the same order, the two zeros alike."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    """Float32 as int32 of the same order. (−0 comes before 0; thresholds, compared as floats, cannot tell.)"""
+    bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

@@ -72,8 +72,9 @@ def cross_entropy_backward(
     log_total: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of sum(scale · nll) by base and thought; scale [...] is 0 for rows without a gradient, whose logits may
-    be anything.
+    """Gradients of sum(scale · nll) by base and thought.
+
+    ``scale`` [...] is 0 for rows without a gradient, whose logits may be anything.
     """
     d_base, d_thought, _ = _gradients(base, thought, [*needs, False])
     for index in _blocks(base):
