@@ -108,27 +108,28 @@ class TextCache:
 
 
 class ThoughtStates:
-    """Room for the keys and values of thoughts, allocated at the first thought and reused by all that follow."""
+    """Room for the keys and values of thoughts, allocated at the first thought and reused by all that follow.
 
-    def __init__(self) -> None:
+    Args:
+        max_anchors: thoughts per sequence that there will be at most; more of them make the room anew.
+    """
+
+    def __init__(self, max_anchors: int = 1) -> None:
+        self.max_anchors = max_anchors
         self._room: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of_layer(self, layer: int, key: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new keys [B, Hkv, P, S, D].
-
-        A smaller batch of anchors takes the front of the room, a larger one makes it anew.
-        """
+        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new keys [B, Hkv, P, S, D]."""
         batch, heads, num_anchors, _, head_size = key.shape
-        shape = batch, heads, num_anchors, max_steps, head_size
         room = self._room.get(layer)
-        if room is None or not _fits(shape, room[0]) or room[0].dtype != key.dtype or room[0].device != key.device:
-            room = self._room[layer] = key.new_empty(shape), key.new_empty(shape)
-        front = tuple(slice(size) for size in shape)
-        return room[0][front], room[1][front]
+        wanted = batch, heads, max(num_anchors, self.max_anchors), max_steps, head_size
+        if room is None or room[0].shape != wanted:
+            room = self._room[layer] = _new_room(key, wanted)
+        return room[0][:, :, :num_anchors], room[1][:, :, :num_anchors]
 
 
-def _fits(shape: tuple[int, ...], room: Tensor) -> bool:
-    return all(size <= available for size, available in zip(shape, room.shape, strict=True))
+def _new_room(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return like.new_empty(shape), like.new_empty(shape)
 
 
 class ThoughtCache:

@@ -93,7 +93,7 @@ class _Loop:
         self.key_start = first_key(attention_mask, (batch, prompt))
 
         self.cache = TextCache(capacity, self.key_start, model.config.sliding_window)
-        self.thought_states = ThoughtStates()
+        self.thought_states = ThoughtStates(self.draft_length.longest + 1)
         self.lengths, self.stopped = [prompt] * batch, [False] * batch
         self.streamed = prompt
 

@@ -1,8 +1,13 @@
 """generate() of transformers with thoughts inside."""
 
+import re
+
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
+
+from quietstar.models import attention
+from quietstar.models.generation_output import ThoughtStreamer
 
 
 def recompute(model, text, count):
@@ -62,36 +67,213 @@ def test_the_same_seed_gives_the_same_text(make_model, text):
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_thoughts_in_view(make_model, text):
-    model = make_model(thought_temperature=0.0)
-    output = model.generate(text, max_new_tokens=5, do_sample=False, return_thoughts=True)
-    assert torch.equal(output.sequences, greedy(model, text, 5))
-    assert output.thought_tokens.shape == (2, 5, 3)
-    assert output.mixing_weight.shape == (2, 5)
+@pytest.mark.parametrize("options", [{}, {"draft_length": 3}, {"draft_length": "auto", "think": 2.5}], ids=str)
+@pytest.mark.parametrize("thought_length", [0, 3])
+def test_thoughts_in_view(make_model, text, thought_length, options):
+    """Every step is what the model says about the finished text; eos stops the second row early."""
+    model = make_model(thought_temperature=0.0, thought_length=thought_length)
+    plain = model.generate(text, max_new_tokens=9, do_sample=False, **options)
+    eos = int(plain[1, 15])
+    output = model.generate(text, max_new_tokens=9, do_sample=False, return_thoughts=True, eos_token_id=eos, **options)
     with torch.no_grad():
-        whole = model(output.sequences)
-    assert torch.equal(output.thought_tokens, whole.thought_tokens[:, 0, 11:-1])
-    torch.testing.assert_close(output.mixing_weight, whole.mixing_weight[:, 0, 11:-1, 0], atol=1e-3, rtol=1e-3)
+        whole = model(plain, suppress_thought_tokens=True)
+        base = base_logits(model, plain)
+    for row in range(2):
+        steps = output.steps(row)
+        assert [step.token for step in steps] == [*cut(plain[row, 12:].tolist(), eos)]
+        for position, step in enumerate(steps, start=11):
+            before = base[row, position].log_softmax(-1)
+            thinks = float(torch.special.entr(before.exp()).sum()) > options.get("think", -1)
+            assert step.thought == (whole.thought_tokens[row, 0, position].tolist() if thinks else None)
+            after = whole.logits[row, position].log_softmax(-1) if thinks else before
+            weight = whole.mixing_weight[row, 0, position, 0] if thinks else torch.tensor(0.0)
+            expected = torch.stack([weight, before[step.token], after[step.token]])
+            torch.testing.assert_close(torch.tensor(step[2:]), expected, atol=1e-3, rtol=1e-3)
+            assert step.gain == step.logprob - step.base_logprob
+    assert output.thought_share == output.thinks.sum() / output.new_tokens.sum()
+    assert 0 < output.thought_share <= 1
+    assert (output.thought_share < 1) == ("think" in options)
 
 
-def test_streamer_num_return_sequences_and_beams(make_model, text):
+def base_logits(model, text):
+    """Logits [B, L, V] of the Mistral inside, which does not think and may not say the thought tokens."""
+    logits = model.lm_head(model.model(text).last_hidden_state)
+    logits[..., -2:] = -torch.inf
+    return logits
+
+
+def cut(tokens, eos):
+    """Up to the first ``eos``, which is kept."""
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+@pytest.mark.parametrize("draft_length", [None, 2])
+def test_thinking_only_where_the_base_model_is_unsure(make_model, text, draft_length):
     model = make_model(thought_temperature=0.0)
+    for think, limit in (("never", torch.inf), (2.5, 2.5), (0.0, 0.0)):
+        wanted, thoughts = text, 0
+        for _ in range(8):
+            with torch.no_grad():
+                base, mixed = (
+                    base_logits(model, wanted)[:, -1],
+                    model(wanted, suppress_thought_tokens=True).logits[:, -1],
+                )
+            unsure = torch.special.entr(base.softmax(-1)).sum(-1) > limit
+            thoughts += int(unsure.sum())
+            chosen = torch.where(unsure[:, None], mixed, base).argmax(-1, keepdim=True)
+            wanted = torch.cat([wanted, chosen], dim=1)
+        output = model.generate(
+            text,
+            max_new_tokens=8,
+            do_sample=False,
+            think=think,
+            draft_length=draft_length,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(output.sequences, wanted)
+        assert output.thought_share == thoughts / 16
+        assert 0 < thoughts < 16 or think != 2.5
 
-    class Tokens(TextStreamer):
+
+def test_skipped_positions_cost_one_base_pass(make_model, text, monkeypatch):
+    model = make_model()
+    passes = []
+    model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    model.generate(text, max_new_tokens=8, think="never")
+    assert len(passes) == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 3}, {"draft_length": 3, "think": 2.5}], ids=str)
+def test_room_for_thoughts_is_made_once(make_model, text, monkeypatch, options):
+    made = []
+    monkeypatch.setattr(attention, "_new_room", lambda *a, make=attention._new_room: made.append(1) or make(*a))
+    make_model().generate(text, max_new_tokens=12, **options)
+    assert len(made) == 2  # one per layer
+
+
+class Tokens(TextStreamer):
+    """Notes what it is given."""
+
+    def __init__(self):
+        self.received = []
+
+    def put(self, value):
+        self.received.append(value.tolist())
+
+    def end(self):
+        self.received.append("end")
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 3}], ids=str)
+def test_streamer(make_model, text, options):
+    """Columns come in order, each when it is certain in every row."""
+    model = make_model(thought_temperature=0.0)
+    streamer = Tokens()
+    output = greedy(model, text, 7, streamer=streamer, eos_token_id=[3, 4, 5, 6, 7, 8], **options)
+    assert streamer.received == [text.tolist(), *output[:, 12:].T.tolist(), "end"]
+
+
+def test_streamed_thoughts_are_those_returned(make_model, text):
+    class Steps(ThoughtStreamer):
         def __init__(self):
             self.received = []
 
-        def put(self, value):
-            self.received += value.flatten().tolist()
+        def put_step(self, step):
+            self.received.append(step)
 
-        def end(self):
-            self.received.append("end")
+    model = make_model()
+    streamer = Steps()
+    output = model.generate(text[:1], max_new_tokens=7, draft_length=2, return_thoughts=True, streamer=streamer)
+    assert streamer.received == output.steps()
+    assert len(streamer.received) == 7
 
-    streamer = Tokens()
-    output = greedy(model, text[:1], 5, streamer=streamer)
-    assert streamer.received == [*output[0].tolist(), "end"]
-    several = model.generate(
-        text, attention_mask=torch.ones_like(text), max_new_tokens=4, do_sample=True, num_return_sequences=3
-    )
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 2}], ids=str)
+def test_several_continuations(make_model, text, options):
+    several = make_model().generate(text, max_new_tokens=4, do_sample=True, num_return_sequences=3, **options)
     assert several.shape == (6, 16)
-    assert greedy(model, text, 4, num_beams=2).shape == (2, 16)
+    assert torch.equal(several[:, :12], text.repeat_interleave(3, dim=0))
+    assert len({tuple(row) for row in several.tolist()}) == 6
+
+
+def test_beams(make_model, text):
+    assert greedy(make_model(), text, 4, num_beams=2).shape == (2, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 4}], ids=str)
+def test_own_stopping_criterion(make_model, text, options):
+    """A criterion that looks at the text, and must be asked about every token of a round."""
+    model = make_model(thought_temperature=0.0)
+    whole = greedy(model, text[:1], 12)
+    stop = whole[0, 16]
+    criteria = [lambda ids, _scores: (ids[:, -1] == stop) & (ids.shape[1] > 13)]
+    wanted = 14 + whole[0, 13:].tolist().index(stop)
+    assert torch.equal(greedy(model, text[:1], 12, stopping_criteria=criteria, **options), whole[:, :wanted])
+
+
+EMPTY = torch.zeros(1, 0, dtype=torch.int64)
+LONG = torch.ones(1, 257, dtype=torch.int64)
+BAD_INPUT = {
+    "draft_length 0": ({"draft_length": 0}, ValueError, "draft_length must be None, 'auto' or an integer >= 1, got 0"),
+    "draft_length -1": (
+        {"draft_length": -1},
+        ValueError,
+        "draft_length must be None, 'auto' or an integer >= 1, got -1",
+    ),
+    "draft_length text": ({"draft_length": "four"}, TypeError, "draft_length must be None, 'auto' or an integer"),
+    "draft_length 1.5": ({"draft_length": 1.5}, TypeError, "draft_length must be None, 'auto' or an integer"),
+    "draft_length True": ({"draft_length": True}, TypeError, "draft_length must be None, 'auto' or an integer"),
+    "think text": ({"think": "often"}, TypeError, "think must be 'always', 'never' or a threshold in nats >= 0, got"),
+    "think -1": ({"think": -1.0}, ValueError, "think must be 'always', 'never' or a threshold in nats >= 0, got -1.0"),
+    "think nan": ({"think": float("nan")}, ValueError, "think must be 'always', 'never' or a threshold"),
+    "return_thoughts": ({"return_thoughts": "yes"}, TypeError, "return_thoughts must be True or False, got 'yes'"),
+    "beams": ({"draft_length": 2, "num_beams": 2}, ValueError, "num_beams must be 1 with draft_length, think or"),
+    "lookup": ({"think": "never", "prompt_lookup_num_tokens": 2}, ValueError, "prompt lookup must be left out with"),
+    "cache": ({"draft_length": 2, "past_key_values": DynamicCache()}, ValueError, "past_key_values must be None with"),
+    "scores": (
+        {"draft_length": 2, "output_scores": True, "return_dict_in_generate": True},
+        ValueError,
+        "output_scores must be left out with",
+    ),
+    "guidance": ({"draft_length": 2, "guidance_scale": 1.5}, ValueError, "guidance_scale must be left out with"),
+    "streamer": (
+        {"return_thoughts": True, "streamer": ThoughtStreamer()},
+        ValueError,
+        "streamer must be given one sequence, got 2",
+    ),
+    "streamer alone": (
+        {"streamer": ThoughtStreamer()},
+        ValueError,
+        "return_thoughts must be True with a ThoughtStreamer",
+    ),
+    "empty prompt": (
+        {"inputs": EMPTY},
+        ValueError,
+        "input_ids must hold at least one token per prompt, got shape [1, 0]",
+    ),
+    "empty input_ids": ({"input_ids": EMPTY, "inputs": None}, ValueError, "input_ids must hold at least one token"),
+    "long prompt": (
+        {"inputs": LONG},
+        ValueError,
+        "input_ids must have at most max_position_embeddings = 256 tokens, got",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_named(make_model, text, name):
+    arguments, error, message = BAD_INPUT[name]
+    with pytest.raises(error, match=re.escape(message)):
+        make_model().generate(**{"inputs": text, "max_new_tokens": 3} | arguments)
+
+
+def test_padding_does_not_count_as_prompt(make_model):
+    mask = torch.ones_like(LONG)
+    mask[0, :100] = 0
+    assert make_model().generate(LONG, attention_mask=mask, max_new_tokens=1).shape == (1, 258)
+
+
+def test_steps_need_thoughts(make_model, text):
+    output = make_model().generate(text, max_new_tokens=2, draft_length=1, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="return_thoughts must be True in generate"):
+        output.steps()
