@@ -1,22 +1,28 @@
-"""``thought_attention`` in each backend against one dense-masked library attention over the whole thought tree.
+"""``thought_attention`` in each backend against library attention over the whole thought tree.
 
-The peer is what a tree pass costs without an op for it: base and thought keys in one sequence of L + P*S, queries of
-all P*S thought tokens, a mask of [P*S, L + P*S]. The mask is built beforehand, the concatenation of the keys is timed.
-FLOPs counted are of the visible (query, key) pairs only.
+The peers are what a tree pass costs without an op for it: base and thought keys in one sequence of L + P*T, queries of
+all P*S thought tokens, and a mask of [P*S, L + P*T]: as a tensor for scaled-dot-product attention, as a block mask for
+FlexAttention. Thought tokens are numbered anchor by anchor or step by step; FlexAttention takes both, since what blocks
+of scores it can leave out depends on it. Masks are built and kernels compiled beforehand, the concatenation of the keys
+is timed. FLOPs and bytes counted are of the visible (query, key) pairs and of tensors read or written once.
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
-from shapes import THOUGHT_ATTENTION
+from peers import present
+from shapes import THOUGHT_ATTENTION, ThoughtAttentionShape
 from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from quietstar.ops import thought_attention
 from quietstar.ops._backend import BACKENDS
@@ -24,11 +30,15 @@ from quietstar.ops.thought_attention.cost import thought_attention_cost
 
 SHAPE = THOUGHT_ATTENTION[DEVICE]
 DENSE = "dense-mask SDPA"
+FLEX = "FlexAttention, anchor by anchor"
+FLEX_BY_STEP = "FlexAttention, step by step"
+LIBRARY = "library attention + merge"  # what our torch backend does
+PEERS = (DENSE, FLEX, FLEX_BY_STEP, LIBRARY)
 CHECKED_ANCHORS = 64
 
 
 class Inputs(NamedTuple):
-    """Arguments of ``thought_attention`` with an anchor at every position, P = L and T = S."""
+    """Arguments of ``thought_attention``; the anchors are the last P positions."""
 
     query: Tensor
     key: Tensor
@@ -37,106 +47,211 @@ class Inputs(NamedTuple):
     thought_value: Tensor
 
 
-def random_inputs() -> Inputs:
-    base = (SHAPE.batch, SHAPE.kv_heads, SHAPE.length, SHAPE.head_dim)
-    thoughts = (SHAPE.batch, SHAPE.kv_heads, SHAPE.length, SHAPE.steps, SHAPE.head_dim)
-    query = (SHAPE.batch, SHAPE.heads, SHAPE.length, SHAPE.steps, SHAPE.head_dim)
-    make = partial(torch.randn, device=DEVICE, dtype=SHAPE.dtype, requires_grad=True)
-    return Inputs(*(make(size) for size in (query, base, base, thoughts, thoughts)))
+Attention = Callable[[Inputs], Tensor]
 
 
-def tree_mask() -> Tensor:
-    """Additive [P*S, L + P*S]; additive because a boolean one is slower on the CPU."""
-    anchor = torch.arange(SHAPE.length, device=DEVICE).repeat_interleave(SHAPE.steps)
-    step = torch.arange(SHAPE.steps, device=DEVICE).repeat(SHAPE.length)
-    base = torch.arange(SHAPE.length, device=DEVICE) <= anchor[:, None]
-    own = (anchor == anchor[:, None]) & (step <= step[:, None])
-    visible = torch.cat([base, own], dim=1)
-    return torch.zeros(visible.shape, device=DEVICE, dtype=SHAPE.dtype).masked_fill_(~visible, -torch.inf)
+def forward(attention: Attention, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, ...]:
+    return (attention(inputs),)
 
 
-def dense(mask: Tensor, inputs: Inputs) -> Tensor:
-    query, key, value, thought_key, thought_value = inputs
-    key = torch.cat([key, thought_key.flatten(2, 3)], dim=2)
-    value = torch.cat([value, thought_value.flatten(2, 3)], dim=2)
-    output = F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask, enable_gqa=True)
-    return output.view_as(query)
-
-
-def forward(attention: Callable[[Inputs], Tensor], inputs: Inputs, gradient: Tensor) -> None:
-    with torch.no_grad():
-        attention(inputs)
-
-
-def forward_and_backward(attention: Callable[[Inputs], Tensor], inputs: Inputs, gradient: Tensor) -> tuple[Tensor, ...]:
+def forward_and_backward(attention: Attention, inputs: Inputs, gradient: Tensor) -> tuple[Tensor, ...]:
     output = attention(inputs)
     return output, *torch.autograd.grad(output, inputs, gradient)
 
 
-PASSES = {"forward": forward, "forward+backward": forward_and_backward}
+class Task(NamedTuple):
+    run: Callable[[Attention, Inputs, Tensor], tuple[Tensor, ...]]
+    shape: ThoughtAttentionShape
+    queries: int
+    """S, the last steps of the T = shape.steps."""
+    anchors: int
+    rounds: int
 
 
-def candidate(name: str) -> Callable[[Inputs], Tensor]:
+TASKS = {
+    "forward": Task(forward, SHAPE, SHAPE.steps, SHAPE.length, rounds=5),
+    "forward+backward": Task(forward_and_backward, SHAPE, SHAPE.steps, SHAPE.length, rounds=5),
+    "sampling step": Task(forward, SHAPE, 1, SHAPE.length, rounds=9),
+    # Thoughts behind the last token of each text, as generation has them.
+    "decoding": Task(forward, replace(SHAPE, batch=8), 1, 1, rounds=25),
+}
+
+
+def random_inputs(task: Task) -> Inputs:
+    shape, anchors = task.shape, task.anchors
+    base = (shape.batch, shape.kv_heads, shape.length, shape.head_dim)
+    thoughts = (shape.batch, shape.kv_heads, anchors, shape.steps, shape.head_dim)
+    query = (shape.batch, shape.heads, anchors, task.queries, shape.head_dim)
+    make = partial(torch.randn, device=DEVICE, dtype=shape.dtype, requires_grad=task.run is forward_and_backward)
+    return Inputs(*(make(size) for size in (query, base, base, thoughts, thoughts)))
+
+
+def tree(inputs: Inputs, by_step: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Which thought token sees which key, both by their place in one sequence: a ``mask_mod`` of FlexAttention."""
+    length, (anchors, queries), steps = inputs.key.shape[2], inputs.query.shape[2:4], inputs.thought_key.shape[3]
+
+    def split(place: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        return (place % anchors, place // anchors) if by_step else (place // steps, place % steps)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        anchor, step = split(query, queries)
+        key_anchor, key_step = split(key - length, steps)
+        base = key <= length - anchors + anchor
+        own = (key_anchor == anchor) & (key_step <= steps - queries + step)
+        return torch.where(key < length, base, own)
+
+    return visible
+
+
+def sizes(inputs: Inputs) -> tuple[int, int]:
+    """Of the sequences of queries and of keys."""
+    return inputs.query.shape[2:4].numel(), inputs.key.shape[2] + inputs.thought_key.shape[2:4].numel()
+
+
+def additive_mask(inputs: Inputs) -> Tensor:
+    """Additive [P*S, L + P*T]; additive because a boolean one is slower on the CPU."""
+    query, key = (torch.arange(size, device=DEVICE) for size in sizes(inputs))
+    visible = tree(inputs, by_step=False)(None, None, query[:, None], key)
+    return torch.zeros(visible.shape, device=DEVICE, dtype=inputs.query.dtype).masked_fill_(~visible, -torch.inf)
+
+
+def in_one_sequence(attend: Callable[..., Tensor], inputs: Inputs, by_step: bool) -> Tensor:
+    def flat(tensor: Tensor) -> Tensor:
+        return (tensor.transpose(2, 3) if by_step else tensor).flatten(2, 3)
+
+    query, key, value, thought_key, thought_value = inputs
+    output = attend(flat(query), torch.cat([key, flat(thought_key)], 2), torch.cat([value, flat(thought_value)], 2))
+    anchors, queries = query.shape[2:4]
+    return output.unflatten(2, (queries, anchors)).transpose(2, 3) if by_step else output.view_as(query)
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def dense_attention(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if DEVICE == "cuda":  # where the library has no fused kernel that takes both a mask and grouped heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def anchors_of(inputs: Inputs) -> Tensor | None:
+    length, count = inputs.key.shape[2], inputs.query.shape[2]
+    return None if count == length else torch.arange(length - count, length, device=DEVICE)
+
+
+def op(backend: str, anchors: Tensor | None, inputs: Inputs) -> Tensor:
+    return thought_attention(*inputs, anchors=anchors, backend=backend)
+
+
+def candidate(name: str, inputs: Inputs) -> Attention:
+    """The one of that name for inputs of these shapes."""
     if name == DENSE:
-        return partial(dense, tree_mask())
-    return lambda inputs: thought_attention(*inputs, backend=name)
+        return partial(in_one_sequence, partial(dense_attention, additive_mask(inputs)), by_step=False)
+    if name in (FLEX, FLEX_BY_STEP):
+        by_step = name == FLEX_BY_STEP
+        mask = create_block_mask(tree(inputs, by_step), None, None, *sizes(inputs), DEVICE, _compile=DEVICE == "cuda")
+        attend = partial(compiled_flex_attention(), block_mask=mask, enable_gqa=True)
+        return partial(in_one_sequence, attend, by_step=by_step)
+    return partial(op, "torch" if name == LIBRARY else name, anchors_of(inputs))
 
 
-def visible_flops(passes: str, inputs: Inputs) -> int:
-    cost = thought_attention_cost(*inputs)
-    return cost.forward.flops + (cost.backward.flops if passes == "forward+backward" else 0)
+def laid_out(name: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of the same shapes and values; for who works step by step also in that order in memory, so that nobody copies."""
+    if name != FLEX_BY_STEP:
+        return tensors
+    copies = (x.detach().transpose(2, 3).contiguous().transpose(2, 3) if x.dim() == 5 else x.detach() for x in tensors)
+    return tuple(copy.requires_grad_(x.requires_grad) for copy, x in zip(copies, tensors, strict=True))
 
 
-def assert_right(backend: str, inputs: Inputs) -> None:
-    """Output and all gradients are about as near to float64 as the peer's.
+def assert_right(task: Task, inputs: Inputs) -> Callable[[str], None]:
+    """A function that checks a candidate: output and all gradients about as near to float64 as eager PyTorch's.
 
     The specification can't afford all anchors in float64: some are picked, and only their outputs get a gradient.
     """
-    picked = torch.randperm(SHAPE.length, device=DEVICE)[:CHECKED_ANCHORS].sort().values
+    picked = torch.randperm(task.anchors, device=DEVICE)[:CHECKED_ANCHORS].sort().values
     gradient = torch.zeros_like(inputs.query)
     gradient[:, :, picked] = torch.randn_like(gradient[:, :, picked])
 
-    def of_picked(name: str, tensor: Tensor) -> Tensor:
-        return tensor if name in ("key", "value") else tensor[:, :, picked]
+    def of_picked(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor[:, :, picked] if tensor.dim() == 5 else tensor for tensor in tensors]
 
-    exact = Inputs(
-        *(
-            of_picked(name, tensor).detach().double().requires_grad_()
-            for name, tensor in zip(Inputs._fields, inputs, strict=True)
-        )
-    )
-    specification = partial(thought_attention, anchors=picked, backend="reference")
-    oracle = forward_and_backward(
-        lambda tensors: specification(*tensors), exact, of_picked("output", gradient).double()
-    )
-    ours, eager = (forward_and_backward(candidate(name), inputs, gradient) for name in (backend, DENSE))
-    for name, mine, theirs, truth in zip(("output", *Inputs._fields), ours, eager, oracle, strict=True):
-        assert_as_accurate(of_picked(name, mine), of_picked(name, theirs), truth, name=name)
+    specification = partial(op, "reference", picked + inputs.key.shape[2] - task.anchors)
+    some = Inputs(*(tensor.detach() for tensor in of_picked(inputs)))
+    exact = Inputs(*(tensor.double() for tensor in some))
+    for tensor in (*some, *exact):
+        tensor.requires_grad_(inputs.query.requires_grad)
+    [some_gradient] = of_picked([gradient])
+    oracle = task.run(specification, exact, some_gradient.double())
+    eager = task.run(specification, some, some_gradient)
+
+    def check(name: str) -> None:
+        """``name`` of a candidate."""
+        theirs = Inputs(*laid_out(name, inputs))
+        answer = task.run(candidate(name, theirs), theirs, *laid_out(name, (gradient,)))
+        names = ("output", *Inputs._fields)[: len(answer)]
+        for quantity, mine, other, truth in zip(names, of_picked(answer), eager, oracle, strict=True):
+            assert_as_accurate(mine, other, truth, name=quantity)
+
+    return check
 
 
-@pytest.mark.parametrize("passes", PASSES)
+def prepared(task: Task, name: str, inputs: Inputs, gradient: Tensor) -> Callable[[], object]:
+    """One call of a candidate, ready to be timed."""
+    inputs = Inputs(*laid_out(name, inputs))
+    return partial(task.run, candidate(name, inputs), inputs, *laid_out(name, (gradient,)))
+
+
+def memory(name: str, backend: str, runs: Mapping[str, Callable[[], object]]) -> dict[str, int]:
+    """Peak bytes of those candidates that can be told: on a CPU a process that compiles shows the compiler's memory."""
+    if DEVICE == "cuda":
+        return {label: peak_memory(__file__, run=run) for label, run in runs.items()}
+    if TASKS[name].queries == 1:  # nothing beside Python and torch
+        return {}
+    tellable = [label for label in runs if label not in (FLEX, FLEX_BY_STEP)]
+    return {label: memory_of_process(backend if label == OURS else label, name) for label in tellable}
+
+
+memory_of_process = cache(partial(peak_memory, __file__))  # peers are the same for every backend
+
+
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which is a dense mask too
-def bench_thought_attention(backend, passes, compare):
-    inputs = random_inputs()
+def bench_thought_attention(backend, name, compare):
+    task = TASKS[name]
+    inputs = random_inputs(task)
+    single = Inputs(*(tensor[:1, :, -1:] for tensor in inputs))
     try:
-        candidate(backend)(Inputs(*(tensor[:, :, :1] for tensor in inputs)))
+        candidate(backend, single)(single)
     except ValueError as unavailable:
         pytest.skip(str(unavailable))
-    assert_right(backend, inputs)
+    check = assert_right(task, inputs)
+    check(backend)
+    peers, missing = present([peer for peer in PEERS if (backend, peer) != ("torch", LIBRARY)], check)
     gradient = torch.randn_like(inputs.query)
-    runs = {name: partial(PASSES[passes], candidate(name), inputs, gradient) for name in (backend, DENSE)}
+    runs = {OURS: prepared(task, backend, inputs, gradient)}
+    runs |= {peer: prepared(task, peer, inputs, gradient) for peer in peers}
+    cost = thought_attention_cost(*inputs, anchors=anchors_of(inputs))
+    passes = cost if task.run is forward_and_backward else cost[:1]
+    peak = memory(name, backend, runs)
     compare(
-        runs.pop(backend),
+        runs.pop(OURS),
         runs,
-        rounds=5,
-        promised=SHAPE.target if (backend, passes) == ("torch", "forward") else None,
-        memory={name: peak_memory(__file__, them, passes) for name, them in (("ours", backend), (DENSE, DENSE))},
-        flops=visible_flops(passes, inputs),
-        dtype=SHAPE.dtype,
+        rounds=task.rounds,
+        promised=SHAPE.target if (backend, name) == ("torch", "forward") else None,
+        memory=peak,
+        flops=sum(each.flops for each in passes),
+        dtype=task.shape.dtype,
+        moved=sum(each.bytes for each in passes),
+        missing=missing,
+        shape=task.shape,
     )
 
 
 if __name__ == "__main__":
-    inputs = random_inputs()
-    PASSES[sys.argv[2]](candidate(sys.argv[1]), inputs, torch.randn_like(inputs.query))
+    who, task = sys.argv[1], TASKS[sys.argv[2]]
+    inputs = random_inputs(task)
+    prepared(task, who, inputs, torch.randn_like(inputs.query))()
     print(own_peak_memory())

@@ -142,7 +142,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     write = terminalreporter.write_line
     terminalreporter.section(f"ours and its peers, interleaved; {about['device']}{threads}; torch {about['torch']}")
     write("spread: interquartile range over median; best peer: by the median, a ratio above 1 is ours being faster")
-    write("peak MiB: of a process that does only this, Python and torch included unless on a GPU")
+    write("peak MiB: on a CPU of a process that does only this, Python and torch included; on a GPU what is allocated")
     rows = [("benchmark", "candidate", *COLUMNS)]
     for benchmark, result in results.items():
         for name, numbers in result["candidates"].items():
@@ -153,8 +153,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for benchmark, result in results.items():
         if result["best_peer"]:
             write(f"best peer of {benchmark}: {result['best_peer']}, {result['best_peer_ratio']:.2f} x ours")
-    for name, reason in {name: why for result in results.values() for name, why in result["missing"].items()}.items():
-        write(f"missing peer: {name} ({reason})")
+    for benchmark, result in results.items():
+        for name, reason in result["missing"].items():
+            write(f"missing peer of {benchmark}: {name} ({reason})")
     for name, reason in config.stash[NOT_RUN].items():
         write(f"not run: {name} ({reason})")
 

@@ -73,13 +73,14 @@ def own_peak_memory() -> int:
 def peak_memory(script: str, *arguments: str, run: Callable[[], object] | None = None) -> int:
     """``own_peak_memory()`` of ``script arguments`` in a process of its own; the script prints it on its last line.
 
-    If ``run`` is given, it does the same work in this process, and on a GPU no other is started: there the peak is that
-    of ``run`` and of what is allocated before.
+    If ``run`` is given, it does the same work in this process, and on a GPU no other is started: the peak is then what
+    ``run`` allocates, without what was there before, such as its inputs.
     """
     if run is not None and DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return own_peak_memory()
+        return own_peak_memory() - before
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, script, *arguments]
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
