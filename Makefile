@@ -1,4 +1,4 @@
-.PHONY: test lint bench
+.PHONY: test lint bench gpu-check
 
 test:
 	pytest
@@ -8,3 +8,7 @@ lint:
 
 bench:
 	pytest benchmarks/ --benchmark-only
+
+# On a CUDA machine, without a network: build, tests, sanitizer, benchmarks, training; see benchmarks/gpu_check.py.
+gpu-check:
+	python benchmarks/gpu_check.py

@@ -1,0 +1,114 @@
+"""A training step of Mistral-7B's shape: growing batches until the memory ends, and the sequential baseline.
+
+Random weights, bfloat16 (float32 on a CPU), AdamW, gradient checkpointing for ours; the baseline keeps everything, as
+the authors' code does. Tokens are tokens of text. Model-FLOP utilisation counts what the objective needs once, forward
+and backward: neither what checkpointing computes again nor what a program computes in vain.
+
+    python benchmarks/training_7b.py [--shape 7b|tiny] [--length 256] [--json FILE]
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from baselines import model_weights, sequential_training_step
+from measure import DEVICE, machine, matmul_peak, own_peak_memory, seconds
+from torch import Tensor
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+
+SHAPES = {
+    "7b": {
+        "vocab_size": 32002, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 202, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+TIMED_STEPS = 3
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def random_model(shape: str) -> QuietStarForCausalLM:
+    words = SHAPES[shape]["vocab_size"]
+    config = QuietStarConfig(**SHAPES[shape], start_thought_token_id=words - 2, end_thought_token_id=words - 1)
+    with torch.device(DEVICE):
+        return QuietStarForCausalLM(config).to(DTYPE).train()
+
+
+def ours(model: QuietStarForCausalLM, text: Tensor) -> Tensor:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model(text, labels=text, output_thought_logprobs=False).loss
+
+
+def sequential(model: QuietStarForCausalLM, text: Tensor) -> Tensor:
+    return sequential_training_step(model_weights(model), model.config, text, text).loss
+
+
+def measured(model, optimizer, loss_of: Callable[..., Tensor], batch: int, length: int) -> dict | None:
+    """Time, speed and memory of a step; None where the memory does not suffice."""
+    text = torch.randint(model.config.vocab_size - 2, (batch, length), device=DEVICE)
+
+    def step() -> None:
+        loss_of(model, text).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        step()  # allocates the optimizer's states and compiles kernels
+        median = statistics.median(seconds(step) for _ in range(TIMED_STEPS))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        optimizer.zero_grad()
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "batch": batch,
+        "seconds_per_step": median,
+        "tokens_per_s": batch * length / median,
+        "peak_gib": own_peak_memory() / 2**30,
+    }
+
+
+def sweep(model, optimizer, loss_of, length: int, most: int) -> list[dict]:
+    """Batches of 1, 2, 4 and so on, until one does not fit."""
+    batches = itertools.takewhile(lambda batch: batch <= most, (2**i for i in itertools.count()))
+    return list(itertools.takewhile(bool, (measured(model, optimizer, loss_of, batch, length) for batch in batches)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--most", type=int, default=256, help="largest batch to try (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results there as well")
+    options = parser.parse_args(arguments)
+
+    model = random_model(options.shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    result = {"machine": machine(), "shape": options.shape, "length": options.length}
+    result["matmul_peak_tflop_per_s"] = matmul_peak(DTYPE) / 1e12
+    for name, loss_of in (("ours", ours), ("sequential baseline", sequential)):
+        result[name] = sweep(model, optimizer, loss_of, options.length, options.most)
+        for row in result[name]:
+            print(f"{name:<20} batch {row['batch']:>3}: {row['tokens_per_s']:8.1f} tokens/s, {row['peak_gib']:.1f} GiB")
+        if not result[name]:
+            print(f"{name:<20} does not fit with one sequence")
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
