@@ -1,21 +1,32 @@
 """The command ``quietstar generate``: continue a prompt, showing the thoughts if asked."""
 
 import argparse
+import json
+import math
 import sys
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from quietstar.models import QuietStarForCausalLM
-from quietstar.models.generation_output import TokenStep
+from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 2 for bad arguments."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="quietstar generate", description="Continue a prompt, thinking before every token."
+    )
+    add_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--stream", action="store_true", help="print as it comes")
+    parser.add_argument("--json", action="store_true", help="print JSON: one object, or with --stream one per line")
+    options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     try:
         _generate(options)
@@ -25,58 +36,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace) -> None:
-    if options.temperature < 0:
-        raise ValueError(f"--temperature must be >= 0, got {options.temperature}")
-    overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = QuietStarForCausalLM.from_pretrained(options.model, **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load --model {options.model}: {error}") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError(f"--prompt must hold at least one token, got {options.prompt!r}")
-
-    torch.manual_seed(options.seed)
-    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
-    settings["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if options.temperature > 0:
-        settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    if options.show_thoughts:
-        generated = model.generate(**inputs, **settings, return_thoughts=True)
-        print(*thought_lines(tokenizer, generated.steps(), dim=sys.stdout.isatty()), sep="\n", end="\n\n")
-        print(tokenizer.decode(generated.sequences[0], skip_special_tokens=True))
-    else:
-        model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
-
-
-def thought_lines(tokenizer: PreTrainedTokenizerBase, steps: list[TokenStep], dim: bool) -> list[str]:
-    """One line per new token: the token, the weight of its thought, what it gained, and the thought."""
-    tokens = [repr(tokenizer.decode([step.token])) for step in steps]
-    width = max(map(len, tokens))
-    before, after = (_DIM, _PLAIN) if dim else ("", "")
-    return [
-        f"{token:<{width}}  {before}{describe_thought(tokenizer, step)}{after}"
-        for token, step in zip(tokens, steps, strict=True)
-    ]
-
-
-def describe_thought(tokenizer: PreTrainedTokenizerBase, step: TokenStep) -> str:
-    """What the model thought in front of a token, in one line."""
-    if step.thought is None:
-        return "no thought"
-    thought = repr(tokenizer.decode(step.thought))
-    return f"weight {step.mixing_weight:+.3f}  gain {step.gain:+.3f}  thought {thought}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="quietstar generate", description="Continue a prompt, thinking before every token."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that generates text takes; for :class:`Generator`."""
     parser.add_argument("--model", required=True, help="folder or hub name of a Quiet-STaR checkpoint")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest (default: %(default)s)")
@@ -84,6 +46,144 @@ def _parser() -> argparse.ArgumentParser:
         "--top_p", type=float, default=1.0, help="sample from this probability mass (default: %(default)s)"
     )
     parser.add_argument("--thought_temperature", type=float, help="temperature of the thoughts (default: the model's)")
+    parser.add_argument(
+        "--draft_length", type=_number_or("auto", int), metavar="N",
+        help="let the base model draft N tokens and think behind all of them at once: the same text, faster; or auto",
+    )  # fmt: skip
+    parser.add_argument(
+        "--think", type=_number_or("always never", float), default="always", metavar="WHEN",
+        help="always, never, or a threshold in nats: only where the base prediction has more entropy",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
-    return parser
+
+
+def _number_or(words: str, number: type):
+    """A type of argument: one of some words, or a number."""
+
+    def parse(text: str) -> float | str:
+        return text if text in words.split() else number(text)
+
+    parse.__name__ = f"{number.__name__}, {words.replace(' ', ', ')}"  # argparse says "invalid ... value"
+    return parse
+
+
+class Generator(NamedTuple):
+    """A loaded model with the settings of the command line."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: QuietStarForCausalLM
+    settings: dict[str, object]
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> "Generator":
+        """Load and seed as the arguments of :func:`add_arguments` say.
+
+        Raises:
+            ValueError: an argument is out of range, or there is no such model.
+        """
+        if options.temperature < 0:
+            raise ValueError(f"--temperature must be >= 0, got {options.temperature}")
+        overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            model = QuietStarForCausalLM.from_pretrained(options.model, **overrides)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load --model {options.model}: {error}") from error
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(options.seed)
+        settings = {name: getattr(options, name) for name in ("max_new_tokens", "draft_length", "think")}
+        settings["do_sample"] = options.temperature > 0
+        settings["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if options.temperature > 0:
+            settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        return cls(tokenizer, model, settings)
+
+    def __call__(self, inputs: dict[str, torch.Tensor], streamer: BaseStreamer | None) -> QuietStarGenerateOutput:
+        """Continue a tokenized prompt; the thoughts are kept."""
+        return self.model.generate(
+            **inputs.to(self.model.device), **self.settings, return_thoughts=True, streamer=streamer
+        )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    generator = Generator.load(options)
+    tokenizer = generator.tokenizer
+    inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(f"--prompt must hold at least one token, got {options.prompt!r}")
+    streamer = None
+    if options.stream and (options.json or options.show_thoughts):
+        streamer = StepPrinter(tokenizer, as_json=options.json)
+    elif options.stream:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+
+    output = generator(inputs, streamer)
+    text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+    if options.json:
+        summary = {"text": text} | _statistics(output)
+        if not options.stream:
+            summary["steps"] = [step.describe(tokenizer) for step in output.steps()]
+        print(json.dumps(summary))
+        return
+    if options.show_thoughts and not options.stream:
+        print(*thought_lines(tokenizer, output.steps(), dim=sys.stdout.isatty()), sep="\n")
+    if options.show_thoughts:
+        print()
+    if options.show_thoughts or not options.stream:
+        print(text)
+    report(output)
+
+
+def _statistics(output: QuietStarGenerateOutput) -> dict[str, float | None]:
+    rate = output.acceptance_rate
+    return {"thought_share": output.thought_share, "acceptance_rate": None if math.isnan(rate) else rate}
+
+
+def report(output: QuietStarGenerateOutput) -> None:
+    """Say on stderr how drafting went and how often the model thought, where that was a choice."""
+    parts = []
+    if output.drafted:
+        parts.append(f"{output.acceptance_rate:.0%} of {output.drafted} drafts accepted")
+    if output.thought_share < 1:
+        parts.append(f"a thought in front of {output.thought_share:.0%} of {int(output.new_tokens.sum())} tokens")
+    if parts:
+        print("; ".join(parts), file=sys.stderr)
+
+
+class StepPrinter(ThoughtStreamer):
+    """Prints every step as it comes: a line for people, or a JSON object."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, as_json: bool = False):
+        self.tokenizer, self.as_json = tokenizer, as_json
+
+    def put_step(self, step: TokenStep) -> None:
+        if self.as_json:
+            print(json.dumps(step.describe(self.tokenizer)), flush=True)
+        else:
+            print(*thought_lines(self.tokenizer, [step], dim=sys.stdout.isatty(), width=16), flush=True)
+
+
+def thought_lines(
+    tokenizer: PreTrainedTokenizerBase, steps: list[TokenStep], dim: bool, width: int | None = None
+) -> list[str]:
+    """One line per new token: the token, the weight of its thought, what it gained in nats, and the thought.
+
+    Args:
+        steps: of one text.
+        dim: print the thought dimmed, for terminals.
+        width: of the column of tokens; default that of the widest.
+    """
+    tokens = [repr(tokenizer.decode([step.token])) for step in steps]
+    width = max(map(len, tokens)) if width is None else width
+    before, after = (_DIM, _PLAIN) if dim else ("", "")
+    return [
+        f"{token:<{width}}  {before}{_describe(tokenizer, step)}{after}"
+        for token, step in zip(tokens, steps, strict=True)
+    ]
+
+
+def _describe(tokenizer: PreTrainedTokenizerBase, step: TokenStep) -> str:
+    if step.thought is None:
+        return "no thought"
+    return f"weight {step.mixing_weight:+.3f}  gain {step.gain:+.3f}  thought {tokenizer.decode(step.thought)!r}"

@@ -1,30 +1,19 @@
 """The command ``quietstar generate``."""
 
+import json
 import re
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import word_model
 
-from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.cli import main
 
-WORDS = ["<unk>", "the", "cat", "sat", "on", "a", "mat"]
+WORDS = set(word_model.WORDS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint folder with a model of seven words."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>").save_pretrained(folder)
-    config = QuietStarConfig(
-        vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, start_thought_token_id=7, end_thought_token_id=8, thought_length=3, eos_token_id=None,
-    )  # fmt: skip
-    QuietStarForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return word_model.save(tmp_path_factory.mktemp("model"))
 
 
 def run(capsys, *arguments):
@@ -32,34 +21,69 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_continues_the_prompt(folder, capsys):
-    code, out, _ = run(capsys, "--model", folder, "--prompt", "the cat", "--max_new_tokens", "5")
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--draft_length", "2", "--stream"]], ids=" ".join)
+def test_continues_the_prompt(folder, capsys, options):
+    code, out, err = run(capsys, "--model", folder, "--prompt", "the cat", "--max_new_tokens", "5", *options)
     assert code == 0
     assert out.startswith("the cat")
+    assert len(out.split()) == 7
+    assert set(out.split()) <= WORDS
+    assert ("drafts accepted" in err) == ("--draft_length" in options)
 
 
-def test_shows_a_thought_for_every_token(folder, capsys):
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=" ".join)
+def test_shows_a_thought_for_every_token(folder, capsys, stream):
     options = [
-        "--model",
-        folder,
-        "--prompt",
-        "the cat",
-        "--max_new_tokens",
-        "5",
-        "--temperature",
-        "1",
-        "--show-thoughts",
+        *["--model", folder, "--prompt", "the cat", "--max_new_tokens", "5", "--temperature", "1", "--show-thoughts"],
+        *stream,
     ]
     code, out, _ = run(capsys, *options)
     *lines, empty, text = out.splitlines()
     assert (code, empty) == (0, "")
-    assert text.startswith("the cat")
-    assert len(lines) == 5
+    tokens = []
     for line in lines:
-        token, thought = re.fullmatch(r"'(.+)' +weight [+-]\d\.\d{3}  gain [+-]\d\.\d{3}  thought '(.+)'", line).groups()
-        assert {token, *thought.split()} <= set(WORDS)
+        token, thought = re.fullmatch(
+            r"'(.+)' +weight [+-]\d\.\d{3}  gain [+-]\d\.\d{3}  thought '(.+)'", line
+        ).groups()
+        assert {token, *thought.split()} <= WORDS
+        tokens.append(token)
+    assert text.split() == ["the", "cat", *tokens]
+    assert len(tokens) == 5
     assert run(capsys, *options)[1] == out  # the same seed, the same text
     assert run(capsys, *options, "--seed", "1")[1] != out
+
+
+def test_a_terminal_shows_thoughts_dimmed(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    options = ["--model", folder, "--prompt", "the cat", "--max_new_tokens", "2", "--show-thoughts"]
+    assert run(capsys, *options)[1].count("\033[2mweight") == 2
+
+
+def test_thinks_where_it_is_told_to(folder, capsys):
+    options = ["--model", folder, "--prompt", "the cat", "--max_new_tokens", "5", "--show-thoughts", "--think"]
+    _, never, err = run(capsys, *options, "never")
+    assert never.count("no thought") == 5
+    assert err == "a thought in front of 0% of 5 tokens\n"
+    _, out, err = run(capsys, *options, "0")
+    assert "no thought" not in out
+    assert err == ""
+
+
+def test_json(folder, capsys):
+    options = [
+        *["--model", folder, "--prompt", "the cat", "--max_new_tokens", "4", "--json", "--thought_temperature", "0"],
+        *["--draft_length", "2"],
+    ]
+    whole = json.loads(run(capsys, *options)[1])
+    assert whole.keys() == {"text", "steps", "thought_share", "acceptance_rate"}
+    assert whole["text"].split() == ["the", "cat", *(step["text"] for step in whole["steps"])]
+    assert whole["thought_share"] == 1
+    for step in whole["steps"]:
+        assert step.keys() == {"token", "text", "thought", "mixing_weight", "base_logprob", "logprob"}
+        assert set(step["thought"].split()) <= WORDS
+    *steps, summary = map(json.loads, run(capsys, *options, "--stream")[1].splitlines())
+    assert steps == whole.pop("steps")
+    assert summary == whole
 
 
 @pytest.mark.parametrize(
@@ -69,7 +93,10 @@ def test_shows_a_thought_for_every_token(folder, capsys):
         (["--prompt", "the", "--max_new_tokens", "0"], "max_new_tokens"),
         (["--prompt", "the", "--temperature", "-1"], "--temperature must be >= 0, got -1.0"),
         (["--prompt", "the", "--thought_temperature", "-1"], "thought_temperature must be >= 0, got -1.0"),
-        (["--prompt", "the", "--model", "nowhere"], "nowhere"),
+        (["--prompt", "the", "--model", "./nowhere"], "cannot load --model ./nowhere"),
+        (["--prompt", "the", "--draft_length", "0"], "draft_length must be None, 'auto' or an integer >= 1, got 0"),
+        (["--prompt", "the", "--think", "-1"], "think must be 'always', 'never' or a threshold in nats >= 0, got -1.0"),
+        (["--prompt", "the cat " * 20], "input_ids must have at most max_position_embeddings = 32 tokens, got 40"),
     ],
 )
 def test_bad_input_is_named(folder, capsys, arguments, message):
@@ -77,3 +104,10 @@ def test_bad_input_is_named(folder, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--draft_length", "four"), ("--think", "often")])
+def test_a_word_that_is_not_known_is_named(folder, capsys, option, value):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(capsys, "--model", folder, "--prompt", "the", option, value)
+    assert f"argument {option}: invalid" in capsys.readouterr().err
