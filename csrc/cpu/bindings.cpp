@@ -5,6 +5,9 @@
 #include "quietstar/bindings.h"
 
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <new>
 #include <string>
@@ -70,10 +73,10 @@ void with_dtype(int dtype, Function function) {
   }
 }
 
-// A matrix [rows, columns] of which rows may overlap (stride 0), but not lie in front of it.
+// A matrix of which rows may overlap (stride 0), but not lie in front of it.
 template <class T>
-Matrix<T> matrix(const char* name, Address address, Size stride, Size rows, Size columns) {
-  return {pointer<T>(name, address, rows * columns), at_least("stride", 0, stride)};
+Matrix<T> matrix(const char* name, Address address, Size stride, Size rows) {
+  return {pointer<T>(name, address, rows), at_least("stride", 0, stride)};
 }
 
 template <class T>
@@ -81,12 +84,27 @@ Mix<T> mix_arguments(Address base, Size base_stride, Address thought, Size thoug
                      Size vocabulary, int threads) {
   at_least("rows", 0, rows);
   at_least("vocabulary", 1, vocabulary);
-  return {matrix<const T>("base", base, base_stride, rows, vocabulary),
-          matrix<const T>("thought", thought, thought_stride, rows, vocabulary),
+  return {matrix<const T>("base", base, base_stride, rows),
+          matrix<const T>("thought", thought, thought_stride, rows),
           pointer<const float>("weight", weight, rows),
           rows,
           vocabulary,
           static_cast<int>(at_least("threads", 1, threads))};
+}
+
+// For memory that nobody has written yet, or null. A large piece has only been promised so far; given in pages of 2 MiB
+// instead of 4 KiB, it costs a fifth of the time (measured: 262 MB in 0.06 s instead of 0.30 s).
+template <class T>
+T* in_large_pages(T* data, [[maybe_unused]] Size count) {
+#ifdef __linux__
+  constexpr std::size_t kPage = 4096, kLarge = std::size_t{32} << 20;  // from here on malloc gives a mapping of its own
+  const std::size_t bytes = count * sizeof(T);
+  if (data && bytes >= kLarge) {
+    const Address address = reinterpret_cast<Address>(data), begin = (address + kPage - 1) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), address + bytes - begin, MADV_HUGEPAGE);  // advice: it may fail
+  }
+#endif
+  return data;
 }
 
 // Token ids in [0, vocabulary): kernels use them as indices.
@@ -104,7 +122,7 @@ void mix(int dtype, Address base, Size base_stride, Address thought, Size though
     using T = decltype(example);
     const MixForward<T> arguments{
         mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
-        pointer<T>("mixed", mixed, rows)};
+        in_large_pages(pointer<T>("mixed", mixed, rows), rows * vocabulary)};
     py::gil_scoped_release released;
     kernels.mix(arguments);
   });
@@ -117,8 +135,10 @@ void mix_backward(int dtype, Address grad, Size grad_stride, Address base, Size 
     using T = decltype(example);
     const MixBackward<T> arguments{
         mix_arguments<T>(base, base_stride, thought, thought_stride, weight, rows, vocabulary, threads),
-        matrix<const T>("grad", grad, grad_stride, rows, vocabulary), optional_pointer<T>("d_base", d_base),
-        optional_pointer<T>("d_thought", d_thought), optional_pointer<float>("d_weight", d_weight)};
+        matrix<const T>("grad", grad, grad_stride, rows),
+        in_large_pages(optional_pointer<T>("d_base", d_base), rows * vocabulary),
+        in_large_pages(optional_pointer<T>("d_thought", d_thought), rows * vocabulary),
+        optional_pointer<float>("d_weight", d_weight)};
     py::gil_scoped_release released;
     kernels.mix_backward(arguments);
   });
@@ -153,8 +173,8 @@ void mixed_cross_entropy_backward(int dtype, Address scale, Address base, Size b
         pointer<const float>("scale", scale, rows),
         pointer<const float>("largest", largest, rows),
         pointer<const float>("log_total", log_total, rows),
-        optional_pointer<T>("d_base", d_base),
-        optional_pointer<T>("d_thought", d_thought)};
+        in_large_pages(optional_pointer<T>("d_base", d_base), rows * vocabulary),
+        in_large_pages(optional_pointer<T>("d_thought", d_thought), rows * vocabulary)};
     py::gil_scoped_release released;
     kernels.mixed_cross_entropy_backward(arguments);
   });
@@ -164,7 +184,7 @@ void cross_entropy_rows(Address logits, Size stride, Address target, Address sca
                         Size suppressed_count, float temperature, Size rows, Size vocabulary, int threads) {
   at_least("rows", 0, rows);
   at_least("vocabulary", 1, vocabulary);
-  const CrossEntropyRows arguments{matrix<float>("logits", logits, stride, rows, vocabulary),
+  const CrossEntropyRows arguments{matrix<float>("logits", logits, stride, rows),
                                    tokens("target", target, rows, vocabulary),
                                    optional_pointer<const float>("scale", scale),
                                    pointer<float>("nll", nll, rows),
