@@ -38,7 +38,7 @@ CHECKED_ANCHORS = 64
 
 
 class Inputs(NamedTuple):
-    """Arguments of ``thought_attention``; the anchors are the last P positions."""
+    """Arguments of ``thought_attention``; the anchors are the last P positions, or each position P // L times."""
 
     query: Tensor
     key: Tensor
@@ -96,7 +96,7 @@ def tree(inputs: Inputs, by_step: bool) -> Callable[[Tensor, Tensor, Tensor, Ten
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         anchor, step = split(query, queries)
         key_anchor, key_step = split(key - length, steps)
-        base = key <= length - anchors + anchor
+        base = key <= position_of(anchor, inputs)
         own = (key_anchor == anchor) & (key_step <= steps - queries + step)
         return torch.where(key < length, base, own)
 
@@ -139,7 +139,12 @@ def dense_attention(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
 
 def anchors_of(inputs: Inputs) -> Tensor | None:
     length, count = inputs.key.shape[2], inputs.query.shape[2]
-    return None if count == length else torch.arange(length - count, length, device=DEVICE)
+    return None if count == length else position_of(torch.arange(count, device=DEVICE), inputs)
+
+
+def position_of(anchor: Tensor, inputs: Inputs) -> Tensor:
+    length, count = inputs.key.shape[2], inputs.query.shape[2]
+    return anchor // (count // length) if count > length else length - count + anchor
 
 
 def op(backend: str, anchors: Tensor | None, inputs: Inputs) -> Tensor:
@@ -178,7 +183,7 @@ def assert_right(task: Task, inputs: Inputs) -> Callable[[str], None]:
     def of_picked(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor[:, :, picked] if tensor.dim() == 5 else tensor for tensor in tensors]
 
-    specification = partial(op, "reference", picked + inputs.key.shape[2] - task.anchors)
+    specification = partial(op, "reference", position_of(picked, inputs))
     some = Inputs(*(tensor.detach() for tensor in of_picked(inputs)))
     exact = Inputs(*(tensor.double() for tensor in some))
     for tensor in (*some, *exact):

@@ -2,6 +2,8 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from math import log
+from typing import NamedTuple
 
 import torch
 from measure import copy_peak, matmul_peak, seconds
@@ -73,4 +75,64 @@ def summary(
         "missing": dict(missing or {}),
         "best_peer": best_peer,
         "best_peer_ratio": candidates[best_peer]["median_ratio"] if best_peer else None,
+    }
+
+
+class Case(NamedTuple):
+    """One size of a sweep."""
+
+    runs: Mapping[str, Callable[[], object]]
+    """Candidates whose answers were found right, ours under "ours"."""
+    memory: Mapping[str, int]
+    """Bytes by name."""
+    missing: Mapping[str, str]
+    work: float
+    """FLOPs or bytes that the task takes at the least: what time should grow with."""
+    results: float
+    """Bytes of results: what memory should grow with."""
+
+
+def exponent(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
+    """Of the power law that fits best: the slope of a least-squares line through the logarithms.
+
+    Values that are None are left out; None if fewer than two remain.
+    """
+    points = [(log(size), log(value)) for size, value in zip(sizes, values, strict=True) if value is not None]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
+
+
+def growth(
+    variable: str,
+    cases: Mapping[int, Case],
+    times: Mapping[int, Mapping[str, Sequence[float]]],
+    shape: Mapping[str, object],
+) -> dict:
+    """How time and memory of each candidate grow over a sweep, and how they should; ready for JSON.
+
+    ``cases`` and ``times``, those of ``interleaved``, are by size. A candidate has None where it could not run.
+    """
+    sizes = list(cases)
+    names = dict.fromkeys(name for each in times.values() for name in each)
+    candidates = {}
+    for name in (OURS, *(names.keys() - {OURS})):
+        medians = [statistics.median(times[size][name]) * 1e3 if name in times[size] else None for size in sizes]
+        peaks = [cases[size].memory[name] / 2**20 if name in times[size] else None for size in sizes]
+        candidates[name] = {
+            "median_ms": medians,
+            "peak_mib": peaks,
+            "time_exponent": exponent(sizes, medians),
+            "memory_exponent": exponent(sizes, peaks),
+        }
+    work, results = [case.work for case in cases.values()], [case.results for case in cases.values()]
+    ideal = {
+        "work": work,
+        "results": results,
+        "time_exponent": exponent(sizes, work),
+        "memory_exponent": exponent(sizes, results),
+    }
+    reasons = {name: f"at {variable} = {size}: {why}" for size in sizes for name, why in cases[size].missing.items()}
+    return {
+        "shape": dict(shape),
+        "missing": reasons,
+        "sweep": {"variable": variable, "sizes": sizes, "candidates": candidates, "ideal": ideal},
     }

@@ -2,11 +2,11 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import pytest
 import torch
-from comparison import OURS, interleaved, summary
+from comparison import OURS, Case, growth, interleaved, summary
 from measure import DEVICE, machine, seconds
 from report import FORMAT
 
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "compare" in getattr(item, "fixturenames", ()):
+        if {"compare", "sweep"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
         if item.get_closest_marker("gpu") and DEVICE != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -91,22 +91,63 @@ def compare(benchmark, request) -> Callable[..., None]:
             missing: peers that could not be timed, and why.
             shape: dataclass of ``shapes``, for the report.
         """
-        times: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
-
-        def peers_first() -> None:
-            for name, [time] in interleaved(peers, rounds=1).items():
-                times[name].append(time)
-
-        benchmark.pedantic(CLOCK.measured, args=(ours,), setup=peers_first, rounds=rounds)
+        times = _timed(benchmark, ours, peers, rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        times[OURS] = benchmark.stats.stats.data
         measured = {"promised": promised, "memory": memory, "flops": flops, "dtype": dtype, "moved": moved}
-        described = {key: str(value) for key, value in dataclasses.asdict(shape).items()} if shape else {}
-        benchmark.extra_info |= summary(times, **measured, missing=missing, shape=described)
+        benchmark.extra_info |= summary(times, **measured, missing=missing, shape=_described(shape))
         request.config.stash[RESULTS][_short(request.node)] = benchmark.extra_info
 
     return compare
+
+
+@pytest.fixture
+def sweep(benchmark, request) -> Callable[..., None]:
+    """A function that times ours and its peers at growing sizes; results go to where those of ``compare`` go."""
+
+    def sweep(
+        variable: str, sizes: Sequence[int], case: Callable[[int], Case], *, rounds: int, shape: object | None = None
+    ) -> None:
+        """The statistics of pytest-benchmark are those of the largest size.
+
+        Args:
+            variable: name of what grows.
+            sizes: its values, growing.
+            case: makes and checks the candidates of a size.
+            rounds: how many times each of them runs.
+            shape: dataclass of ``shapes``, of what does not grow, for the report.
+        """
+        cases, times = {}, {}
+        for size in sizes:
+            cases[size] = case(size)
+            runs = dict(cases[size].runs)
+            last = size == sizes[-1]
+            times[size] = _timed(benchmark, runs.pop(OURS), runs, rounds) if last else interleaved(runs, rounds)
+            cases[size] = cases[size]._replace(runs={})  # lets go of its tensors
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        benchmark.extra_info |= growth(variable, cases, times, _described(shape))
+        request.config.stash[RESULTS][_short(request.node)] = benchmark.extra_info
+
+    return sweep
+
+
+def _timed(benchmark, ours: Callable, peers: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """As ``interleaved``, ours last in each round and through pytest-benchmark."""
+    times: dict[str, list[float]] = {name: [] for name in (OURS, *peers)}
+
+    def peers_first() -> None:
+        for name, [time] in interleaved(peers, rounds=1).items():
+            times[name].append(time)
+
+    benchmark.pedantic(CLOCK.measured, args=(ours,), setup=peers_first, rounds=rounds)
+    if benchmark.stats is not None:
+        times[OURS] = benchmark.stats.stats.data
+    return times
+
+
+def _described(shape: object | None) -> dict[str, str]:
+    return {key: str(value) for key, value in dataclasses.asdict(shape).items()} if shape else {}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -143,21 +184,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section(f"ours and its peers, interleaved; {about['device']}{threads}; torch {about['torch']}")
     write("spread: interquartile range over median; best peer: by the median, a ratio above 1 is ours being faster")
     write("peak MiB: on a CPU of a process that does only this, Python and torch included; on a GPU what is allocated")
+    compared = {name: result for name, result in results.items() if "candidates" in result}
     rows = [("benchmark", "candidate", *COLUMNS)]
-    for benchmark, result in results.items():
+    for benchmark, result in compared.items():
         for name, numbers in result["candidates"].items():
             cells = ("" if numbers[key] is None else text.format(numbers[key]) for key, text in COLUMNS.values())
             rows.append((benchmark, name, *cells))
-    for line in _aligned(rows):
+    for line in _aligned(rows) if compared else ():
         write(line)
-    for benchmark, result in results.items():
+    for benchmark, result in compared.items():
         if result["best_peer"]:
             write(f"best peer of {benchmark}: {result['best_peer']}, {result['best_peer_ratio']:.2f} x ours")
+    for benchmark, result in results.items():
+        for name, numbers in result.get("sweep", {"candidates": {}})["candidates"].items():
+            write(f"{benchmark}: {name} {_exponents(numbers)}; ideal {_exponents(result['sweep']['ideal'])}")
     for benchmark, result in results.items():
         for name, reason in result["missing"].items():
             write(f"missing peer of {benchmark}: {name} ({reason})")
     for name, reason in config.stash[NOT_RUN].items():
         write(f"not run: {name} ({reason})")
+
+
+def _exponents(numbers: Mapping[str, float | None]) -> str:
+    words = (("time", numbers["time_exponent"]), ("memory", numbers["memory_exponent"]))
+    return ", ".join(f"{what} {'unknown' if power is None else f'~ size^{power:.2f}'}" for what, power in words)
 
 
 def _short(item: pytest.Item) -> str:

@@ -87,6 +87,15 @@ def peak_memory(script: str, *arguments: str, run: Callable[[], object] | None =
     return int(printed.splitlines()[-1])
 
 
+def tensor_memory(function: Callable[[], object]) -> int:
+    """Most bytes of tensors at a time while ``function`` runs, beyond those there were before."""
+    if DEVICE == "cuda":
+        return peak_memory("", run=function)
+    from memory import peak_bytes  # of the tests, which are not on the path of a script
+
+    return peak_bytes(function)
+
+
 def machine() -> dict[str, str | int | None]:
     """What the numbers depend on: device, threads and versions; None where there is no such thing."""
     import quietstar  # here, so that whoever only takes the time needs no more than torch

@@ -53,6 +53,16 @@ class LogitsShape:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class ScalingShape:
+    """What does not grow, with one value of what does, and the growing sizes: of L, S and N for attention, and rows."""
+
+    attention: ThoughtAttentionShape
+    attention_sizes: dict[str, tuple[int, ...]]
+    head: HeadShape
+    rows: tuple[int, ...]
+
+
 TRAINING_STEP = {
     "cpu": TrainingShape(256, 4, 8, 2, 896, 32002, 2, 128, 2, 9, 4, torch.float32, target=6),
     "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 2, 512, 2, 9, 4, torch.bfloat16, target=None),
@@ -74,4 +84,18 @@ LINEAR_SAMPLE = {
 MIXING = {
     "cpu": [LogitsShape(2048, 32002, torch.float32)],
     "cuda": [LogitsShape(2048, 32000, torch.bfloat16), LogitsShape(16384, 32002, torch.bfloat16)],
+}
+SCALING = {
+    "cpu": ScalingShape(
+        ThoughtAttentionShape(1, 128, 8, 4, 2, 64, torch.float32, target=None),
+        {"L": (64, 128, 256, 512), "S": (4, 8, 16, 32), "N": (1, 2, 4)},
+        HeadShape(0, 128, 32002, torch.float32),
+        (512, 1024, 2048, 4096),
+    ),
+    "cuda": ScalingShape(
+        ThoughtAttentionShape(1, 512, 14, 32, 8, 128, torch.bfloat16, target=None),
+        {"L": (256, 512, 1024, 2048, 4096), "S": (4, 8, 16, 32), "N": (1, 2, 4)},
+        HeadShape(0, 4096, 32000, torch.bfloat16),
+        (1024, 2048, 4096, 8192, 16384),
+    ),
 }
