@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("teach a Mistral to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),
+    "estimate": ("predict memory and time of a training step before running it", "quietstar.estimate.command:main"),
     "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),
 }
 

@@ -1,0 +1,51 @@
+"""Where the configuration of a model comes from: a name that is known offline, a file or folder, or the hub."""
+
+from pathlib import Path
+
+from quietstar.models import QuietStarConfig
+
+# Sizes of known models, their two thought tokens included.
+PRESETS: dict[str, dict[str, int]] = {
+    "mistral-7b": {  # mistralai/Mistral-7B-v0.1
+        "vocab_size": 32002,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "start_thought_token_id": 32000,
+        "end_thought_token_id": 32001,
+    },
+}
+
+
+def read_config(name: str, **overrides: int) -> QuietStarConfig:
+    """The configuration ``name`` with some fields replaced.
+
+    Args:
+        name: a preset, a JSON file or a folder with a config.json, or a name on the hub; of a Quiet-STaR model, or of
+            an ordinary Mistral, which is given two more tokens.
+        overrides: fields of :class:`QuietStarConfig`.
+
+    Raises:
+        ValueError: there is no such configuration, it is of another kind of model, or a field has a bad value.
+    """
+    if name in PRESETS:
+        return QuietStarConfig(**{**PRESETS[name], **overrides})
+    if not Path(name).exists() and (name.count("/") != 1 or name.endswith(".json")):
+        raise ValueError(f"must be {', '.join(PRESETS)}, a folder, a JSON file or a name on the hub, got {name!r}")
+    try:
+        fields, _ = QuietStarConfig.get_config_dict(name)
+    except OSError as error:
+        raise ValueError(f"{name!r} cannot be read: {error}") from error
+    if not fields:
+        raise ValueError(f"{name!r} holds no configuration")
+    kind = fields.pop("model_type", None)
+    if kind not in ("mistral", QuietStarConfig.model_type):
+        raise ValueError(f"{name!r} must be a Mistral or a Quiet-STaR model, got model type {kind!r}")
+    if kind == "mistral":
+        words = fields.get("vocab_size", QuietStarConfig.vocab_size)
+        fields |= {"vocab_size": words + 2, "start_thought_token_id": words, "end_thought_token_id": words + 1}
+    return QuietStarConfig(**{**fields, **overrides})

@@ -1,0 +1,191 @@
+"""What a training step is made of: the sizes from which its FLOPs and its memory follow."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from quietstar.models import QuietStarConfig
+from quietstar.ops._precision import compute_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Numbers that an optimizer keeps per weight, and their dtype; None is that of the weights, as in PyTorch.
+OPTIMIZERS: dict[str, tuple[int, torch.dtype | None]] = {
+    "adamw": (2, None),
+    "adamw-fp32": (2, torch.float32),
+    "adamw-bf16": (2, torch.bfloat16),
+    "sgd": (0, None),
+    "none": (0, None),
+}
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Forward, backward and update of ``QuietStarForCausalLM`` on one batch without padding, as the trainer runs it.
+
+    Args:
+        config: of the model.
+        batch: B, sequences.
+        length: L, tokens of text in a sequence.
+        dtype: of weights, gradients and activations.
+        checkpointing: whether activations inside the layers are computed again in the backward instead of kept.
+        optimizer: a key of ``OPTIMIZERS``; none stops after the backward. AdamW is the fused one, which needs no
+            temporary tensors.
+        device: "cuda" (``triton`` backend) or "cpu" (``torch`` or ``cpu`` backend).
+        helpful: share of thoughts with a positive advantage. Only these have a policy term, and a CPU computes no
+            logits for the others. ½ is what chance gives.
+
+    Raises:
+        ValueError: a size that no step can have, named.
+    """
+
+    config: QuietStarConfig
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = True
+    optimizer: str = "adamw"
+    device: str = "cuda"
+    helpful: float = 0.5
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
+        least = self.config.lookahead + 2
+        if self.length < least:
+            raise ValueError(f"length must be at least lookahead + 2 = {least}, got {self.length}")
+        if self.length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"length must be at most max_position_embeddings = {self.config.max_position_embeddings}, "
+                f"got {self.length}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        if not 0 <= self.helpful <= 1:
+            raise ValueError(f"helpful must be in [0, 1], got {self.helpful}")
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in weights and activations."""
+        return self.dtype.itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in logits, losses and sums."""
+        return compute_dtype(self.dtype).itemsize
+
+    @property
+    def states(self) -> int:
+        """Bytes that the optimizer keeps for all weights."""
+        numbers, dtype = OPTIMIZERS[self.optimizer]
+        return self.parameters * numbers * (dtype or self.dtype).itemsize
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """Hq · D."""
+        return self.config.num_attention_heads * self.head_size
+
+    @property
+    def key_width(self) -> int:
+        """Hkv · D."""
+        return self.config.num_key_value_heads * self.head_size
+
+    @property
+    def slots(self) -> int:
+        """S, steps behind an anchor in the tree: start, k thought tokens, end, M − 1 tokens of text."""
+        return self.config.thought_length + 2 + self.config.lookahead - 1
+
+    @property
+    def anchors(self) -> int:
+        """P, anchors of a sequence in the tree: all positions but the last think N times."""
+        return (self.length - 1) * self.config.num_thoughts
+
+    @property
+    def text_rows(self) -> int:
+        """B · L."""
+        return self.batch * self.length
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows of a sampling step: every position thinks, the last one too."""
+        return self.text_rows * self.config.num_thoughts
+
+    @property
+    def slot_rows(self) -> int:
+        """Thought rows of the tree."""
+        return self.batch * self.anchors * self.slots
+
+    @property
+    def tree_rows(self) -> int:
+        """All rows of the tree."""
+        return self.text_rows + self.slot_rows
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of the base loss."""
+        return self.batch * (self.length - 1)
+
+    @property
+    def talk_rows(self) -> int:
+        """Rows of the mixed loss and of the mixing head, those that predict past the end included."""
+        return self.batch * self.anchors * self.config.lookahead
+
+    @property
+    def labelled_talk_rows(self) -> int:
+        """Rows of the mixed loss that have a label: m steps ahead, m positions at the end have none."""
+        ahead = range(self.config.lookahead)
+        return self.batch * self.config.num_thoughts * sum(self.length - 1 - m for m in ahead)
+
+    @property
+    def policy_rows(self) -> int:
+        """Rows of the policy loss."""
+        return self.batch * self.anchors * self.config.thought_length
+
+    @property
+    def helpful_policy_rows(self) -> int:
+        """Rows of the policy loss with a weight: of rewarded positions and helpful thoughts."""
+        thoughts = self.batch * (self.length - 1 - self.config.lookahead) * self.config.num_thoughts
+        return round(self.helpful * thoughts) * self.config.thought_length
+
+    @property
+    def layer_matrices(self) -> int:
+        """Elements of the seven matrices of a layer."""
+        attention = 2 * self.query_width + 2 * self.key_width
+        return self.config.hidden_size * (attention + 3 * self.config.intermediate_size)
+
+    @property
+    def layer_parameters(self) -> int:
+        """The matrices and two norms."""
+        return self.layer_matrices + 2 * self.config.hidden_size
+
+    @property
+    def head_matrix(self) -> int:
+        """V · H, of the embedding and of the head."""
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def mixing_parameters(self) -> int:
+        """The mixing head: matrices [H, 2H], [H, H] and [1, H], two biases."""
+        hidden = self.config.hidden_size
+        return 3 * hidden**2 + 3 * hidden
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all weights: layers, embedding and head, last norm, mixing head, two thought embeddings."""
+        vocabularies = 1 if self.config.tie_word_embeddings else 2
+        return (
+            self.config.num_hidden_layers * self.layer_parameters
+            + vocabularies * self.head_matrix
+            + self.mixing_parameters
+            + 3 * self.config.hidden_size
+        )
