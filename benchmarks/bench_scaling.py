@@ -26,12 +26,13 @@ AUTO = "auto"  # ours as it comes
 
 
 def attention_case(variable: str, size: int) -> Case:
-    """Forward and backward, N thoughts behind each position."""
-    shape = SHAPES.attention
-    if variable != "N":
-        shape = replace(shape, **{{"L": "length", "S": "steps"}[variable]: size})
-    anchors = shape.length * (size if variable == "N" else 1)
-    task = attention.Task(attention.forward_and_backward, shape, shape.steps, anchors, ROUNDS)
+    """Forward and backward."""
+    shape, thoughts = SHAPES.attention, 1
+    if variable == "thoughts":
+        thoughts = size
+    else:
+        shape = replace(shape, **{variable: size})
+    task = attention.Task(attention.forward_and_backward, shape, shape.steps, shape.length * thoughts, ROUNDS)
     inputs = attention.random_inputs(task)
     gradient = torch.randn_like(inputs.query)
     check = attention.assert_right(task, inputs)

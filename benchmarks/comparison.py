@@ -1,7 +1,7 @@
 """From the times of ours and its peers to the numbers that are reported; how those are written is in ``report``."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import log
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ def summary(
     moved: float | None = None,
     missing: Mapping[str, str] | None = None,
     shape: Mapping[str, object] | None = None,
+    less_work: Collection[str] = (),
 ) -> dict:
     """What a comparison found, ready for JSON. ``times`` are those of ``interleaved``, the rest as in ``compare``.
 
@@ -47,10 +48,12 @@ def summary(
     over the median. Fractions are of ``matmul_peak`` and ``copy_peak``, measured now.
     """
     peers = [name for name in times if name != OURS]
-    memory = memory or {}
-    unknown = [*sorted(set(memory) - set(times)), *sorted(set(missing or {}) & set(times))]
-    if unknown:
-        raise ValueError(f"memory must be of what is timed ({', '.join(times)}), missing of what is not, got {unknown}")
+    memory, missing = memory or {}, missing or {}
+    for argument, names in (("memory", memory), ("less_work", less_work)):
+        if unknown := set(names) - set(times):
+            raise ValueError(f"{argument} must name what is timed ({', '.join(times)}), got {sorted(unknown)}")
+    if contradiction := set(missing) & set(times):
+        raise ValueError(f"missing must name what is not timed, got {sorted(contradiction)}")
     ours_median, ours_best = statistics.median(times[OURS]), min(times[OURS])
     candidates = {}
     for name in (OURS, *peers):
@@ -68,11 +71,12 @@ def summary(
             "gb_per_s": moved / median / 1e9 if moved else None,
             "copy_fraction": moved / median / copy_peak() if moved else None,
         }
-    best_peer = min(peers, key=lambda name: candidates[name]["median_ms"], default=None)
+    equals = [name for name in peers if name not in less_work]
+    best_peer = min(equals, key=lambda name: candidates[name]["median_ms"], default=None)
     return {
         "shape": dict(shape or {}),
         "candidates": candidates,
-        "missing": dict(missing or {}),
+        "missing": dict(missing),
         "best_peer": best_peer,
         "best_peer_ratio": candidates[best_peer]["median_ratio"] if best_peer else None,
     }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 
 import pytest
 import torch
@@ -76,6 +76,7 @@ def compare(benchmark, request) -> Callable[..., None]:
         moved: float | None = None,
         missing: Mapping[str, str] | None = None,
         shape: object | None = None,
+        less_work: Collection[str] = (),
     ) -> None:
         """Each round runs every peer, then ours. The best times say most on a machine that others use too.
 
@@ -90,12 +91,22 @@ def compare(benchmark, request) -> Callable[..., None]:
             moved: bytes that the task has to read and write, not counting what a candidate moves in vain.
             missing: peers that could not be timed, and why.
             shape: dataclass of ``shapes``, for the report.
+            less_work: peers that do only a part of the work, and so are not asked which is the best.
         """
         times = _timed(benchmark, ours, peers, rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        measured = {"promised": promised, "memory": memory, "flops": flops, "dtype": dtype, "moved": moved}
-        benchmark.extra_info |= summary(times, **measured, missing=missing, shape=_described(shape))
+        benchmark.extra_info |= summary(
+            times,
+            promised=promised,
+            memory=memory,
+            flops=flops,
+            dtype=dtype,
+            moved=moved,
+            missing=missing,
+            shape=_described(shape),
+            less_work=less_work,
+        )
         request.config.stash[RESULTS][_short(request.node)] = benchmark.extra_info
 
     return compare
@@ -111,11 +122,11 @@ def sweep(benchmark, request) -> Callable[..., None]:
         """The statistics of pytest-benchmark are those of the largest size.
 
         Args:
-            variable: name of what grows.
+            variable: name of what grows, a field of ``shape`` if that has it.
             sizes: its values, growing.
             case: makes and checks the candidates of a size.
             rounds: how many times each of them runs.
-            shape: dataclass of ``shapes``, of what does not grow, for the report.
+            shape: dataclass of ``shapes``, for the report.
         """
         cases, times = {}, {}
         for size in sizes:
@@ -126,7 +137,8 @@ def sweep(benchmark, request) -> Callable[..., None]:
             cases[size] = cases[size]._replace(runs={})  # lets go of its tensors
         if benchmark.stats is None:  # --benchmark-disable
             return
-        benchmark.extra_info |= growth(variable, cases, times, _described(shape))
+        fixed = {field: value for field, value in _described(shape).items() if field != variable}
+        benchmark.extra_info |= growth(variable, cases, times, fixed)
         request.config.stash[RESULTS][_short(request.node)] = benchmark.extra_info
 
     return sweep

@@ -55,7 +55,7 @@ class LogitsShape:
 
 @dataclass(frozen=True)
 class ScalingShape:
-    """What does not grow, with one value of what does, and the growing sizes: of L, S and N for attention, and rows."""
+    """What does not grow, and the sizes of what does: fields of the shapes, and thoughts of a position."""
 
     attention: ThoughtAttentionShape
     attention_sizes: dict[str, tuple[int, ...]]
@@ -88,13 +88,13 @@ MIXING = {
 SCALING = {
     "cpu": ScalingShape(
         ThoughtAttentionShape(1, 128, 8, 4, 2, 64, torch.float32, target=None),
-        {"L": (64, 128, 256, 512), "S": (4, 8, 16, 32), "N": (1, 2, 4)},
+        {"length": (64, 128, 256, 512), "steps": (4, 8, 16, 32), "thoughts": (1, 2, 4)},
         HeadShape(0, 128, 32002, torch.float32),
         (512, 1024, 2048, 4096),
     ),
     "cuda": ScalingShape(
         ThoughtAttentionShape(1, 512, 14, 32, 8, 128, torch.bfloat16, target=None),
-        {"L": (256, 512, 1024, 2048, 4096), "S": (4, 8, 16, 32), "N": (1, 2, 4)},
+        {"length": (256, 512, 1024, 2048, 4096), "steps": (4, 8, 16, 32), "thoughts": (1, 2, 4)},
         HeadShape(0, 4096, 32000, torch.bfloat16),
         (1024, 2048, 4096, 8192, 16384),
     ),
