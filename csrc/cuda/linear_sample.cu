@@ -1,0 +1,13 @@
+// Starts the row kernel of sampling.
+
+#include "quietstar/linear_sample.cuh"
+
+namespace quietstar::cuda {
+
+void sample_rows(const SampleRows& arguments, const Launch& where) {
+  const bool filtered = arguments.top_k != 0 || arguments.top_p < 1;
+  launch(filtered ? sample_kernel<true> : sample_kernel<false>, arguments.rows, kSampleThreads,
+         static_cast<std::size_t>(arguments.groups) * sizeof(float), where, arguments);
+}
+
+}  // namespace quietstar::cuda

@@ -1,0 +1,116 @@
+// The kernels of the cuda backend as C++ sees them: plain arguments, defined in the .cuh files of the same names.
+//
+// Rows lie `stride` elements apart, elements of a row side by side; what says "contiguous" has no gaps. A pointer that
+// says "or null" is of something that is not wanted or not there. Logits may begin anywhere; where rows of all tensors
+// begin alike modulo 16 bytes, accesses are of 16 bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "quietstar/contract.h"
+
+namespace quietstar::cuda {
+
+// Where kernels run: the caller's device, and the caller's cudaStream_t.
+struct Launch {
+  int device;
+  void* stream;
+};
+
+struct MatrixIn {
+  const void* data;
+  std::int64_t stride;
+};
+
+// What all kernels of the mix read: z = b + w (t − b).
+struct Mix {
+  MatrixIn base, thought;
+  const float* weight;
+  std::int64_t rows, vocabulary;
+};
+
+struct MixForward {
+  Mix mix;
+  void* mixed;  // contiguous
+};
+
+struct MixBackward {
+  Mix mix;
+  MatrixIn grad;
+  void *d_base, *d_thought;  // contiguous, or null
+  float* d_weight;           // or null
+};
+
+struct MixedCrossEntropy {
+  Mix mix;
+  const std::int64_t* target;
+  float *nll, *slope, *largest, *log_total;
+};
+
+struct MixedCrossEntropyBackward {
+  Mix mix;
+  const std::int64_t* target;
+  const float *scale, *largest, *log_total;
+  void *d_base, *d_thought;  // contiguous, or null
+};
+
+void mix(DType dtype, const MixForward& arguments, const Launch& where);
+void mix_backward(DType dtype, const MixBackward& arguments, const Launch& where);
+void mixed_cross_entropy(DType dtype, const MixedCrossEntropy& arguments, const Launch& where);
+void mixed_cross_entropy_backward(DType dtype, const MixedCrossEntropyBackward& arguments, const Launch& where);
+
+// Logits [rows, vocabulary] in float32, overwritten with the gradient of sum(scale · nll) in gradient_dtype, whose rows
+// begin where those of the logits do; not if there is no scale.
+struct CrossEntropyRows {
+  float* logits;
+  std::int64_t stride;
+  const std::int64_t* target;
+  const float* scale;  // or null
+  float* nll;
+  float inverse_temperature;
+  std::int64_t rows, vocabulary;
+};
+
+void cross_entropy_rows(DType gradient_dtype, const CrossEntropyRows& arguments, const Launch& where);
+
+// Logits [rows, groups · 64], contiguous, aligned to 16 bytes, −∞ behind the vocabulary and for suppressed tokens.
+struct SampleRows {
+  const float* logits;
+  const std::int64_t* seed;
+  std::int64_t* tokens;
+  std::int64_t first_row;
+  float temperature;   // positive
+  std::int64_t top_k;  // 0: all
+  double top_p;        // 1: all
+  std::int64_t rows, groups;
+};
+
+void sample_rows(const SampleRows& arguments, const Launch& where);
+
+// A tensor [B, heads, P, steps, D] with neighbouring elements in the last dimension, or [B, heads, L, D] without steps.
+struct Steps {
+  const void* data;
+  std::int64_t batch_stride, head_stride, anchor_stride, step_stride;
+};
+
+// Attention of thoughts, without gradients: see thought_attention/api.py.
+constexpr std::int64_t kLargestHead = 128;
+constexpr std::int64_t kTileRows = 128;  // the most query rows of one key/value head that a block takes
+
+struct ThoughtAttention {
+  Steps query, key, value, thought_key, thought_value;  // anchor_stride of key and value: from one position to the next
+  const std::int64_t* anchors;                          // [P] or [B, P], or null for 0, 1, 2, ...
+  std::int64_t anchor_batch_stride;                     // 0 for [P]
+  const std::int64_t* key_start;                        // [B], or null for 0
+  std::int64_t window;                                  // L or more: none
+  float scale;
+  void* output;  // contiguous [B, Hq, P, S, D]
+  float* lse;    // contiguous [B, Hq, P, S]
+  // Of every split, contiguous: [splits, B, Hq, P, S, D] and [splits, B, Hq, P, S]; null if there is one split only.
+  float *split_output, *split_lse;
+  std::int64_t batch, query_heads, kv_heads, anchors_per_batch, steps, thought_steps, length, head_size, splits;
+};
+
+void thought_attention(DType dtype, const ThoughtAttention& arguments, const Launch& where);
+
+}  // namespace quietstar::cuda

@@ -1,0 +1,34 @@
+"""Row kernel of the ``cuda`` backend: logits are read from memory once, and only what can win is drawn."""
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._cuda import launch_place
+from quietstar.ops._native import _C, address
+from quietstar.ops.linear_sample.noise import GROUP
+
+
+def sample_rows(
+    logits: Tensor,
+    vocabulary: int,
+    first_row: int,
+    seed: Tensor,
+    suppress: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`. The seed may be on any device."""
+    rows, padded = logits.shape
+    if suppress is not None:
+        logits.index_fill_(1, suppress, float("-inf"))
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    seed = seed.to(logits.device, non_blocking=True)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _C.cuda.sample_rows(
+        address(logits), address(seed), address(tokens), first_row, temperature,
+        0 if top_k is None else min(top_k, vocabulary), 1.0 if top_p is None else top_p, rows, padded // GROUP,
+        *launch_place(logits),
+    )  # fmt: skip
+    return tokens
