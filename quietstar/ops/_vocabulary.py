@@ -36,7 +36,10 @@ def suppressed_ids(suppress: Sequence[int] | Tensor | None, vocabulary: int, dev
         if isinstance(suppress, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in suppress):
             raise TypeError(f"suppress must be token ids (integers), got {suppress!r}")
         known = list(suppress)
-        ids = torch.tensor(known, dtype=torch.int64).to(device, non_blocking=True)
+        # Filled in on the device: a copy would read the host's memory again whenever a CUDA graph is replayed.
+        ids = torch.empty(len(known), dtype=torch.int64, device=device)
+        for place, token in enumerate(known):
+            ids[place].fill_(token)
     if known is not None:
         outside = [i for i in known if not 0 <= i < vocabulary]
         if outside:

@@ -66,7 +66,8 @@ def linear_cross_entropy(
         weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
         temperature: positive; divides the logits.
-        suppress: token ids that get probability 0, as integers or an int tensor [n] on the device of ``weight``.
+        suppress: token ids that get probability 0, as integers (a few; each is sent to a GPU by itself) or an int
+            tensor [n] on the device of ``weight``.
         ignore_index: rows with this target have nll 0 and no gradient.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
         row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll).

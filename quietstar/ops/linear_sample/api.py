@@ -46,11 +46,13 @@ def linear_sample(
         hidden: [rows, H], floating point.
         weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
         temperature: ≥ 0; divides the logits. 0 is greedy: the largest logit, the lowest id on ties.
-        suppress: token ids never to draw, as integers or an int tensor [n] on the device of ``weight``.
+        suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
+            the device of ``weight``.
         top_k: ≥ 1, draw only from the k likeliest tokens, and those as likely as the k-th.
         top_p: in (0, 1], draw only from the smallest set of likeliest tokens that together have at least this
             probability (at this temperature, after ``top_k``), and those as likely as the last of them.
-        seed: integer of 64 bits, or an int64 scalar tensor, on any device: it is not read on the host.
+        seed: integer of 64 bits, or an int64 scalar tensor. On the device of ``weight`` it is not read on the host: a
+            captured CUDA graph draws anew after ``seed.add_(1)``.
         backend: None, "auto", or a name: see ``quietstar.ops``.
 
     Returns:
@@ -85,7 +87,8 @@ def linear_sample(
         if top_p == 1:  # rounding in the sum of probabilities must not cost the last tokens
             top_p = None
     arguments = (
-        hidden, weight, _seed(seed), suppressed_ids(suppress, dims["V"], weight.device), temperature, top_k, top_p,
+        hidden, weight, _seed(seed, weight.device), suppressed_ids(suppress, dims["V"], weight.device),
+        temperature, top_k, top_p,
     )  # fmt: skip
 
     name = select_backend("linear_sample", backend, _BACKENDS, hidden)
@@ -101,7 +104,7 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _seed(seed: int | Tensor) -> Tensor:
+def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(f"seed must be an integer or an int64 scalar, got {seed.dtype} of shape {list(seed.shape)}")
@@ -110,4 +113,4 @@ def _seed(seed: int | Tensor) -> Tensor:
         raise TypeError(f"seed must be an integer or an int64 scalar, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -58,7 +58,7 @@ class _Race:
         self.place = torch.zeros_like(self.places)
 
     def winner(self) -> Tensor:
-        if self.logits.is_cuda:  # ruling groups out would wait for the device
+        if self.logits.device.type != "cpu":  # ruling groups out would wait for the device
             self._draw(torch.arange(self.logits.shape[0], device=self.logits.device))
         else:
             self._draw_what_can_win()

@@ -27,7 +27,8 @@ _KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 
 @triton.jit
 def _key(x):
-    """Float32 as int32 of the same order. (−0 comes before 0; thresholds, compared as floats, cannot tell.)"""
+    """Float32 as int32 of the same order."""
+    # −0 comes before 0, but that moves no threshold: those are compared as floats.
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
