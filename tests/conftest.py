@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import FAST
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported; "auto" still passes Triton over
@@ -30,3 +31,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=FAST)
+def default_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend of calls that name none: each of the fast ones on a CPU in turn."""
+    monkeypatch.setenv("QUIETSTAR_BACKEND", request.param)
+    return request.param

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from backends import ALL, ANY_DTYPE, with_dtypes
 from cross_entropy_problem import CASES, INPUTS, Problem, assert_problem_solved
 from memory import peak_bytes
 from tolerances import assert_as_accurate
@@ -13,7 +14,7 @@ from tolerances import assert_as_accurate
 from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
 from quietstar.ops.linear_cross_entropy import chunks
 
-BACKENDS = ["reference", "torch"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 2 * 77 * 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes([torch.float32, torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_loss_and_gradients(case, dtype, backend):
     problem = Problem(dtype=dtype, **case)
@@ -34,7 +34,7 @@ def test_loss_and_gradients(case, dtype, backend):
     assert_problem_solved(problem, actual)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_all_rows_ignored(mixed, reduction, backend):
@@ -43,7 +43,7 @@ def test_all_rows_ignored(mixed, reduction, backend):
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_rows(reduction, backend):
     actual = Problem(rows=0, reduction=reduction).ours(backend)
@@ -51,6 +51,7 @@ def test_no_rows(reduction, backend):
     assert torch.equal(actual["d_weight"], torch.zeros(77, 6))
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("margin", [5.0, 10.0, 16.0])
 def test_gradient_of_a_confident_prediction(margin):
     """1 − p(target) down to 1e-5: each gradient to a relative 1e-2, though p itself rounds to within 6e-8 of 1."""
@@ -63,7 +64,7 @@ def test_gradient_of_a_confident_prediction(margin):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("return_nll", [False, True])
 def test_row_of_weight_zero_cannot_spoil_the_loss(return_nll, backend):
     hidden, weight = torch.tensor([[float("nan")], [1.0]]), torch.tensor([[1.0], [0.0]])
@@ -76,14 +77,14 @@ def test_row_of_weight_zero_cannot_spoil_the_loss(return_nll, backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
-def test_rows_that_do_not_count_are_harmless_where_all_are_computed(options, monkeypatch):
+def test_rows_that_do_not_count_are_harmless_where_all_are_computed(options, monkeypatch, default_backend):
     """As on a GPU, where finding the rows that count would wait for the device."""
     monkeypatch.setattr(chunks, "_selected", lambda mask, step: _rows.slices(mask.shape[0], step))
     problem = Problem(ignored=(0, 4), **options)
-    assert_problem_solved(problem, problem.ours("torch"))
+    assert_problem_solved(problem, problem.ours(default_backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_return_nll(mixed, options, backend):
@@ -108,13 +109,13 @@ def test_return_nll(mixed, options, backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_each_subset_of_gradients(mixed, reduction):
+def test_each_subset_of_gradients(mixed, reduction, default_backend):
     names = [name for name in INPUTS[:4] if mixed or name in ("hidden", "weight")]
     problem = Problem(mixed=mixed, base_rows=5 if mixed else None, reduction=reduction)
-    full = problem.ours("torch")
+    full = problem.ours(default_backend)
     for frozen in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)):
         problem.frozen = frozen
-        actual = problem.ours("torch")
+        actual = problem.ours(default_backend)
         for name in names:
             got, expected = actual[f"d_{name}"], full[f"d_{name}"]
             assert got is None if name in frozen else torch.equal(got, expected), (name, frozen)
@@ -153,9 +154,9 @@ def count_work(monkeypatch):
     ],
     ids=str,
 )
-def test_no_needless_matmul(options, expected, monkeypatch):
+def test_no_needless_matmul(options, expected, monkeypatch, default_backend):
     work = count_work(monkeypatch)
-    Problem(**options).ours("torch")
+    Problem(**options).ours(default_backend)
     assert (work["logits_into"], work["hidden_gradient"], work["add_weight_gradient"]) == expected
 
 
@@ -180,14 +181,14 @@ def test_no_gradients_are_made_without_grad_mode(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_second_backward_and_second_run_are_bitwise_equal(mixed, reduction):
+def test_second_backward_and_second_run_are_bitwise_equal(mixed, reduction, default_backend):
     problem = Problem(mixed=mixed, base_rows=4 if mixed else None, reduction=reduction)
     inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
     leaves = [x for x in inputs.values() if x is not None]
-    loss = problem._call("torch", **inputs).sum() * 3
+    loss = problem._call(default_backend, **inputs).sum() * 3
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     second = torch.autograd.grad(loss, leaves)
-    again = torch.autograd.grad(problem._call("torch", **inputs).sum() * 3, leaves)
+    again = torch.autograd.grad(problem._call(default_backend, **inputs).sum() * 3, leaves)
     for a, b, c in zip(first, second, again, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
@@ -208,23 +209,23 @@ def test_large_sums_in_a_mean_survive_float16():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_strides(mixed):
+def test_strides(mixed, default_backend):
     """Transposed, sliced and expanded inputs, and gradients of stride 0, give what contiguous ones give."""
     problem = Problem(mixed=mixed, reduction="none")
-    expected = problem.ours("torch")
+    expected = problem.ours(default_backend)
     problem.target = torch.stack([problem.target] * 2, dim=1)[:, 0]
     for name, x in problem.inputs.items():
         if x is not None:
             problem.inputs[name] = torch.stack([x.t() if x.dim() == 2 else x] * 2, dim=-1)[..., 0]
             problem.inputs[name] = problem.inputs[name].t() if x.dim() == 2 else problem.inputs[name]
             assert not problem.inputs[name].is_contiguous()
-    for name, value in problem.ours("torch").items():
+    for name, value in problem.ours(default_backend).items():
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
 @pytest.mark.parametrize("case", [{"temperature": 2.0, "suppress": (1,)}, {"mixed": True, "base_rows": 3}], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ANY_DTYPE)
 def test_gradcheck(backend, case, options):
     problem = Problem(rows=4, hidden_size=3, vocabulary=7, dtype=torch.float64, ignored=(1,), **case, **options)
     names = [name for name, x in problem.inputs.items() if x is not None]
@@ -235,10 +236,10 @@ def test_gradcheck(backend, case, options):
     )
 
 
-def test_mixing_weight_may_be_float32():
+def test_mixing_weight_may_be_float32(default_backend):
     problem = Problem(mixed=True, dtype=torch.bfloat16)
     problem.inputs["mixing"] = problem.inputs["mixing"].float()
-    actual = problem.ours("torch")
+    actual = problem.ours(default_backend)
     assert actual["d_mixing"].dtype == torch.float32
     problem.inputs["mixing"] = problem.inputs["mixing"].bfloat16()
     eager, oracle = problem.plain(), problem.plain(torch.float64)
@@ -246,7 +247,7 @@ def test_mixing_weight_may_be_float32():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_autocast(backend, mixed):
     problem = Problem(mixed=mixed)
     call = problem._call
@@ -268,7 +269,7 @@ def test_autocast(backend, mixed):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_compile(backend, reduction, mixed):
     problem = Problem(mixed=mixed, base_rows=4 if mixed else None, ignored=(2,), reduction=reduction)
     expected = problem.ours(backend)
@@ -279,6 +280,7 @@ def test_compile(backend, reduction, mixed):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_compiled_wrong_target_gives_nan():
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
@@ -288,7 +290,7 @@ def test_compiled_wrong_target_gives_nan():
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [False] * 4, [True, False, False, True]])
-def test_opcheck(needs):
+def test_opcheck(needs, default_backend):
     hidden, thought, weight = torch.randn(5, 4), torch.randn(6, 4), torch.randn(7, 4)
     target, index = torch.randint(7, (6,)), torch.randint(5, (6,))
     operation = torch.ops.quietstar.linear_cross_entropy.default
@@ -298,12 +300,13 @@ def test_opcheck(needs):
         if mixed
         else (hidden, None, None, weight, target[:5], None, torch.tensor([3]), torch.rand(5))
     )
-    torch.library.opcheck(operation, (*arguments, 0.7, True, needs, "torch"))
+    torch.library.opcheck(operation, (*arguments, 0.7, True, needs, default_backend))
     torch.library.opcheck(
         torch.ops.quietstar.scaled_gradient.default, (hidden.bfloat16(), torch.tensor(0.3), torch.float16)
     )
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_memory(reduction, monkeypatch):
     """Beyond inputs and gradients there is one chunk of logits and at most 5 % of it all."""
@@ -365,7 +368,11 @@ BAD = [
     ({"row_weight": torch.ones(3)}, ValueError, "row_weight must come with reduction='sum', got reduction='mean'"),
     ({"row_weight": torch.ones(2), "reduction": "sum"}, ValueError, "row_weight must have the shape of target, [3]"),
     ({"row_weight": torch.ones(3).long(), "reduction": "sum"}, TypeError, "row_weight must be floating point"),
-    ({"backend": "cuda"}, ValueError, "linear_cross_entropy has no 'cuda' backend; it has triton, cpu, torch, reference"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "linear_cross_entropy has no 'cuda' backend; it has triton, cpu, torch, reference",
+    ),
 ]
 BAD_MIXED = [
     ({"thought_hidden": torch.randn(3, 5)}, ValueError, "base_hidden must have shape [base_rows, H] with H = 5"),

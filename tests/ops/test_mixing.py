@@ -6,12 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import ALL, ANY_DTYPE, with_dtypes
 from memory import peak_bytes
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, mix_logits, mixed_cross_entropy
 
-BACKENDS = ["reference", "torch"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -71,8 +73,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(DTYPES))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_mix_logits(shape, dtype, backend):
     inputs = make_inputs(dtype=dtype, **shape)
@@ -82,9 +83,8 @@ def test_mix_logits(shape, dtype, backend):
     assert_run_as_accurate(actual, plain_mix, inputs, incoming, ulps=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(DTYPES))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [x for name, x in SHAPES.items() if name not in ("a row", "no rows")], ids=str)
 def test_mixed_cross_entropy(shape, dtype, reduction, backend):
     inputs = make_inputs(dtype=dtype, **shape)
@@ -99,6 +99,7 @@ def test_mixed_cross_entropy(shape, dtype, reduction, backend):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_single_row_without_leading_dimensions():
     inputs, target = make_inputs(()), torch.tensor(5)
     torch.testing.assert_close(
@@ -106,7 +107,7 @@ def test_single_row_without_leading_dimensions():
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("leading", [(4,), (0,)])
 def test_no_labels(leading, reduction, backend):
@@ -116,7 +117,7 @@ def test_no_labels(leading, reduction, backend):
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_rows_may_hold_anything(reduction, backend):
     inputs, target = make_inputs(), make_target(ignored=3)
@@ -132,6 +133,7 @@ def test_ignored_rows_may_hold_anything(reduction, backend):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_probabilities_of_huge_logits(offset):
     """The backward finds the probabilities again to full precision: an offset of all logits changes little."""
@@ -142,6 +144,7 @@ def test_probabilities_of_huge_logits(offset):
     torch.testing.assert_close(base.grad.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_gradient_of_a_confident_prediction():
     base = torch.tensor([[12.0, 0.0, 0.0]], requires_grad=True)
     mixed_cross_entropy(base, torch.zeros(1, 3), torch.zeros(1), torch.tensor([0])).backward()
@@ -155,6 +158,7 @@ def strided(x):
     return padded.transpose(0, 1).contiguous().transpose(0, 1)[..., 0]
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("function", ["mix", "cross entropy"])
 def test_strides(function):
     """Strided inputs and stride-0 gradients give what contiguous ones give."""
@@ -168,6 +172,7 @@ def test_strides(function):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("function", ["mix", "cross entropy"])
 def test_each_subset_of_gradients(function):
     inputs, target = make_inputs(), make_target()
@@ -183,6 +188,7 @@ def test_each_subset_of_gradients(function):
             assert torch.equal(x.grad, gradient) if needed else x.grad is None
 
 
+@pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("function", ["mix", "cross entropy"])
 def test_second_backward_and_second_run_are_bitwise_equal(function):
     inputs, target = [x.requires_grad_() for x in make_inputs()], make_target(ignored=2)
@@ -196,7 +202,7 @@ def test_second_backward_and_second_run_are_bitwise_equal(function):
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ANY_DTYPE)
 @pytest.mark.parametrize("reduction", [None, "mean", "sum", "none"])
 def test_gradcheck(reduction, backend):
     inputs = [x.requires_grad_() for x in make_inputs((3,), vocabulary=5, size=1, dtype=torch.float64)]
@@ -210,7 +216,7 @@ def test_gradcheck(reduction, backend):
     assert torch.autograd.gradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_mixing_weight_may_be_float32(backend):
     base, thought, mixing = make_inputs(dtype=torch.bfloat16)
     target = make_target()
@@ -222,7 +228,7 @@ def test_mixing_weight_may_be_float32(backend):
         assert torch.equal(actual["d_mixing"].bfloat16(), expected["d_mixing"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_autocast_changes_nothing(backend):
     inputs, target = make_inputs(), make_target()
     expected = mix_logits(*inputs, backend=backend), mixed_cross_entropy(*inputs, target, backend=backend)
@@ -231,7 +237,7 @@ def test_autocast_changes_nothing(backend):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_compile(backend):
     inputs, target = make_inputs((2, 3)), make_target((2, 3), ignored=1)
 
@@ -251,19 +257,20 @@ def test_compiled_wrong_target_gives_nan():
     assert nll.isnan().tolist() == [False, True, False]
 
 
-def test_opcheck():
+def test_opcheck(default_backend):
     base, thought, mixing = make_inputs((2, 3), vocabulary=5, dtype=torch.bfloat16)
     target, grad = make_target((2, 3), 5), torch.rand(2, 3)
     ops = torch.ops.quietstar
     check = torch.library.opcheck
-    check(ops.mix_logits.default, (base, thought, mixing, "torch"))
-    check(ops.mixed_cross_entropy.default, (base, thought, mixing, target, "torch"))
+    check(ops.mix_logits.default, (base, thought, mixing, default_backend))
+    check(ops.mixed_cross_entropy.default, (base, thought, mixing, target, default_backend))
     for needs in itertools.product([True, False], repeat=2):
-        check(ops.mix_logits_backward.default, (thought, base, thought, mixing, [True, *needs], "torch"))
-        arguments = grad, base, thought, mixing, target, grad, grad, list(needs), "torch"
+        check(ops.mix_logits_backward.default, (thought, base, thought, mixing, [True, *needs], default_backend))
+        arguments = grad, base, thought, mixing, target, grad, grad, list(needs), default_backend
         check(ops.mixed_cross_entropy_backward.default, arguments)
 
 
+@pytest.mark.usefixtures("default_backend")
 def test_peak_memory(monkeypatch):
     """The mix is never written: beyond the gradients there are only blocks and a few numbers per row."""
     monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 64 << 10)

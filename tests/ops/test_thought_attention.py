@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
+from backends import ALL, with_dtypes
 from thought_attention_cases import CASES, INPUTS, case, make_inputs, weighted_sum
 
 from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import library
 
-BACKENDS = ["reference", "torch"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
@@ -43,7 +44,7 @@ def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
 
 
 @pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, backend, through_lse):
     inputs, options = case(name)
@@ -65,37 +66,37 @@ def test_values_and_gradients(name, backend, through_lse):
 
 @pytest.mark.parametrize("score_bytes", [1, 4 * 2 * 4 * 3 * 6 * 2])
 @pytest.mark.parametrize("name", ["window", "left padding", "unsorted, repeated, inactive"])
-def test_blocks_of_anchors_change_nothing(name, score_bytes, monkeypatch):
+def test_blocks_of_anchors_change_nothing(name, score_bytes, monkeypatch, default_backend):
     inputs, options = case(name)
-    whole = thought_attention(*inputs, **options, return_lse=True, backend="torch")
+    whole = thought_attention(*inputs, **options, return_lse=True, backend=default_backend)
     monkeypatch.setattr(library, "SCORE_BYTES", score_bytes)
-    blocked = thought_attention(*inputs, **options, return_lse=True, backend="torch")
+    blocked = thought_attention(*inputs, **options, return_lse=True, backend=default_backend)
     torch.testing.assert_close(blocked, whole)
     grads = [torch.autograd.grad(x[0].sum() + x[1][x[1].isfinite()].sum(), inputs) for x in (whole, blocked)]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("name", ["all positions", "unsorted, repeated, inactive"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_accurate_as_eager(dtype, name):
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes([torch.bfloat16, torch.float16], ["torch", "cpu"]))
+def test_half_precision_is_as_accurate_as_eager(backend, dtype, name):
     inputs, options = case(name)
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     grad = torch.randn(inputs[0].shape)
     expected = oracle(inputs, **options)[0]
     wanted = torch.autograd.grad((expected * grad).sum(), inputs)
-    errors = {}
-    for backend in BACKENDS:
-        output = thought_attention(*inputs, **options, backend=backend)
+    errors = []
+    for each in (backend, "reference"):
+        output = thought_attention(*inputs, **options, backend=each)
         grads = torch.autograd.grad((output * grad).sum(), inputs)
         assert {x.dtype for x in (output, *grads)} == {dtype}
-        errors[backend] = [
-            (x.double() - y.double()).abs().max() for x, y in zip([output, *grads], [expected, *wanted], strict=True)
-        ]
-    for ours, eager in zip(errors["torch"], errors["reference"], strict=True):
+        errors.append(
+            [(x.double() - y.double()).abs().max() for x, y in zip([output, *grads], [expected, *wanted], strict=True)]
+        )
+    for ours, eager in zip(*errors, strict=True):
         assert ours <= 1.5 * eager + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("name", ["all positions", "window, padding, anchors"])
 def test_strided_inputs_and_expanded_gradients(name, backend):
     """Inputs as transformers gives them (heads behind positions), a gradient of stride 0 from sum()."""
@@ -110,46 +111,46 @@ def test_strided_inputs_and_expanded_gradients(name, backend):
 
 
 @pytest.mark.parametrize("wanted", INPUTS)
-def test_each_input_alone_can_need_a_gradient(wanted):
+def test_each_input_alone_can_need_a_gradient(wanted, default_backend):
     inputs, options = case("all positions")
-    full = torch.autograd.grad(thought_attention(*inputs, **options, backend="torch").square().sum(), inputs)
+    full = torch.autograd.grad(thought_attention(*inputs, **options, backend=default_backend).square().sum(), inputs)
     index = INPUTS.index(wanted)
     alone = [x.detach() for x in inputs]
     alone[index].requires_grad_()
-    thought_attention(*alone, **options, backend="torch").square().sum().backward()
+    thought_attention(*alone, **options, backend=default_backend).square().sum().backward()
     torch.testing.assert_close(alone[index].grad, full[index], atol=0, rtol=0)
     assert all(x.grad is None for i, x in enumerate(alone) if i != index)
 
 
-def test_gradients_are_bitwise_reproducible():
+def test_gradients_are_bitwise_reproducible(default_backend):
     inputs, options = case("repeated anchors")
     runs = []
     for _ in range(2):
-        output = thought_attention(*inputs, **options, backend="torch")
+        output = thought_attention(*inputs, **options, backend=default_backend)
         runs.append(torch.autograd.grad(output.square().sum(), inputs))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
-def test_second_backward_through_a_retained_graph():
+def test_second_backward_through_a_retained_graph(default_backend):
     inputs, _ = case("all positions")
-    output = thought_attention(*inputs, backend="torch").square().sum()
+    output = thought_attention(*inputs, backend=default_backend).square().sum()
     first = torch.autograd.grad(output, inputs, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(output, inputs), first, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["all positions", "window, padding, anchors"])
-def test_opcheck(name):
+def test_opcheck(name, default_backend):
     inputs, options = case(name)
     inputs = [x.detach() for x in inputs]
-    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, "torch"
+    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, default_backend
     output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)
     torch.library.opcheck(torch.ops.quietstar.thought_attention, (*inputs, *mask))
     grads = (torch.randn_like(output), torch.randn_like(lse), *inputs, output, lse, *mask)
     torch.library.opcheck(torch.ops.quietstar.thought_attention_backward, grads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL)
 def test_compiles_without_graph_breaks(backend):
     inputs, options = case("window, padding, anchors")
 

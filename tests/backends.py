@@ -1,0 +1,25 @@
+"""The backends that run on a CPU, as parameters of tests."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from quietstar.ops import _native
+
+_COMPILED = pytest.mark.skipif(_native._C is None, reason="needs the compiled module: `pip install .` builds it")
+_CPU = pytest.param("cpu", marks=_COMPILED)
+
+ANY_DTYPE = ["reference", "torch"]
+FAST = ["torch", _CPU]
+ALL = ["reference", *FAST]
+
+
+def with_dtypes(dtypes: Sequence[torch.dtype], backends: Sequence[str] = ("reference", "torch", "cpu")) -> list:
+    """The pairs (backend, dtype) that can run."""
+    return [
+        pytest.param(backend, dtype, id=f"{backend}-{dtype}", marks=_COMPILED if backend == "cpu" else ())
+        for backend in backends
+        for dtype in dtypes
+        if backend != "cpu" or dtype in (torch.float32, torch.bfloat16)
+    ]

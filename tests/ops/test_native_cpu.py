@@ -1,0 +1,248 @@
+"""The compiled kernels of the cpu backend: every instruction set, any number of threads, and wrong pointers."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cross_entropy_problem import CASES, Problem, assert_problem_solved
+from thought_attention_cases import case
+from tolerances import assert_as_accurate
+from torch import Tensor
+
+from quietstar.ops import (
+    _native,
+    linear_cross_entropy,
+    linear_sample,
+    mix_logits,
+    mixed_cross_entropy,
+    thought_attention,
+)
+from quietstar.ops._backend import select_backend
+
+if _native._C is None:
+    pytest.skip("needs the compiled module: `pip install .` builds it", allow_module_level=True)
+cpu = _native._C.cpu
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def instruction_set(request):
+    before = cpu.instruction_set()
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(before)
+
+
+def test_the_best_instruction_set_is_used():
+    assert cpu.instruction_set() == cpu.instruction_sets()[-1]
+    with pytest.raises(ValueError, match=r"name must be one of baseline.*, got mmx"):
+        cpu.use_instruction_set("mmx")
+
+
+def elementary(function, x):
+    result = torch.full_like(x, torch.nan)
+    function(x.data_ptr(), result.data_ptr(), x.numel())
+    return result
+
+
+def units_in_last_place(actual: Tensor, exact: Tensor) -> float:
+    unit = torch.from_numpy(np.spacing(exact.abs().float().numpy())).double()
+    return ((actual.double() - exact) / unit).abs().max().item()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_exponential():
+    """From below the smallest subnormal number to above the largest."""
+    x = torch.cat([torch.linspace(-104, 88.72, 1_000_003), torch.linspace(-1, 1, 100_001)])
+    assert units_in_last_place(elementary(cpu.exponential, x), x.double().exp()) <= 1
+    special = torch.tensor([-torch.inf, -1e30, -104.1, -0.0, 0, 88.73, 1e30, torch.inf, torch.nan])
+    torch.testing.assert_close(elementary(cpu.exponential, special), torch.exp(special), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_logarithm():
+    x = torch.cat([torch.logspace(-37.9, 38.5, 1_000_003), torch.linspace(0.5, 2, 100_001)])
+    assert units_in_last_place(elementary(cpu.logarithm, x), x.double().log()) <= 1
+
+
+def values_and_gradients(function, *inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    result.sum().backward()
+    return [result.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("vocabulary", [1, 3, 16, 511, 1037])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixing_with_every_instruction_set(dtype, vocabulary):
+    base, thought = torch.randn(2, 5, vocabulary).mul(3).to(dtype)
+    mixing, target = torch.randn(5).to(dtype), torch.randint(vocabulary, (5,))
+    for function in (
+        lambda *x, backend: mix_logits(*x, backend=backend).square(),
+        lambda *x, backend: mixed_cross_entropy(*x, target, reduction="none", backend=backend),
+    ):
+        results = [
+            values_and_gradients(lambda *x, b=backend, f=function: f(*x, backend=b), base, thought, mixing)
+            for backend in ("cpu", "torch")
+        ]
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("name", ["mean", "none", "vocabulary 1000", "suppress and temperature", "huge logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_cross_entropy_with_every_instruction_set(dtype, name):
+    problem = Problem(dtype=dtype, **CASES[name])
+    assert_problem_solved(problem, problem.ours("cpu"))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.3, "suppress": (1, 900)}, {"top_k": 20}, {"top_k": 300, "top_p": 0.7}], ids=str
+)
+def test_linear_sample_with_every_instruction_set(options):
+    hidden, weight = torch.randn(500, 8), torch.randn(1037, 8)
+    actual, expected = (linear_sample(hidden, weight, seed=5, backend=b, **options) for b in ("cpu", "reference"))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("name", ["long thoughts (T = 40)", "unsorted, repeated, inactive", "odd head size, scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thought_attention_with_every_instruction_set(dtype, name):
+    inputs, options = case(name, dtype)
+    actual, eager, oracle = (
+        values_and_gradients(lambda *x, b=backend: thought_attention(*x, backend=b, **options), *given)
+        for backend, given in (
+            ("cpu", inputs), ("reference", inputs), ("reference", [x.detach().double() for x in inputs]),
+        )
+    )  # fmt: skip
+    for values in zip(actual, eager, oracle, strict=True):
+        assert_as_accurate(*values)
+
+
+def test_threads_change_nothing():
+    inputs = *torch.randn(2, 100, 3000), torch.randn(100)
+    hidden, weight, target = torch.randn(100, 8), torch.randn(3000, 8), torch.randint(3000, (100,))
+    attention, _ = case("all positions")
+    threads = torch.get_num_threads()
+
+    def everything():
+        return [
+            *values_and_gradients(mix_logits, *inputs),
+            *values_and_gradients(lambda *x: mixed_cross_entropy(*x, target), *inputs),
+            linear_cross_entropy(hidden, weight, target, reduction="none"),
+            linear_sample(hidden, weight, seed=1, top_p=0.9),
+            *values_and_gradients(thought_attention, *attention),
+        ]
+
+    try:
+        torch.set_num_threads(1)
+        expected = everything()
+        torch.set_num_threads(3)
+        for a, b in zip(everything(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # matmuls are the library's
+    finally:
+        torch.set_num_threads(threads)
+
+
+# The contract of the native functions. What is reached through the ops is checked there; these are called directly.
+
+LOGITS = torch.randn(2, 8)
+IDS, ROWS = torch.tensor([0, 7]), torch.empty(2)
+WRONG = {
+    "null logits": (lambda p: [0, *p[1:]], "logits must not be null"),
+    "misaligned logits": (lambda p: [p[0] + 2, *p[1:]], "logits must be aligned to 4 bytes, got"),
+    "negative stride": (lambda p: [p[0], -8, *p[2:]], "stride must be at least 0, got -8"),
+    "null target": (lambda p: [*p[:2], 0, *p[3:]], "target must not be null"),
+    "target out of range": (lambda p: [*p[:-2], 7, p[-1]], "target must be in [0, 7), got 7"),
+    "misaligned scale": (lambda p: [*p[:3], 1, *p[4:]], "scale must be aligned to 4 bytes, got 1"),
+    "null suppressed": (lambda p: [*p[:6], 3, *p[7:]], "suppressed must not be null"),
+    "negative rows": (lambda p: [*p[:-3], -1, *p[-2:]], "rows must be at least 0, got -1"),
+    "no vocabulary": (lambda p: [*p[:-2], 0, p[-1]], "vocabulary must be at least 1, got 0"),
+    "no threads": (lambda p: [*p[:-1], 0], "threads must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_pointers_and_sizes_are_refused(name):
+    valid = [LOGITS.clone().data_ptr(), 8, IDS.data_ptr(), 0, ROWS.data_ptr(), 0, 0, 1.0, 2, 8, 1]
+    kept = LOGITS.clone()
+    valid[0] = kept.data_ptr()
+    cpu.cross_entropy_rows(*valid)
+    spoil, message = WRONG[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cpu.cross_entropy_rows(*spoil(valid))
+
+
+def test_wrong_calls_of_the_other_kernels_are_refused():
+    memory = torch.zeros(64)
+    place = memory.data_ptr()
+    steps = place, (8, 8, 8, 8)
+    mix = [place, 8, place, 8, place]
+    for function, arguments, message in (
+        (cpu.mix, (2, *mix, place, 1, 8, 1), "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+        (cpu.mix, (0, *mix, 0, 1, 8, 1), "mixed must not be null"),
+        (cpu.mix_backward, (0, 0, 8, *mix, 0, 0, 0, 1, 8, 1), "grad must not be null"),
+        (cpu.mixed_cross_entropy, (0, *mix, place, place, 0, place, place, 1, 8, 1), "slope must not be null"),
+        (cpu.mixed_cross_entropy_backward, (0, 0, *mix, *[place] * 3, 0, 0, 1, 8, 1), "scale must not be null"),
+        (cpu.sample_rows, (place, 0, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 1, 1), "tokens must not be null"),
+        (cpu.sample_rows, (place, place, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 0, 1), "groups must be at least 1, got 0"),
+        (
+            cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 6, place),
+            "Hq must be a multiple of Hkv, got 3",
+        ),
+        (cpu.thought_forward, (0, [1, 2, 1, 1, 3, 2, 8], 1.0, 1, *[steps] * 6, place), "T must be at least 3, got 2"),
+        (
+            cpu.thought_backward, (0, [1, 1, 1, 1, 1, 1, 8], 1.0, 1, *[steps] * 6, place, 2, *[steps] * 3),
+            "grad_lse must be aligned to 4 bytes, got 2",
+        ),
+        (cpu.exponential, (place, 0, 3), "result must not be null"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(*arguments)
+
+
+# Which backend runs.
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name"),
+    [(torch.zeros(1), "cpu"), (torch.zeros(1).bfloat16(), "cpu"), (torch.zeros(1).half(), "torch")],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_auto_takes_the_cpu_backend_where_it_can(tensor, name, monkeypatch):
+    from quietstar.ops.mixing.api import _BACKENDS
+
+    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
+    assert select_backend("mix_logits", None, _BACKENDS, tensor) == name
+
+
+def test_other_dtypes_are_refused_with_a_sentence():
+    with pytest.raises(ValueError, match=r"'cpu' cannot run mix_logits here: its kernels take float32, bfloat16, got"):
+        mix_logits(*torch.zeros(2, 3, 4).half(), torch.zeros(3), backend="cpu")
+
+
+def test_without_the_compiled_module_everything_else_works():
+    code = """
+import sys
+sys.modules["quietstar._C"] = None
+import torch
+from quietstar.ops import mix_logits
+print(mix_logits(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1)).tolist())
+for backend in ("cpu", "cuda"):
+    try:
+        mix_logits(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1), backend=backend)
+    except ValueError as error:
+        print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    value, *errors = printed.splitlines()
+    assert value == "[[1.0, 1.0]]"
+    assert "'cpu' cannot run mix_logits here: the compiled module is missing" in errors[0]
+    assert "`pip install .` builds it" in errors[0]
