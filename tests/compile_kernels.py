@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 # Compute capability: the most shared memory a program may use there, in bytes.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# The same for a consumer's GPU, which has fewer kernels to itself.
+GEFORCE = {86: 99 << 10}
 
 
 class Kernel(NamedTuple):
@@ -63,7 +65,7 @@ def _compile_launches(script: str, function: str, architectures: list[int]) -> l
     JITFunction.run = only_compile
     for architecture in architectures:
         target = GPUTarget("cuda", architecture, 32)
-        limit = {"max_shared_mem": SHARED_MEMORY[architecture]}
+        limit = {"max_shared_mem": (SHARED_MEMORY | GEFORCE)[architecture]}
         driver.set_active(
             SimpleNamespace(
                 get_current_device=functools.partial(int, architecture),

@@ -42,7 +42,7 @@ def forward(
         query, scale = -query, -scale
     query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
     tile, splits = launch.forward_launch(query, num_rows, batch * kv_heads, length)
-    piece = launch.cut(steps * group, thought_steps, tile.block_m)
+    piece = launch.cut(steps * group, thought_steps, tile)
     # A single tile has nothing to gain from sorted anchors.
     anchors, order = _sorted(anchors) if num_rows > tile.block_m else (_per_batch(anchors), None)
     result, log_sum = output, lse
@@ -58,13 +58,12 @@ def forward(
             output.stride(), lse.stride(), _batch_stride(anchors),
             kv_heads, num_anchors, length, thought_steps, _hiding(window, length), splits, scale,
             **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1, **tile.options(),
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
                 result, log_sum, order, output, lse, output.stride(), lse.stride(), _batch_stride(anchors),
-                kv_heads, num_anchors, splits, **sizes, BLOCK_M=16,
+                kv_heads, num_anchors, splits, **sizes, BLOCK_M=16, **tile.options(),
             )  # fmt: skip
     return output, lse
 
@@ -103,21 +102,22 @@ def backward(
     window = _hiding(window, length)
     sizes = {"HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
     rows = {"STEPS": steps, "GROUP": group}
-    alignment = {"QUERY_ALIGN": _alignment(query), "GRAD_ALIGN": _alignment(grad_output)}
+    units = {"QUERY_UNIT": _unit(query), "GRAD_UNIT": _unit(grad_output)}
 
     grad_query = torch.empty_like(output)
     grad_thought_key, grad_thought_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (thought_key, thought_value)
     )
-    row_anchor, row_log_sum, row_delta, row_query, row_grad = (
+    row_anchor, row_log_sum, row_delta, row_query = (
         torch.empty(heads * num_rows, dtype=dtype, device=query.device)
-        for dtype in (torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+        for dtype in (torch.int32, torch.float32, torch.float32, _offset_dtype(query))
     )
-    if grad_output.stride() == query.stride():
-        row_grad = None
+    row_grad = None
+    if grad_output.stride()[1:] != query.stride()[1:]:
+        row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
     with _on(query.device):
         tile = launch.tile_for(launch.QUERY_GRADIENT, query)
-        piece = launch.cut(steps * group, thought_steps, tile.block_m)
+        piece = launch.cut(steps * group, thought_steps, tile)
         query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
             grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order,
             key_start,
@@ -125,9 +125,8 @@ def backward(
             grad_output.stride(), None if grad_lse is None else grad_lse.stride(), query.stride(), key.stride(),
             value.stride(), thought_key.stride(), thought_value.stride(), output.stride(), lse.stride(),
             _batch_stride(anchors), kv_heads, num_anchors, length, thought_steps, window, scale,
-            **rows, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
+            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, **tile.options(),
         )  # fmt: skip
 
         tile, splits = launch.key_gradient_launch(query, num_rows, heads, length)
@@ -139,9 +138,8 @@ def backward(
             grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
             grad_key, grad_value, grad_output.stride(), query.stride(), key.stride(), value.stride(),
             batch, kv_heads, num_rows, length, window, splits, scale,
-            GROUP=group, **alignment, **sizes,
-            BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            GROUP=group, **units, **sizes,
+            BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
 
         tile = launch.thought_gradient_tile(query, steps * group, thought_steps)
@@ -151,8 +149,7 @@ def backward(
             grad_thought_key, grad_thought_value,
             grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(),
             grad_thought_key.stride(), _batch_stride(order), kv_heads, num_anchors, thought_steps, scale,
-            **rows, **alignment, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
     if sign < 0:
         grad_query.neg_()
@@ -184,9 +181,15 @@ def _batch_stride(anchors: Tensor | None) -> int:
     return anchors.stride(0) if anchors is not None and anchors.dim() == 2 else 0
 
 
-def _alignment(rows: Tensor) -> int:
-    """Of how many elements, at most 16, the offset of every row within a batch and head is a multiple."""
+def _unit(rows: Tensor) -> int:
+    """In how many elements, at most 16, the offset of every row within a batch and head can be counted."""
     return math.gcd(16, *rows.stride()[1:4])
+
+
+def _offset_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype that these counts fit."""
+    largest = sum((size - 1) * stride for size, stride in zip(rows.shape[1:4], rows.stride()[1:4], strict=True))
+    return torch.int32 if largest // _unit(rows) < 2**31 else torch.int64
 
 
 def _hiding(window: int | None, length: int) -> int | None:

@@ -31,25 +31,26 @@ from quietstar.ops.thought_attention.triton_tiles import (
 @triton.jit
 def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale):
     """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows]."""
-    grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
     scores = dot(key, tl.trans(query))
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - log_sum[None, :])
+    grad_value += dot(probability.to(query.dtype), grad_output)
+    grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
     grad_scores = (probability * grad_probability).to(query.dtype)
-    return grad_key + dot(grad_scores, query), grad_value + dot(probability.to(query.dtype), grad_output)
+    return grad_key + dot(grad_scores, query), grad_value
 
 
 @triton.jit
 def _load_rows(
     query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
-    QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Query, dO, lse and delta of rows. Without ``row_grad``, dO lies as the query does."""
-    query_offsets = tl.multiple_of(tl.load(row_query + rows), QUERY_ALIGN)
+    query_offsets = tl.load(row_query + rows).to(tl.int64) * QUERY_UNIT
     grad_offsets = query_offsets
     if row_grad is not None:
-        grad_offsets = tl.multiple_of(tl.load(row_grad + rows), GRAD_ALIGN)
+        grad_offsets = tl.load(row_grad + rows).to(tl.int64) * GRAD_UNIT
     q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
     do = load_vectors(grad_output, grad_offsets, None, HEAD, BLOCK_D)
     return q, do, tl.load(row_log_sum + rows), tl.load(row_delta + rows)
@@ -72,7 +73,7 @@ def _first_row(row_anchor, num_rows, base):
 def _steps_base(
     grad_key, grad_value, key, value, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad,
     keys, window, begin, end, steps, hole_at, hole, scale,
-    MASKED: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr,
+    MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``_step`` over ``steps`` tiles of rows from ``end`` backwards.
@@ -90,7 +91,7 @@ def _steps_base(
             visible = sees_base(anchor[None, :], keys[:, None], 0, window)
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
-            QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D,
+            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
         )  # fmt: skip
         grad_key, grad_value = _step(grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale)
     return grad_key, grad_value
@@ -102,7 +103,7 @@ def key_gradient_kernel(
     grad_key, grad_value,
     grad_output_stride, query_stride, key_stride, value_stride, batches, kv_heads, num_rows, length, window, splits,
     scale,
-    GROUP: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr, HEAD: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D].
@@ -144,6 +145,10 @@ def key_gradient_kernel(
     end = num_rows
     if window is not None:
         end = _first_row(row_anchor, num_rows, last_key + window)
+    first = 0
+    if key_start is not None:
+        first = tl.load(key_start + batch).to(tl.int32)
+        end = tl.where(last_key < first, begin, end)  # all of it is padding
     share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
     begin = tl.minimum(begin + split * share, end)
     end = tl.minimum(begin + share, end)
@@ -161,17 +166,17 @@ def key_gradient_kernel(
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
         begin, end, masked_steps, tail_steps, full_rows, base_2(scale),
-        True, QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D, EDGE_M,
+        True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, EDGE_M,
     )  # fmt: skip
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
         begin, full_end, full_steps, 0, 0, base_2(scale),
-        False, QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D, BLOCK_M,
+        False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     dk *= scale
 
     if key_start is not None:  # no row sees padding, so it is enough to drop its gradients
-        padding = keys < tl.load(key_start + batch)
+        padding = keys < first
         dk = tl.where(padding[:, None], 0.0, dk)
         dv = tl.where(padding[:, None], 0.0, dv)
     start = (part.to(tl.int64) * length + block) * HEAD
@@ -190,7 +195,7 @@ def thought_gradient_kernel(
     grad_thought_key, grad_thought_value,
     grad_output_stride, query_stride, thought_key_stride, thought_value_stride, grad_stride, order_stride,
     kv_heads, num_anchors, thought_steps, scale,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_ALIGN: tl.constexpr, GRAD_ALIGN: tl.constexpr,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the thought keys and values of as many anchors as fit BLOCK_N, or of a block of one anchor's.
@@ -240,7 +245,7 @@ def thought_gradient_kernel(
         rows = tl.minimum(index, end - 1)
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
-            QUERY_ALIGN, GRAD_ALIGN, HEAD, BLOCK_D,
+            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
         )  # fmt: skip
         row_step = (rows // GROUP) % STEPS + (thought_steps - STEPS)
         visible = (position[:, None] == (rows // ROWS)[None, :]) & (step[:, None] <= row_step[None, :])

@@ -5,8 +5,8 @@ forward does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − 
 dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key).
 
 What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
-anchor, lse, delta, and where the row lies in query and in dO (if it lies elsewhere). They then read rows without a
-thought for their order.
+anchor, lse, delta, and where the row lies in query and in dO (if it lies elsewhere), counted in units that divide all
+their strides: small numbers, which need few registers there. They then read rows without a thought for their order.
 """
 
 import triton
@@ -71,9 +71,9 @@ def query_gradient_kernel(
     grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
     thought_value_stride, output_stride, lse_stride, anchors_stride,
     kv_heads, num_anchors, length, thought_steps, window, scale,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr, PIECE: tl.constexpr,
-    PIECE_ANCHORS: tl.constexpr,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    PIECE: tl.constexpr, PIECE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of a tile, with the strides of ``output``, and its part of the row tables.
 
@@ -129,9 +129,9 @@ def query_gradient_kernel(
     tl.store(row_anchor + table, anchor, mask=exists)
     tl.store(row_log_sum + table, log_sum, mask=exists)
     tl.store(row_delta + table, delta, mask=exists)
-    tl.store(row_query + table, query_offsets, mask=exists)
+    tl.store(row_query + table, query_offsets // QUERY_UNIT, mask=exists)
     if row_grad is not None:
-        tl.store(row_grad + table, grad_offsets, mask=exists)
+        tl.store(row_grad + table, grad_offsets // GRAD_UNIT, mask=exists)
 
     # The thought keys, piece by piece.
     q_pieces = in_pieces(q, PIECES)

@@ -1,7 +1,9 @@
 """Launch parameters of the Triton kernels of thought attention.
 
-``TILES`` is a table by kernel, architecture, element size and padded head size, with a reason for every row. Nothing is
-tuned while a program runs. No row has been timed on a GPU yet.
+``TILES`` is a table by kernel, architecture, element size and padded head size. Nothing is tuned while a program runs:
+``triton_tune`` times candidates on the GPU at hand, on demand, and prints rows to put here. No row has been timed yet.
+In half precision they are the largest tiles found that spill no registers, in any specialisation that
+``tests/ops/test_thought_attention_compile.py`` compiles.
 """
 
 import functools
@@ -26,11 +28,80 @@ class Tile(NamedTuple):
     num_stages: int
     """Steps of the loop whose loads are in flight; each costs shared memory."""
 
+    def options(self) -> dict[str, int]:
+        """What a launch passes on to the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 FORWARD, DECODE, QUERY_GRADIENT, KEY_GRADIENT = "forward", "decode", "query gradient", "key gradient"
 HOPPER, BLACKWELL, AMPERE, COMPACT, INTERPRETER = "hopper", "blackwell", "ampere", "compact", "interpreter"
+# The architecture of rows that hold on every one without a row of its own.
+ANY = "any"
 
-TILES: dict[tuple[str, str, int, int], Tile] = {}
+# (kernel, architecture, bytes of an element, padded head size). Larger tiles read less from the L2 cache; what limits
+# them are registers (8 warps have 255 a thread) and shared memory.
+TILES: dict[tuple[str, str, int, int], Tile] = {
+    # Hopper: 227 KiB of shared memory, and wgmma, which takes 64 rows a warp group. Two groups share each block of
+    # keys; the running output (queries: dQ) of 128 rows fills half of their registers at D = 128.
+    (FORWARD, HOPPER, 2, 64): Tile(128, 128, 8, 3),
+    (FORWARD, HOPPER, 2, 128): Tile(128, 128, 8, 2),
+    (FORWARD, HOPPER, 2, 256): Tile(64, 32, 8, 2),
+    (QUERY_GRADIENT, HOPPER, 2, 64): Tile(128, 64, 8, 3),
+    (QUERY_GRADIENT, HOPPER, 2, 128): Tile(128, 64, 8, 2),
+    (QUERY_GRADIENT, HOPPER, 2, 256): Tile(32, 64, 8, 1),  # wgmma, from 64 rows on, would spill
+    # The key gradient keeps two sums, dK and dV, so it is the keys that come in blocks of 128.
+    (KEY_GRADIENT, HOPPER, 2, 64): Tile(64, 128, 8, 3),
+    (KEY_GRADIENT, HOPPER, 2, 128): Tile(64, 128, 8, 3),
+    (KEY_GRADIENT, HOPPER, 2, 256): Tile(64, 32, 8, 2),
+    # Blackwell: sums live in tensor memory, but Triton carries them through registers around each product.
+    (FORWARD, BLACKWELL, 2, 64): Tile(128, 64, 8, 3),
+    (FORWARD, BLACKWELL, 2, 128): Tile(128, 64, 8, 3),  # blocks of 128 keys spill in the masked loop
+    (FORWARD, BLACKWELL, 2, 256): Tile(64, 32, 8, 2),
+    (QUERY_GRADIENT, BLACKWELL, 2, 64): Tile(128, 64, 8, 2),
+    (QUERY_GRADIENT, BLACKWELL, 2, 128): Tile(128, 64, 8, 2),
+    (QUERY_GRADIENT, BLACKWELL, 2, 256): Tile(32, 64, 8, 1),
+    (KEY_GRADIENT, BLACKWELL, 2, 64): Tile(64, 128, 8, 3),
+    (KEY_GRADIENT, BLACKWELL, 2, 128): Tile(64, 128, 8, 2),
+    (KEY_GRADIENT, BLACKWELL, 2, 256): Tile(32, 64, 8, 2),
+    # Ampere: 163 KiB. mma.sync takes both operands from registers, so blocks are half as large.
+    (FORWARD, AMPERE, 2, 64): Tile(128, 64, 8, 3),
+    (FORWARD, AMPERE, 2, 128): Tile(128, 32, 8, 3),
+    (FORWARD, AMPERE, 2, 256): Tile(64, 32, 8, 2),
+    (QUERY_GRADIENT, AMPERE, 2, 64): Tile(128, 64, 8, 2),
+    (QUERY_GRADIENT, AMPERE, 2, 128): Tile(64, 64, 8, 2),
+    (QUERY_GRADIENT, AMPERE, 2, 256): Tile(32, 32, 8, 1),
+    (KEY_GRADIENT, AMPERE, 2, 64): Tile(64, 128, 8, 3),
+    (KEY_GRADIENT, AMPERE, 2, 128): Tile(64, 64, 8, 2),
+    (KEY_GRADIENT, AMPERE, 2, 256): Tile(32, 64, 8, 2),
+    # Everything else, as Ampere with 99 KiB: GeForce, workstation cards, inference cards.
+    (FORWARD, COMPACT, 2, 64): Tile(128, 64, 8, 2),
+    (FORWARD, COMPACT, 2, 128): Tile(64, 64, 8, 2),
+    (FORWARD, COMPACT, 2, 256): Tile(64, 32, 8, 1),
+    (QUERY_GRADIENT, COMPACT, 2, 64): Tile(64, 64, 4, 2),
+    (QUERY_GRADIENT, COMPACT, 2, 128): Tile(64, 64, 8, 2),
+    (QUERY_GRADIENT, COMPACT, 2, 256): Tile(32, 32, 8, 1),
+    (KEY_GRADIENT, COMPACT, 2, 64): Tile(64, 128, 8, 2),
+    (KEY_GRADIENT, COMPACT, 2, 128): Tile(64, 64, 8, 2),
+    (KEY_GRADIENT, COMPACT, 2, 256): Tile(32, 32, 4, 1),
+    # Decoding waits for memory: few rows, small programs so that several run on a multiprocessor, loads far ahead.
+    (DECODE, ANY, 2, 64): Tile(64, 64, 4, 3),
+    (DECODE, ANY, 2, 128): Tile(64, 64, 4, 3),
+    (DECODE, ANY, 2, 256): Tile(64, 32, 4, 2),
+    # float32 at full precision has no tensor cores: both operands of a product sit in registers, so tiles are small,
+    # and some spill a few registers all the same.
+    (FORWARD, ANY, 4, 64): Tile(32, 32, 8, 2),
+    (FORWARD, ANY, 4, 128): Tile(16, 32, 8, 2),
+    (FORWARD, ANY, 4, 256): Tile(16, 16, 8, 1),
+    (DECODE, ANY, 4, 64): Tile(32, 32, 8, 2),
+    (DECODE, ANY, 4, 128): Tile(16, 32, 8, 2),
+    (DECODE, ANY, 4, 256): Tile(16, 16, 8, 1),
+    (QUERY_GRADIENT, ANY, 4, 64): Tile(16, 32, 8, 2),
+    (QUERY_GRADIENT, ANY, 4, 128): Tile(16, 16, 8, 1),
+    (QUERY_GRADIENT, ANY, 4, 256): Tile(16, 16, 8, 1),
+    (KEY_GRADIENT, ANY, 4, 64): Tile(32, 32, 8, 2),
+    (KEY_GRADIENT, ANY, 4, 128): Tile(32, 32, 8, 2),
+    (KEY_GRADIENT, ANY, 4, 256): Tile(16, 16, 8, 1),
+}
 
 # A decoding program takes at least this many keys: for fewer, starting it and adding up its result cost more.
 SPLIT_KEYS = 256
@@ -59,12 +130,17 @@ def padded_head(head_size: int) -> int:
     return max(16, power_of_2(head_size))
 
 
+def row_key(kernel: str, query: Tensor) -> tuple[str, str, int, int]:
+    """The key in ``TILES`` of a kernel on the device, dtype and head size of ``query``."""
+    return kernel, architecture(), query.element_size(), max(64, padded_head(query.shape[-1]))
+
+
 def tile_for(kernel: str, query: Tensor) -> Tile:
     """The table's row for a kernel on the device, dtype and head size of ``query``."""
-    family = architecture()
+    kernel, family, *width = row_key(kernel, query)
     if family == INTERPRETER:
         return Tile(64, 32, num_warps=4, num_stages=1)
-    return TILES[kernel, family, query.element_size(), max(64, padded_head(query.shape[-1]))]
+    return TILES.get((kernel, family, *width)) or TILES[kernel, ANY, *width]
 
 
 def edge(block: int) -> int:
@@ -104,10 +180,12 @@ def _splits(query: Tensor, tile: Tile, programs: int, most: int) -> int:
 
 def thought_gradient_tile(query: Tensor, rows: int, thought_steps: int) -> Tile:
     """Tile of the gradient of thought keys, ``rows`` = S·G to an anchor: no larger than a thought needs."""
-    block_n = max(16, min(64, power_of_2(thought_steps)))
+    head = padded_head(query.shape[-1])
+    most_rows, most_keys = (16, 16) if query.element_size() == 4 else (64 if head <= 128 else 32, 32)
+    block_n = max(16, min(most_keys, power_of_2(thought_steps)))
     together = max(1, block_n // thought_steps)
-    block_m = max(16, min(64 if query.element_size() == 2 else 16, power_of_2(together * rows)))
-    return Tile(block_m, block_n, num_warps=4, num_stages=2)
+    block_m = max(16, min(most_rows, power_of_2(together * rows)))
+    return Tile(block_m, block_n, num_warps=4 if head <= 64 else 8, num_stages=2)
 
 
 class Piece(NamedTuple):
@@ -120,8 +198,8 @@ class Piece(NamedTuple):
     """Thought keys that a piece takes in one step."""
 
 
-def cut(rows: int, thought_steps: int, block_m: int) -> Piece:
-    """The cheapest pieces for tiles of ``block_m`` rows, with ``rows`` = S·G to an anchor.
+def cut(rows: int, thought_steps: int, tile: Tile) -> Piece:
+    """The cheapest pieces for a tile, with ``rows`` = S·G to an anchor.
 
     Either one piece, whose matrix products take the fastest path, or pieces of 16 rows, the smallest there are, in a
     batched product at about half that speed.
@@ -135,8 +213,8 @@ def cut(rows: int, thought_steps: int, block_m: int) -> Piece:
     def columns(piece: Piece) -> int:
         return -(-piece.anchors * thought_steps // piece.block_t) * piece.block_t
 
-    whole, small = into(block_m, 64), into(16, 16)
-    return whole if block_m == 16 or columns(whole) <= 2 * columns(small) else small
+    whole, small = into(tile.block_m, min(64, tile.block_n)), into(16, 16)
+    return whole if tile.block_m == 16 or columns(whole) <= 2 * columns(small) else small
 
 
 def power_of_2(least: int) -> int:

@@ -1,0 +1,117 @@
+"""The Triton kernels of thought attention, compiled for GPUs that are not there: they fit, and use the matrix units."""
+
+import re
+
+import pytest
+import torch
+from compile_kernels import GEFORCE, SHARED_MEMORY, compiled
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False):
+    """Launch the kernels of a call with groups of 4 heads, laid out as transformers gives them."""
+    from quietstar.ops.thought_attention import triton_backend
+
+    def tensor(heads, tokens):
+        return torch.empty(2, tokens, heads, head, dtype=dtype, device="meta").transpose(1, 2)
+
+    query = tensor(8, anchors * steps).unflatten(2, (anchors, steps))
+    base = tensor(2, 4096)
+    thoughts = tensor(2, anchors * thought_steps).unflatten(2, (anchors, thought_steps))
+    index = {"dtype": torch.int64, "device": "meta"}
+    mask = torch.empty(anchors, **index), None, None, 0.1
+    if masked:  # by everything there is
+        mask = torch.empty(2, anchors, **index), torch.empty(2, **index), 1000, 0.1
+    output, lse = triton_backend.forward(query, base, base, thoughts, thoughts, *mask)
+    if backward:  # of an output that went elsewhere than the query came from: rows of dO need their own offsets
+        triton_backend.backward(output, None, query, base, base, thoughts, thoughts, output, lse, *mask)
+
+
+def training(head, dtype=BF16):
+    call(head, dtype, masked=True, backward=True)
+
+
+def sampling_step(head):
+    call(head, steps=1, thought_steps=12)
+
+
+def decoding(head, dtype=BF16):
+    from quietstar.ops.thought_attention import triton_launch
+
+    triton_launch.processors = lambda device: 132  # without a GPU it is 1, and nothing is split
+    call(head, dtype, anchors=2)
+
+
+def launch_common():
+    for head in (64, 128):
+        training(head)
+        sampling_step(head)
+        decoding(head)
+
+
+def launch_large_heads():
+    training(256)
+    decoding(256)
+
+
+def launch_compact():
+    for head in (64, 128, 256):
+        training(head)
+
+
+def launch_float32():
+    for head in (64, 128, 256):
+        training(head, F32)
+        decoding(head, F32)
+
+
+@pytest.fixture(scope="module", params=SHARED_MEMORY, ids="sm_{}".format)
+def kernels(request):
+    return compiled(__file__, "launch_common", request.param)
+
+
+def assert_fit(kernels, shared_memory):
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel[:6]
+        assert kernel.shared <= shared_memory, kernel[:6]
+
+
+def test_kernels_fit(kernels):
+    assert len(kernels) == 14
+    assert_fit(kernels, SHARED_MEMORY[kernels[0].architecture])
+
+
+def test_matrix_units_are_used(kernels):
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    found = [x for x in kernels if x.name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")]
+    assert len(found) == 10
+    for kernel in found:
+        assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
+
+
+def test_vectors_are_read_by_16_bytes(kernels):
+    for kernel in kernels:
+        if kernel.name != "combine_kernel":
+            assert not re.search(r"ld\.global[.\w]*\.b16", kernel.ptx), kernel[:6]
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY, ids="sm_{}".format)
+def test_large_heads_fit(architecture):
+    assert_fit(compiled(__file__, "launch_large_heads", architecture), SHARED_MEMORY[architecture])
+
+
+@pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)
+def test_compact_rows_fit(architecture):
+    assert_fit(compiled(__file__, "launch_compact", architecture), GEFORCE[architecture])
+
+
+@pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)
+def test_float32_fits_the_smallest(architecture):
+    """Without tensor cores: a few spilled registers are the lesser evil."""
+    for kernel in compiled(__file__, "launch_float32", architecture):
+        assert kernel.spilled <= 256, kernel[:6]
+        assert kernel.shared <= GEFORCE[architecture], kernel[:6]
