@@ -46,6 +46,13 @@ def test_unknown_name_is_an_attribute_error():
         quietstar.QuietStar  # noqa: B018
 
 
+def printed_by(code: str) -> str:
+    """What a fresh Python with this package, whatever lies in its working directory, prints."""
+    environment = os.environ | {"PYTHONPATH": str(Path(quietstar.__file__).parents[1])}
+    command = [sys.executable, "-P", "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
@@ -56,9 +63,33 @@ def test_unknown_name_is_an_attribute_error():
     ],
 )
 def test_layers_import_nothing_from_above(module, unwanted):
-    code = f"import sys, {module}; print(*sys.modules)"
-    path = {"PYTHONPATH": str(Path(quietstar.__file__).parents[1])}  # and -P: this package, whatever lies in the cwd
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=os.environ | path, capture_output=True, text=True, check=True
-    )
-    assert unwanted.isdisjoint(run.stdout.split())
+    assert unwanted.isdisjoint(printed_by(f"import sys, {module}; print(*sys.modules)").split())
+
+
+def test_without_the_compiled_module_everything_else_works():
+    output = printed_by("""
+import sys
+sys.modules["quietstar._C"] = None
+import torch
+from quietstar.ops import mix_logits
+print(mix_logits(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1)).tolist())
+try:
+    mix_logits(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1), backend="cpu")
+except ValueError as error:
+    print(error)
+""")
+    value, error = output.splitlines()
+    assert value == "[[1.0, 1.0]]"
+    assert "'cpu' cannot run mix_logits here: the compiled module is missing" in error
+    assert "`pip install .` builds it" in error
+
+
+def test_the_compiled_module_shares_the_threads_of_torch():
+    pytest.importorskip("quietstar._C", reason="a checkout that is not installed has no compiled module")
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    output = printed_by("""
+import quietstar.ops
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line})
+""")
+    assert len(output.split()) <= 1
