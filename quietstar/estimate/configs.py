@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from quietstar.models import QuietStarConfig
 
 # Sizes of known models, their two thought tokens included.
@@ -20,6 +22,11 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
+# Fields without which there is no model.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+
 
 def read_config(name: str, **overrides: int) -> QuietStarConfig:
     """The configuration ``name`` with some fields replaced.
@@ -32,20 +39,31 @@ def read_config(name: str, **overrides: int) -> QuietStarConfig:
     Raises:
         ValueError: there is no such configuration, it is of another kind of model, or a field has a bad value.
     """
-    if name in PRESETS:
-        return QuietStarConfig(**{**PRESETS[name], **overrides})
+    fields = PRESETS[name] if name in PRESETS else _saved_fields(name)
+    try:
+        config = QuietStarConfig(**{**fields, **overrides})
+    except StrictDataclassError as error:  # a field of another type
+        raise ValueError(" ".join(str(error).split())) from error
+    for size in SIZES:
+        if getattr(config, size) < 1:
+            raise ValueError(f"{size} must be an integer >= 1, got {getattr(config, size)}")
+    return config
+
+
+def _saved_fields(name: str) -> dict[str, object]:
+    """Fields of a configuration that was saved, with thought tokens."""
     if not Path(name).exists() and (name.count("/") != 1 or name.endswith(".json")):
-        raise ValueError(f"must be {', '.join(PRESETS)}, a folder, a JSON file or a name on the hub, got {name!r}")
+        raise ValueError(f"must be {', '.join(PRESETS)}, a folder, a JSON file or a name on the hub")
     try:
         fields, _ = QuietStarConfig.get_config_dict(name)
     except OSError as error:
-        raise ValueError(f"{name!r} cannot be read: {error}") from error
-    if not fields:
-        raise ValueError(f"{name!r} holds no configuration")
+        raise ValueError(f"cannot be read: {error}") from error
+    if not fields or not isinstance(fields, dict):
+        raise ValueError("holds no configuration")
     kind = fields.pop("model_type", None)
     if kind not in ("mistral", QuietStarConfig.model_type):
-        raise ValueError(f"{name!r} must be a Mistral or a Quiet-STaR model, got model type {kind!r}")
+        raise ValueError(f"must be of a Mistral or a Quiet-STaR model, got model type {kind!r}")
     if kind == "mistral":
         words = fields.get("vocab_size", QuietStarConfig.vocab_size)
         fields |= {"vocab_size": words + 2, "start_thought_token_id": words, "end_thought_token_id": words + 1}
-    return QuietStarConfig(**{**fields, **overrides})
+    return fields

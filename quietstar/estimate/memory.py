@@ -11,6 +11,7 @@ import torch
 
 from quietstar.estimate.step import TrainingStep
 from quietstar.ops._head_matmuls import _WIDENED_ROWS
+from quietstar.ops._native import cpu_unavailable
 from quietstar.ops._rows import _ALIGNMENT, CHUNK_BYTES, rows_within
 
 WEIGHTS, STATES, GRADIENTS = "weights", "optimizer states", "gradients"
@@ -67,7 +68,10 @@ def kept_by_layer(step: TrainingStep) -> int:
     # input of the output matrix.
     attended = 2 * step.query_width * element + config.num_attention_heads * step.wide
     mlp = 4 * inner * element  # gate before and after its activation, up, their product
-    return 2 * norm + step.tree_rows * (heads * element + attended + mlp)
+    kept = 2 * norm + step.tree_rows * (heads * element + attended + mlp)
+    if step.is_windowed:  # the library then wants a key and a value for every query head, and numbers for a mask
+        kept += step.text_rows * (2 * step.query_width + step.length) * element
+    return kept
 
 
 def _kept_by_norm(step: TrainingStep) -> int:
@@ -84,6 +88,8 @@ class _Walk:
         self.row = step.config.hidden_size * step.element  # bytes of a row of hidden states
         self.wide_row = step.config.hidden_size * step.wide
         self.is_half = step.element < step.wide
+        # The compiled kernels hand half precision to the library in float32.
+        self.widens = self.on_cpu and self.is_half and cpu_unavailable(torch.empty(0, dtype=step.dtype)) is None
         self.layers = step.config.num_hidden_layers
         self.workspace = 0  # of logits: a CPU keeps it from call to call
 
@@ -105,15 +111,13 @@ class _Walk:
         memory.hold(BASE_CACHE, step.text_rows * keys_and_values)
         # Held besides: the input of all layers, that of the current one, and the normalised rows.
         states = 3 * step.text_rows * self.row
-        memory.moment("sampling, pass over the text", states + self.forward_temporary(step.text_rows, step.text_rows))
+        memory.moment("sampling, pass over the text", states + self.forward_temporary(step.text_rows))
         if k > 0:
             memory.hold(KEPT, step.sampled_rows * k * 8)  # the tokens, int64, also kept by the embedding
             memory.hold(THOUGHT_CACHE, step.sampled_rows * (k + 2) * keys_and_values)
-            states = 3 * step.sampled_rows * self.row
-            memory.moment(
-                "sampling, thought steps", states + self.forward_temporary(step.sampled_rows, step.sampled_rows)
-            )
             self.draw_tokens()
+            states = 3 * step.sampled_rows * self.row
+            memory.moment("sampling, thought steps", states + self.forward_temporary(step.sampled_rows))
         for part in (BASE_CACHE, THOUGHT_CACHE):
             memory.held.pop(part, None)
 
@@ -125,17 +129,17 @@ class _Walk:
         self.memory.moment(phase, states)
         self.give_back_chunk(chunk)
 
-    def forward_temporary(self, rows: int, thought_rows: int) -> int:
+    def forward_temporary(self, rows: int) -> int:
         """Most bytes held within a layer's forward besides its input, normalised rows and what is kept."""
         step = self.step
         query, keys = step.query_width * step.element, 2 * step.key_width * step.element
-        # Query, key and value; while one of the first two is rotated, three more of its size.
-        rotation = rows * (query + keys + max(3 * query, query + 3 * keys // 2))
-        # The output of attention. A CPU's library takes rows in an order of its own and gives them in that order.
-        attention = rows * (query + keys) + (3 if self.on_cpu else 1) * thought_rows * query
+        # Query, key and value; while one of the first two is rotated, three more of its size. Attention takes no more
+        # (query and output, both also in the order of a CPU's library), unless it widens all of them.
+        rotation, widened = max(3 * query, query + 3 * keys // 2), 3 * step.query_width * step.wide
+        attention = query + keys + (max(rotation, widened) if self.widens else rotation)
         # The states after attention; the activated gate, up and their product.
-        mlp = rows * (self.row + 3 * step.config.intermediate_size * step.element)
-        return max(rotation, attention, mlp)
+        mlp = self.row + 3 * step.config.intermediate_size * step.element
+        return rows * max(attention, mlp)
 
     # Forward over the tree.
 
@@ -145,12 +149,13 @@ class _Walk:
         self.inputs = (step.text_rows + step.slot_rows) * self.row
         memory.hold(TEMPORARY, self.inputs)
         memory.hold(KEPT, step.tree_rows * (2 * step.head_size * step.element + 8))
+        memory.hold(KEPT, step.text_rows * step.length if step.is_windowed else 0)  # the mask of the text
         self.kept_by_layer = step.tree_rows * self.row if step.checkpointing else kept_by_layer(step)
         for _ in range(self.layers):
             memory.hold(KEPT, self.kept_by_layer)
             if step.checkpointing:
                 normalised = step.tree_rows * self.row
-                memory.moment("forward", normalised + self.forward_temporary(step.tree_rows, step.slot_rows))
+                memory.moment("forward", normalised + self.forward_temporary(step.tree_rows))
         memory.hold(KEPT, _kept_by_norm(step))
         # The final states. For one sequence the mixing head keeps those of the text as a view of them all.
         self.final = step.tree_rows * self.row
@@ -278,15 +283,17 @@ class _Walk:
             memory.moment("backward of the layers", step.tree_rows * self.row)
 
     def attention_backward_temporary(self) -> int:
-        """The gradient that comes in, and those of query, key and value, with the copies a library asks for."""
+        """What the gradients of the slots' attention take; the one that comes in has the place of its output."""
         step = self.step
-        query = step.query_width * step.element
-        incoming = step.tree_rows * query
-        if self.on_cpu:
-            # Query, output and its gradient in the library's order, and three gradients, of key and value for every
-            # query; that of the query once more in our order.
-            return incoming + 7 * step.slot_rows * query
-        return incoming + step.slot_rows * (query + 2 * step.key_width * step.element)
+        query, keys = step.query_width * step.element, 2 * step.key_width * step.element
+        if not self.on_cpu:
+            return step.slot_rows * (query + keys)
+        # The library takes query and incoming gradient in an order of its own, and gives a gradient of key and value
+        # for every query row. Keys and values of the text are repeated for every query head, and so their gradients.
+        copies = 5 * step.slot_rows + 4 * step.text_rows
+        if self.widens:  # query, output and incoming gradient before they are put in order
+            return (copies + 3 * step.slot_rows) * step.query_width * step.wide
+        return copies * query
 
     def backward_embeddings(self) -> None:
         step, memory = self.step, self.memory

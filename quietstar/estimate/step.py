@@ -111,6 +111,11 @@ class TrainingStep:
         return (self.length - 1) * self.config.num_thoughts
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether the sliding window hides text from text."""
+        return self.config.sliding_window is not None and self.config.sliding_window < self.length
+
+    @property
     def text_rows(self) -> int:
         """B · L."""
         return self.batch * self.length
