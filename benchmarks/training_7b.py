@@ -22,6 +22,8 @@ from measure import DEVICE, machine, matmul_peak, own_peak_memory, seconds
 from torch import Tensor
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.estimate.flops import model_flops
+from quietstar.estimate.step import TrainingStep
 
 SHAPES = {
     "7b": {
@@ -74,10 +76,12 @@ def measured(model, optimizer, loss_of: Callable[..., Tensor], batch: int, lengt
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
+    flops = model_flops(TrainingStep(model.config, batch, length, DTYPE, device=DEVICE))
     return {
         "batch": batch,
         "seconds_per_step": median,
         "tokens_per_s": batch * length / median,
+        "model_flops_per_s": flops / median,
         "peak_gib": own_peak_memory() / 2**30,
     }
 
@@ -99,11 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = random_model(options.shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     result = {"machine": machine(), "shape": options.shape, "length": options.length}
-    result["matmul_peak_tflop_per_s"] = matmul_peak(DTYPE) / 1e12
+    result["matmul_peak_flops_per_s"] = peak = matmul_peak(DTYPE)
     for name, loss_of in (("ours", ours), ("sequential baseline", sequential)):
         result[name] = sweep(model, optimizer, loss_of, options.length, options.most)
         for row in result[name]:
-            print(f"{name:<20} batch {row['batch']:>3}: {row['tokens_per_s']:8.1f} tokens/s, {row['peak_gib']:.1f} GiB")
+            row["model_flop_utilisation"] = row["model_flops_per_s"] / peak
+            print(
+                f"{name:<20} batch {row['batch']:>3}: {row['tokens_per_s']:8.1f} tokens/s, {row['peak_gib']:.1f} GiB, "
+                f"{row['model_flop_utilisation']:.1%} of the matmul peak"
+            )
         if not result[name]:
             print(f"{name:<20} does not fit with one sequence")
         if options.json:

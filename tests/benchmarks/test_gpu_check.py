@@ -85,6 +85,7 @@ def test_training_sweep(tmp_path):
     for name in ("ours", "sequential baseline"):
         assert [row["batch"] for row in result[name]] == [1, 2]
         assert all(row["tokens_per_s"] > 0 for row in result[name])
+        assert all(0 < row["model_flop_utilisation"] < 1 for row in result[name])
 
 
 def test_training_sweep_ends_where_memory_ends():
