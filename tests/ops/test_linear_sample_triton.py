@@ -93,7 +93,7 @@ def test_tokens_of_a_large_vocabulary(monkeypatch):
     assert_same_tokens(hidden, weight, temperature=0.8, suppress=(32000, 32001))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 128])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 128, 129])
 def test_rows_of_every_tile(rows):
     assert_same_tokens(torch.randn(rows, 8, device=DEVICE), torch.randn(200, 8, device=DEVICE))
 

@@ -15,6 +15,7 @@ from quietstar.ops import (
     mixed_cross_entropy,
     mixed_linear_cross_entropy,
 )
+from quietstar.ops._checks import CHECK_VALUES_VARIABLE
 from quietstar.ops.linear_cross_entropy import autograd as linear_autograd
 from quietstar.ops.linear_sample import api as sample_api
 from quietstar.ops.linear_sample import registration
@@ -100,6 +101,13 @@ def test_mixing(backend):
         kernels.mix_backward(base, base, thought, weight, [True] * 3)
         nll, _, largest, log_total = kernels.cross_entropy(base, thought, weight, target)
         kernels.cross_entropy_backward(nll, base, thought, weight, target, largest, log_total, [True] * 2)
+
+
+def test_values_are_read_where_that_is_asked_for(backend, monkeypatch):
+    """``QUIETSTAR_CHECK_VALUES`` finds wrong targets on a GPU too, and waits for them."""
+    monkeypatch.setenv(CHECK_VALUES_VARIABLE, "1")
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        linear_cross_entropy(random(ROWS, SIZE), random(VOCABULARY, SIZE), numbers(VOCABULARY, ROWS), backend=backend)
 
 
 def test_checks_of_mixing(backend):
