@@ -151,6 +151,39 @@ def sequential_training_step(
     return _objective(config, labels, nll[0], nll[-config.lookahead :], base_again, sampled, logprobs)
 
 
+@torch.no_grad()
+def sequential_next_logits(weights: Mapping[str, Tensor], config: MistralConfig, input_ids: Tensor) -> Tensor:
+    """Mixed logits [B, V] behind the last token of [B, L], as the authors' inference script gets them for every token.
+
+    Nothing is kept from token to token: the whole text runs through the model anew, with a thought behind every
+    position, in the steps of ``sequential_training_step`` up to the end token, of which each makes both its
+    predictions. Only the thoughts are greedy instead of sampled.
+    """
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    start, end = (weights[f"{name}_embedding.weight"] * config.embedding_scale for name in ("start", "end"))
+    decoder = _Decoder(weights, config)
+    length = input_ids.shape[1]
+    position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    causal = torch.ones(length, length, device=input_ids.device).tril().bool()
+    mask = _additive(causal.expand(len(input_ids), 1, -1, -1), embedding.dtype)
+    inputs = F.embedding(input_ids, embedding)
+    for step in range(config.thought_length + 3):
+        hidden = decoder(inputs, mask, position_ids + step)
+        mask = torch.cat([mask, _diagonal(mask[..., :length])], dim=-1)
+        if step == 0:
+            base_hidden = hidden
+        logits = _project(head, hidden if step == 0 else _mix(weights, base_hidden, hidden))
+        scores = _project(head, hidden)
+        scores[..., [config.start_thought_token_id, config.end_thought_token_id]] = -1e10
+        if step == 0:
+            inputs = start.repeat(*input_ids.shape, 1)
+        elif step <= config.thought_length:
+            inputs = _one_hot(scores.argmax(dim=-1), embedding) @ embedding
+        else:
+            inputs = end.repeat(*input_ids.shape, 1)
+    return logits[:, -1]
+
+
 def _objective(
     config: MistralConfig,
     labels: Tensor,

@@ -154,6 +154,7 @@ class ThoughtCache:
         self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
         self._states = ThoughtStates() if states is None else states
+        self._text_mask: tuple[tuple[int, int], int, Tensor | None] | None = None
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
@@ -164,10 +165,16 @@ class ThoughtCache:
         thought_key, thought_value = (x[:, :, :, :total] for x in self._states.of_layer(layer, key, self.max_steps))
         thought_key[:, :, :, self.steps :] = key
         thought_value[:, :, :, self.steps :] = value
+        base_key, base_value = self.base.keys[layer], self.base.values[layer]
+        if num_anchors == 1 and query.device.type == "cpu":
+            end, mask = self._as_text(query.shape[3], total, sliding_window)
+            key = torch.cat([base_key[:, :, :end], thought_key[:, :, 0]], dim=2)
+            value = torch.cat([base_value[:, :, :end], thought_value[:, :, 0]], dim=2)
+            return sdpa_attention_forward(module, query[:, :, 0], key, value, mask, scaling=scaling)[0]
         output = thought_attention(
             query,
-            self.base.keys[layer],
-            self.base.values[layer],
+            base_key,
+            base_value,
             thought_key,
             thought_value,
             anchors=self.anchors,
@@ -176,6 +183,32 @@ class ThoughtCache:
             scale=scaling,
         )
         return output.flatten(2, 3).transpose(1, 2)
+
+    def _as_text(self, steps: int, total: int, window: int | None) -> tuple[int, Tensor | None]:
+        """Layout of a single thought per row as text that goes on behind its anchor; made once for all layers.
+
+        On a CPU, where calls cost more than copies, one library call on such text is several times as fast as the op.
+
+        Returns:
+            How many base keys are looked at; and which of them and of the ``total`` thought keys each of the new
+            ``steps`` sees, bool [B, 1, S, end + total], or None for all.
+        """
+        if self._text_mask is None or self._text_mask[0] != (steps, total):
+            anchors = self.anchors.expand(len(self.base.keys[0]), 1)
+            end = int(anchors.max()) + 1
+            column = torch.arange(end, device=anchors.device)
+            visible = column <= anchors
+            if window is not None:
+                visible &= anchors - column < window
+            if self.key_start is not None:
+                visible &= column >= self.key_start[:, None]
+            own = torch.ones(steps, total, dtype=torch.bool, device=anchors.device).tril(total - steps)
+            mask = None
+            if steps > 1 or not visible.all():
+                shape = len(anchors), 1, steps, -1
+                mask = torch.cat([visible[:, None, None].expand(shape), own.expand(shape)], dim=-1)
+            self._text_mask = (steps, total), end, mask
+        return self._text_mask[1:]
 
 
 class ThoughtTree:
