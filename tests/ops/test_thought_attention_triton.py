@@ -1,11 +1,13 @@
 """The Triton kernels of thought attention against the specification: on a GPU if there is one, else interpreted."""
 
+import itertools
 import math
+import mmap
 from functools import partial
 
 import pytest
 import torch
-from thought_attention_cases import CASES, INPUTS, case, weighted_sum
+from thought_attention_cases import CASES, INPUTS, case, make_inputs, weighted_sum
 from tolerances import assert_as_accurate
 
 from quietstar.ops import thought_attention
@@ -13,7 +15,7 @@ from quietstar.ops import thought_attention
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-from quietstar.ops.thought_attention import triton_launch  # noqa: E402 (imports triton)
+from quietstar.ops.thought_attention import triton_backend, triton_launch  # noqa: E402 (import triton)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
@@ -111,6 +113,66 @@ def test_strides(strided):
     inputs = [strided(x.detach()) for x in inputs]
     assert not inputs[0].is_contiguous()
     assert_right(inputs, options)
+
+
+class Recorder:
+    """In the place of a kernel: keeps the arguments of its launch."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **_: setattr(self, "arguments", arguments)
+
+
+@pytest.mark.parametrize("strided", [name for name in STRIDES if name != "elements apart"])
+def test_no_strided_input_is_copied(strided, monkeypatch):
+    inputs = [STRIDES[strided](x.detach()) for x in case("all positions", device=DEVICE)[0]]
+    monkeypatch.setattr(triton_backend, "forward_kernel", Recorder())
+    triton_backend.forward(*inputs, None, None, None, 1.0)
+    for given, launched in zip(inputs, triton_backend.forward_kernel.arguments, strict=False):
+        assert launched.data_ptr() == given.data_ptr()
+
+
+@pytest.fixture(scope="module")
+def wide_memory():
+    """Zeros around a middle, as far as 32-bit offsets reach below it and further above; what is untouched is free."""
+    below, above = 2**31, 3 * 2**30 + 2**16
+    memory = mmap.mmap(-1, (below + above) * torch.float16.itemsize)
+    return torch.frombuffer(memory, dtype=torch.float16)[below:]
+
+
+# Sizes, then what is far apart: a dimension of tensors of so many dimensions, and its stride.
+FAR = {
+    "batches": ({"batch": 4}, 0, (4, 5), 2**30),
+    "heads": ({"query_heads": 4, "kv_heads": 4}, 1, (4, 5), 2**30),
+    "heads of a group": ({"query_heads": 4, "kv_heads": 1}, 1, (5,), 2**30),
+    "anchors": ({"num_anchors": 4}, 2, (5,), 2**30),
+    "steps": ({"steps": 3, "head": 5}, 3, (5,), 2**30),  # in units of one element, too many for 32 bits
+    "base keys": ({"length": 40}, 2, (4,), 2**26),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="would take all of a GPU's memory; the interpreter computes offsets alike")
+@pytest.mark.parametrize("far", FAR)
+def test_offsets_have_64_bits(far, wide_memory):
+    """Every stride fits 32 bits, the offsets of the last elements do not."""
+    sizes, dimension, ranks, stride = FAR[far]
+    inputs = make_inputs(**{"batch": 1, "length": 3, "num_anchors": 2} | sizes, dtype=torch.float16)
+    last = inputs[1].shape[2] - 1
+    options = {"anchors": torch.tensor([last, 0, 1, 2][: inputs[0].shape[2]], dtype=torch.int32)}
+    grads = incoming(inputs)
+    near = solve(inputs, options, grads, "triton")
+    starts = itertools.count(wide_memory.storage_offset(), step=8192)
+
+    def spread_out(x):
+        if x.dim() not in ranks or x.shape[dimension] == 1:
+            return x.detach()
+        strides = [*x.stride()]
+        strides[dimension] = stride
+        return torch.as_strided(wide_memory, x.shape, strides, next(starts)).copy_(x.detach())
+
+    grad_output, grad_lse = grads
+    wide = solve(list(map(spread_out, inputs)), options, (spread_out(grad_output), grad_lse), "triton")
+    for name in NAMES:
+        assert torch.equal(wide[name], near[name]), name
 
 
 @pytest.mark.parametrize("layout", ["transformers", "expanded"])
@@ -232,11 +294,11 @@ UNAVAILABLE = {
 def test_what_it_cannot_do_names_who_can(name):
     sizes, reason = UNAVAILABLE[name]
     inputs, _ = case("x", sizes.pop("dtype", torch.float32), DEVICE, {"x": (sizes, {})})
-    with pytest.raises(ValueError, match=f"'triton' cannot run.*{reason}.*usable here: torch, reference"):
+    with pytest.raises(ValueError, match=f"'triton' cannot run.*{reason}.*usable here: .*torch, reference"):
         thought_attention(*inputs, backend="triton")
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"need a GPU.*usable here: torch, reference"):
+    with pytest.raises(ValueError, match=r"need a GPU.*usable here: .*torch, reference"):
         thought_attention(*case("all positions")[0], backend="triton")
