@@ -88,7 +88,7 @@ class _Walk:
         self.row = step.config.hidden_size * step.element  # bytes of a row of hidden states
         self.wide_row = step.config.hidden_size * step.wide
         self.is_half = step.element < step.wide
-        # The compiled kernels hand half precision to the library in float32.
+        # The compiled attention hands half precision to the library in float32.
         self.widens = self.on_cpu and self.is_half and cpu_unavailable(torch.empty(0, dtype=step.dtype)) is None
         self.layers = step.config.num_hidden_layers
         self.workspace = 0  # of logits: a CPU keeps it from call to call

@@ -32,7 +32,7 @@ class TrainingStep:
         checkpointing: whether activations inside the layers are computed again in the backward instead of kept.
         optimizer: a key of ``OPTIMIZERS``; none stops after the backward. AdamW is the fused one, which needs no
             temporary tensors.
-        device: "cuda" (``triton`` backend) or "cpu" (``torch`` or ``cpu`` backend).
+        device: "cuda" (``triton`` backend) or "cpu" (``cpu`` backend where it is compiled, else ``torch``).
         helpful: share of thoughts with a positive advantage. Only these have a policy term, and a CPU computes no
             logits for the others. ½ is what chance gives.
 
