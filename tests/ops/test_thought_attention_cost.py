@@ -1,5 +1,8 @@
 """The cost of a call of thought attention, against a count of what the specification's mask lets through."""
 
+import doctest
+from pathlib import Path
+
 import pytest
 import torch
 from thought_attention_cases import CASES, case, make_inputs
@@ -39,8 +42,15 @@ def test_counts_what_the_mask_lets_through(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_bytes_are_those_of_the_tensors_where_everything_is_seen(dtype):
     inputs = make_inputs(dtype=dtype)
-    output, lse = thought_attention(*inputs, return_lse=True)
+    output, lse = thought_attention(*inputs, return_lse=True, backend="reference")
     forward, backward = thought_attention_cost(*(x.to("meta") for x in inputs))
     given, made = sum(x.nbytes for x in inputs), output.nbytes + lse.nbytes
     assert forward.bytes == given + made
     assert backward.bytes == given + made + output.nbytes + given
+
+
+def test_the_documented_example():
+    page = Path(__file__).parents[2] / "docs" / "thought_attention.md"
+    failed, attempted = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert attempted >= 7
+    assert failed == 0
