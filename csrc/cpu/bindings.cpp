@@ -219,17 +219,22 @@ void sample_rows(Address logits, Address chosen, Address suppressed, Size suppre
   active()->sample_rows(arguments);
 }
 
-using Strides = std::vector<Size>;  // of batch, head, anchor and step
+// The address of a tensor [B, heads, P, steps, D] and its first four strides.
+using Tensor = std::pair<Address, std::vector<Size>>;
 
 template <class T>
-Steps<T> steps(const char* name, const std::pair<Address, Strides>& tensor) {
-  const Strides& strides = tensor.second;
+Steps<T> optional_steps(const char* name, const Tensor& tensor) {
+  const std::vector<Size>& strides = tensor.second;
   if (strides.size() != 4) refuse(name, "come with 4 strides", static_cast<Size>(strides.size()));
   for (Size stride : strides) at_least("stride", 0, stride);
-  return {pointer<T>(name, tensor.first, 1), strides[0], strides[1], strides[2], strides[3]};
+  return {optional_pointer<T>(name, tensor.first), strides[0], strides[1], strides[2], strides[3]};
 }
 
-using Tensor = std::pair<Address, Strides>;
+template <class T>
+Steps<T> steps(const char* name, const Tensor& tensor) {
+  pointer<T>(name, tensor.first, 1);
+  return optional_steps<T>(name, tensor);
+}
 
 ThoughtShape thought_shape(const std::vector<Size>& sizes, float scale, int threads) {
   if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, T, D", static_cast<Size>(sizes.size()));
@@ -244,7 +249,7 @@ ThoughtShape thought_shape(const std::vector<Size>& sizes, float scale, int thre
 
 void thought_forward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
                      const Tensor& thought_key, const Tensor& thought_value, const Tensor& base_output,
-                     const Tensor& base_lse, const Tensor& output, Address lse) {
+                     const Tensor& base_lse, const Tensor& output, const Tensor& lse) {
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
     const ThoughtForward<T> arguments{thought_shape(sizes, scale, threads),
@@ -254,7 +259,7 @@ void thought_forward(int dtype, const std::vector<Size>& sizes, float scale, int
                                       steps<const float>("base_output", base_output),
                                       steps<const float>("base_lse", base_lse),
                                       steps<T>("output", output),
-                                      pointer<float>("lse", lse, 1)};
+                                      steps<float>("lse", lse)};
     py::gil_scoped_release released;
     kernels.thought_forward(arguments);
   });
@@ -262,8 +267,9 @@ void thought_forward(int dtype, const std::vector<Size>& sizes, float scale, int
 
 void thought_backward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
                       const Tensor& thought_key, const Tensor& thought_value, const Tensor& output,
-                      const Tensor& grad_output, const Tensor& base_grad_query, Address lse, Address grad_lse,
-                      const Tensor& grad_query, const Tensor& grad_thought_key, const Tensor& grad_thought_value) {
+                      const Tensor& grad_output, const Tensor& base_grad_query, const Tensor& lse,
+                      const Tensor& grad_lse, const Tensor& grad_query, const Tensor& grad_thought_key,
+                      const Tensor& grad_thought_value) {
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
     const ThoughtBackward<T> arguments{thought_shape(sizes, scale, threads),
@@ -273,8 +279,8 @@ void thought_backward(int dtype, const std::vector<Size>& sizes, float scale, in
                                        steps<const T>("output", output),
                                        steps<const T>("grad_output", grad_output),
                                        steps<const float>("base_grad_query", base_grad_query),
-                                       pointer<const float>("lse", lse, 1),
-                                       optional_pointer<const float>("grad_lse", grad_lse),
+                                       steps<const float>("lse", lse),
+                                       optional_steps<const float>("grad_lse", grad_lse),
                                        steps<T>("grad_query", grad_query),
                                        steps<T>("grad_thought_key", grad_thought_key),
                                        steps<T>("grad_thought_value", grad_thought_value)};

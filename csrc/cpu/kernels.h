@@ -98,21 +98,20 @@ struct ThoughtShape {
   int threads;
 };
 
-// Merges attention over the base keys with that over an anchor's own thought keys. lse: [B, Hq, P, S], contiguous.
+// Merges attention over the base keys with that over an anchor's own thought keys. Of a lse, D = 1.
 template <class T>
 struct ThoughtForward : ThoughtShape {
   Steps<const T> query, thought_key, thought_value;
-  Steps<const float> base_output, base_lse;  // of the lse the strides alone say where rows are: D = 1
+  Steps<const float> base_output, base_lse;
   Steps<T> output;
-  float* lse;
+  Steps<float> lse;
 };
 
 // Gradients of the thought keys and values, and that of the queries with the part through the base keys added.
 template <class T>
 struct ThoughtBackward : ThoughtShape {
   Steps<const T> query, thought_key, thought_value, output, grad_output;
-  Steps<const float> base_grad_query;
-  const float *lse, *grad_lse;  // [B, Hq, P, S], contiguous; grad_lse or null
+  Steps<const float> base_grad_query, lse, grad_lse;  // the data of grad_lse may be null
   Steps<T> grad_query, grad_thought_key, grad_thought_value;
 };
 

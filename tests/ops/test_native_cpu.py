@@ -192,12 +192,12 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
         (cpu.sample_rows, (place, 0, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 1, 1), "tokens must not be null"),
         (cpu.sample_rows, (place, place, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 0, 1), "groups must be at least 1, got 0"),
         (
-            cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 6, place),
+            cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 7),
             "Hq must be a multiple of Hkv, got 3",
         ),
-        (cpu.thought_forward, (0, [1, 2, 1, 1, 3, 2, 8], 1.0, 1, *[steps] * 6, place), "T must be at least 3, got 2"),
+        (cpu.thought_forward, (0, [1, 2, 1, 1, 3, 2, 8], 1.0, 1, *[steps] * 7), "T must be at least 3, got 2"),
         (
-            cpu.thought_backward, (0, [1, 1, 1, 1, 1, 1, 8], 1.0, 1, *[steps] * 6, place, 2, *[steps] * 3),
+            cpu.thought_backward, (0, [1, 1, 1, 1, 1, 1, 8], 1.0, 1, *[steps] * 7, (2, steps[1]), *[steps] * 3),
             "grad_lse must be aligned to 4 bytes, got 2",
         ),
         (cpu.exponential, (place, 0, 3), "result must not be null"),

@@ -28,8 +28,9 @@ def forward(
     output = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32)
     if output.numel():
-        given = [unit_columns(x) for x in (query, thought_key, thought_value, base_output, base_lse[..., None], output)]
-        _C.cpu.thought_forward(*_shape(query, thought_key, scale), *map(_steps, given), address(lse))
+        given = (query, thought_key, thought_value, base_output, base_lse[..., None], output, lse[..., None])
+        given = [unit_columns(x) for x in given]
+        _C.cpu.thought_forward(*_shape(query, thought_key, scale), *map(_steps, given))
     library.blank_inactive(anchors, output, lse)
     return output, lse
 
@@ -55,12 +56,10 @@ def backward(
     )
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, thought_key, thought_value)]
     if query.numel():
-        given = [unit_columns(x) for x in (query, thought_key, thought_value, output, grad_output, base_grad_query)]
-        lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-        _C.cpu.thought_backward(
-            *_shape(query, thought_key, scale), *map(_steps, given), address(lse), address(grad_lse),
-            *map(_steps, grads),
-        )  # fmt: skip
+        lse, grad_lse = lse[..., None], None if grad_lse is None else grad_lse[..., None]
+        given = (query, thought_key, thought_value, output, grad_output, base_grad_query, lse, grad_lse, *grads)
+        given = [None if x is None else unit_columns(x) for x in given]
+        _C.cpu.thought_backward(*_shape(query, thought_key, scale), *map(_steps, given))
     return grads[0], grad_key.to(key.dtype), grad_value.to(value.dtype), *grads[1:]
 
 
@@ -72,6 +71,6 @@ def _shape(query: Tensor, thought_key: Tensor, scale: float) -> tuple[int, list[
     return DTYPE_CODES[query.dtype], sizes, scale, torch.get_num_threads()
 
 
-def _steps(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides of a tensor [B, heads, P, steps, D] with neighbouring elements in the last dimension."""
-    return address(tensor), tensor.stride()[:4]
+def _steps(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of a tensor [B, heads, P, steps, D]; address 0 for one that is absent."""
+    return (0, (0,) * 4) if tensor is None else (address(tensor), tensor.stride()[:4])
