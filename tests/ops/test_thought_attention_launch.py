@@ -33,6 +33,28 @@ def test_every_architecture_has_rows_for_everything(family):
         assert launch.tile_for(kernel, query) in triton_tune.candidates(kernel, query, 227 << 10)
 
 
+@pytest.mark.parametrize("block_m", [16, 32, 128])
+@pytest.mark.parametrize("thought_steps", [1, 14, 130])
+@pytest.mark.parametrize("rows", [1, 4, 7, 48, 56, 300])
+def test_pieces_have_room_for_their_anchors_and_no_more(rows, thought_steps, block_m):
+    piece = launch.cut(rows, thought_steps, Tile(block_m, 64, 8, 2))
+    starts = range(0, piece.rows * rows, piece.rows)
+    assert piece.anchors == max((start + piece.rows - 1) // rows - start // rows + 1 for start in starts)
+    assert piece.rows in (16, block_m)
+    assert piece.block_t & (piece.block_t - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "splits"),
+    [(4, 16384, 33), (4, 600, 3), (4, 256, 1), (56, 16384, 33), (4096, 16384, 1)],
+    ids=["long cache", "short cache", "no more than one split's keys", "a thought", "training"],
+)
+def test_keys_are_split_until_the_device_is_full(rows, length, splits, family, monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    query = torch.empty(1, 1, 1, 1, 128, dtype=torch.bfloat16)
+    assert launch.forward_launch(query, rows, heads=8, length=length)[1] == splits
+
+
 @pytest.mark.parametrize("shared_memory", [99 << 10, SHARED_MEMORY[90]])
 def test_candidates_depend_on_the_device(shared_memory):
     query = torch.empty(1, 1, 1, 1, 256, dtype=torch.bfloat16)
