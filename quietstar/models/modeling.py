@@ -334,7 +334,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         base_hidden = output.last_hidden_state[:, kept]
         # A sliding cache has dropped keys in front, a static one has room behind.
         dropped = max(0, past + length - base.keys[0].shape[2])
-        if key_start is not None:
+        if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
             key_start = (key_start - dropped).clamp_min(0)
         thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
         if thought_tokens is None:

@@ -25,25 +25,24 @@ def greedy(model, text, count=10, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", [None, 6, 14])
 def test_greedy_equals_recomputing_everything(make_model, text, window, options):
-    if window and options.get("cache_implementation") == "static":
-        window = None
     model = make_model(thought_temperature=0.0, sliding_window=window)
     with torch.no_grad():
         wanted = recompute(model, text, 10)
     assert torch.equal(greedy(model, text, **options), wanted)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_left_padded_rows_equal_the_prompt_alone(make_model, text, window):
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"draft_length": 3}], ids=str)
+@pytest.mark.parametrize("window", [None, 6, 14])
+def test_left_padded_rows_equal_the_prompt_alone(make_model, text, window, options):
     model = make_model(thought_temperature=0.0, sliding_window=window)
     alone = greedy(model, text[1:, 5:])[:, 7:]
     batch = text.clone()
     batch[1, :5] = 0
     mask = torch.ones_like(batch)
     mask[1, :5] = 0
-    together = greedy(model, batch, attention_mask=mask)[:, 12:]
+    together = greedy(model, batch, attention_mask=mask, **options)[:, 12:]
     assert torch.equal(together[1:], alone)
     assert torch.equal(together[:1], greedy(model, text[:1])[:, 12:])
 
