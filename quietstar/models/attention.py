@@ -129,7 +129,11 @@ class ThoughtStates:
 
 
 def _new_room(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return like.new_empty(shape), like.new_empty(shape)
+    room = like.new_empty(shape), like.new_empty(shape)
+    if not torch.compiler.is_compiling():
+        for states in room:
+            torch._dynamo.mark_static_address(states)  # CUDA graphs write into it
+    return room
 
 
 class ThoughtCache:
@@ -166,7 +170,7 @@ class ThoughtCache:
         thought_key[:, :, :, self.steps :] = key
         thought_value[:, :, :, self.steps :] = value
         base_key, base_value = self.base.keys[layer], self.base.values[layer]
-        if num_anchors == 1 and query.device.type == "cpu":
+        if num_anchors == 1 and query.device.type == "cpu" and not torch.compiler.is_compiling():
             end, mask = self._as_text(query.shape[3], total, sliding_window)
             key = torch.cat([base_key[:, :, :end], thought_key[:, :, 0]], dim=2)
             value = torch.cat([base_value[:, :, :end], thought_value[:, :, 0]], dim=2)

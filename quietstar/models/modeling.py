@@ -320,7 +320,9 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         """A base pass, a thought behind each kept position, and the mixed logits there."""
         batch, length = input_ids.shape
         device = input_ids.device
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past, Tensor):  # a static cache counts on its device, in place
+            past = past.clone()
         key_start = first_key(attention_mask, (batch, past + length))
         position_ids = self._positions(position_ids, input_ids, past)
         base = BaseStates()
@@ -333,7 +335,8 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
         base_hidden = output.last_hidden_state[:, kept]
         # A sliding cache has dropped keys in front, a static one has room behind.
-        dropped = max(0, past + length - base.keys[0].shape[2])
+        dropped = past + length - base.keys[0].shape[2]
+        dropped = dropped.clamp_min(0) if isinstance(dropped, Tensor) else max(0, dropped)
         if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
             key_start = (key_start - dropped).clamp_min(0)
         thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
@@ -374,10 +377,10 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         )  # fmt: skip
 
     @staticmethod
-    def _positions(position_ids: Tensor | None, input_ids: Tensor, past: int = 0) -> Tensor:
+    def _positions(position_ids: Tensor | None, input_ids: Tensor, past: int | Tensor = 0) -> Tensor:
         """Position ids [B, L]."""
         if position_ids is None:
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past
         return position_ids.expand(input_ids.shape[0], -1)
 
     def _given_thoughts(self, thought_tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import CompileConfig, DynamicCache, TextStreamer
 
 from quietstar.models import attention
 from quietstar.models.generation_output import ThoughtStreamer
@@ -185,6 +185,20 @@ def test_streamed_thoughts_are_those_returned(make_model, text):
     output = model.generate(text[:1], max_new_tokens=7, draft_length=2, return_thoughts=True, streamer=streamer)
     assert streamer.received == output.steps()
     assert len(streamer.received) == 7
+
+
+@pytest.mark.slow
+def test_decode_step_compiles_to_one_graph(make_model, text):
+    """What transformers compiles for a static cache on a GPU: no break, and no graph anew for every length."""
+    model = make_model(thought_temperature=0.0)
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = greedy(model, text, 6, cache_implementation="static", compile_config=config)
+    assert graphs["unique_graphs"] == 1
+    assert torch.equal(compiled, greedy(model, text, 6))
 
 
 @pytest.mark.parametrize("options", [{}, {"draft_length": 2}], ids=str)
