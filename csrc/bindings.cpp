@@ -2,11 +2,11 @@
 //
 // It links no torch library, so that one build serves every torch version.
 
+#include "quietstar/bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <string>
-
-#include "quietstar/bindings.h"
 #ifdef QUIETSTAR_CUDA
 #include "quietstar/cuda_build.h"
 #endif
@@ -15,17 +15,11 @@ namespace py = pybind11;
 
 namespace {
 
-#ifdef _MSVC_LANG
-constexpr long kCxxStandard = _MSVC_LANG;
-#else
-constexpr long kCxxStandard = __cplusplus;
-#endif
-
 // What this module was really built with: each entry comes from the compilation of the part it speaks of.
 py::dict build_info() {
   py::dict info;
   info["compiler"] = QUIETSTAR_COMPILER;
-  info["cxx_standard"] = "C++" + std::to_string(kCxxStandard / 100 % 100);
+  info["cxx_standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
 #ifdef _OPENMP
   info["openmp"] = QUIETSTAR_OPENMP_VERSION;
 #else
