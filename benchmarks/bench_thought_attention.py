@@ -22,7 +22,7 @@ from shapes import THOUGHT_ATTENTION, ThoughtAttentionShape
 from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from quietstar.ops import thought_attention
 from quietstar.ops._backend import BACKENDS
@@ -86,9 +86,15 @@ def random_inputs(task: Task) -> Inputs:
     return Inputs(*(make(size) for size in (query, base, base, thoughts, thoughts)))
 
 
-def tree(inputs: Inputs, by_step: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def sizes(inputs: Inputs) -> tuple[int, int, int, int]:
+    """L, P, S and T."""
+    return inputs.key.shape[2], *inputs.query.shape[2:4], inputs.thought_key.shape[3]
+
+
+def tree(
+    length: int, anchors: int, queries: int, steps: int, by_step: bool
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Which thought token sees which key, both by their place in one sequence: a ``mask_mod`` of FlexAttention."""
-    length, (anchors, queries), steps = inputs.key.shape[2], inputs.query.shape[2:4], inputs.thought_key.shape[3]
 
     def split(place: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         return (place % anchors, place // anchors) if by_step else (place // steps, place % steps)
@@ -96,22 +102,18 @@ def tree(inputs: Inputs, by_step: bool) -> Callable[[Tensor, Tensor, Tensor, Ten
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         anchor, step = split(query, queries)
         key_anchor, key_step = split(key - length, steps)
-        base = key <= position_of(anchor, inputs)
+        base = key <= position_of(anchor, length, anchors)
         own = (key_anchor == anchor) & (key_step <= steps - queries + step)
         return torch.where(key < length, base, own)
 
     return visible
 
 
-def sizes(inputs: Inputs) -> tuple[int, int]:
-    """Of the sequences of queries and of keys."""
-    return inputs.query.shape[2:4].numel(), inputs.key.shape[2] + inputs.thought_key.shape[2:4].numel()
-
-
 def additive_mask(inputs: Inputs) -> Tensor:
     """Additive [P*S, L + P*T]; additive because a boolean one is slower on the CPU."""
-    query, key = (torch.arange(size, device=DEVICE) for size in sizes(inputs))
-    visible = tree(inputs, by_step=False)(None, None, query[:, None], key)
+    length, anchors, queries, steps = sizes(inputs)
+    query, key = (torch.arange(size, device=DEVICE) for size in (anchors * queries, length + anchors * steps))
+    visible = tree(*sizes(inputs), by_step=False)(None, None, query[:, None], key)
     return torch.zeros(visible.shape, device=DEVICE, dtype=inputs.query.dtype).masked_fill_(~visible, -torch.inf)
 
 
@@ -127,7 +129,16 @@ def in_one_sequence(attend: Callable[..., Tensor], inputs: Inputs, by_step: bool
 
 @cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    """Compiled anew for each shape; by default, after one comes a kernel for any shape, and after eight none at all."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@cache
+def block_mask(length: int, anchors: int, queries: int, steps: int, by_step: bool) -> BlockMask:
+    """One for all inputs of these sizes, since a kernel is compiled for a mask."""
+    visible, keys = tree(length, anchors, queries, steps, by_step), length + anchors * steps
+    return create_block_mask(visible, None, None, anchors * queries, keys, DEVICE, _compile=DEVICE == "cuda")
 
 
 def dense_attention(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -138,12 +149,11 @@ def dense_attention(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def anchors_of(inputs: Inputs) -> Tensor | None:
-    length, count = inputs.key.shape[2], inputs.query.shape[2]
-    return None if count == length else position_of(torch.arange(count, device=DEVICE), inputs)
+    length, count = sizes(inputs)[:2]
+    return None if count == length else position_of(torch.arange(count, device=DEVICE), length, count)
 
 
-def position_of(anchor: Tensor, inputs: Inputs) -> Tensor:
-    length, count = inputs.key.shape[2], inputs.query.shape[2]
+def position_of(anchor: Tensor, length: int, count: int) -> Tensor:
     return anchor // (count // length) if count > length else length - count + anchor
 
 
@@ -157,9 +167,10 @@ def candidate(name: str, inputs: Inputs) -> Attention:
         return partial(in_one_sequence, partial(dense_attention, additive_mask(inputs)), by_step=False)
     if name in (FLEX, FLEX_BY_STEP):
         by_step = name == FLEX_BY_STEP
-        mask = create_block_mask(tree(inputs, by_step), None, None, *sizes(inputs), DEVICE, _compile=DEVICE == "cuda")
-        attend = partial(compiled_flex_attention(), block_mask=mask, enable_gqa=True)
-        return partial(in_one_sequence, attend, by_step=by_step)
+        mask = block_mask(*sizes(inputs), by_step)
+        return partial(
+            in_one_sequence, partial(compiled_flex_attention(), block_mask=mask, enable_gqa=True), by_step=by_step
+        )
     return partial(op, "torch" if name == LIBRARY else name, anchors_of(inputs))
 
 
@@ -183,7 +194,7 @@ def assert_right(task: Task, inputs: Inputs) -> Callable[[str], None]:
     def of_picked(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor[:, :, picked] if tensor.dim() == 5 else tensor for tensor in tensors]
 
-    specification = partial(op, "reference", position_of(picked, inputs))
+    specification = partial(op, "reference", position_of(picked, *sizes(inputs)[:2]))
     some = Inputs(*(tensor.detach() for tensor in of_picked(inputs)))
     exact = Inputs(*(tensor.double() for tensor in some))
     for tensor in (*some, *exact):

@@ -147,18 +147,18 @@ def test_thought_attention_gate_fails_what_is_wrong(wrong, monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_both_orders_are_the_same_tree(name):
     _, inputs = checker(name)
-    length, (anchors, queries), steps = SHAPE.length, inputs.query.shape[2:4], SHAPE.steps
+    length, anchors, queries, steps = attention.sizes(inputs)
 
     def by_anchor(steps):
         return torch.arange(anchors * steps).view(steps, anchors).t().flatten()
 
     masks = []
     for by_step in (False, True):
-        query, key = (torch.arange(size) for size in attention.sizes(inputs))
+        query, key = (torch.arange(size) for size in (anchors * queries, length + anchors * steps))
         if by_step:
             query = query[by_anchor(queries)]
             key = torch.cat([key[:length], key[length:][by_anchor(steps)]])
-        masks.append(attention.tree(inputs, by_step)(None, None, query[:, None], key))
+        masks.append(attention.tree(length, anchors, queries, steps, by_step)(None, None, query[:, None], key))
     assert torch.equal(*masks)
 
 
