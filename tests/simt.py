@@ -1,5 +1,10 @@
-"""Builds the kernels of the ``cuda`` backend for the CPU (``csrc/simt.h``) and puts them in place of the GPU's."""
+"""The kernels of the ``cuda`` backend for tests: the GPU's where there is one, else compiled for the CPU.
 
+On the CPU they run under ``csrc/simt.h``, in a module that takes the place of the compiled one, so that everything from
+the public functions down to the kernels is as on a GPU, but for the device.
+"""
+
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -13,23 +18,51 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from quietstar.ops._backend import always_available
+from quietstar.ops._native import cuda_unavailable
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
-KERNELS = ("mixing", "linear_cross_entropy", "linear_sample", "thought_attention")
-NATIVE = tuple(f"quietstar.ops.{op}.native_cuda" for op in KERNELS)
+OPS = ("linear_cross_entropy", "linear_sample", "mixing", "thought_attention")
 
 
-def build(*definitions: str) -> ModuleType:
-    """The module of ``csrc/module.cpp``, compiled with macros defined; skips the test where it cannot be built."""
-    pybind11 = pytest.importorskip("pybind11", reason="the shim's module is built with pybind11")
+def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
+    """Let ``backend="cuda"`` run on tensors of DEVICE. Returns the module of ``csrc/module.cpp`` if it has to."""
+    if DEVICE == "cuda":
+        reason = cuda_unavailable(torch.empty(0, device=DEVICE))
+        if reason is not None:
+            pytest.skip(reason)
+        return None
+    module = build()
+    module.set_random_seed(0)
+    module.set_fault("")
+    for op in OPS:
+        native = importlib.import_module(f"quietstar.ops.{op}.native_cuda")
+        monkeypatch.setattr(native, "_C", module)
+        monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))
+        api = importlib.import_module(f"quietstar.ops.{op}.api")
+        monkeypatch.setattr(api, "cuda_unavailable", always_available)
+        if api._BACKENDS["cuda"] is cuda_unavailable:
+            monkeypatch.setitem(api._BACKENDS, "cuda", always_available)
+    attention = importlib.import_module("quietstar.ops.thought_attention.native_cuda")
+    monkeypatch.setattr(attention, "processors", lambda device: 4)
+    return module
+
+
+@functools.cache
+def build() -> ModuleType:
+    """The module of ``csrc/module.cpp``, kept between runs; skips the test where it cannot be built."""
+    pybind11 = pytest.importorskip("pybind11", reason="the module is built with pybind11")
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler: {compiler} is not on PATH")
     sources = [ROOT / "tests/csrc/module.cpp", ROOT / "csrc/cuda/bindings.cpp"]
-    sources += [ROOT / f"csrc/cuda/{kernel}.cu" for kernel in KERNELS]
+    sources += [ROOT / f"csrc/cuda/{op}.cu" for op in OPS]
     includes = [ROOT / "csrc/include", ROOT / "tests/csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-I{path}" for path in includes] + [f"-D{definition}" for definition in definitions]
+    flags += [f"-I{path}" for path in includes]
 
     texts = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests/csrc").glob("*.*")])
     key = hashlib.sha256(repr([compiler, flags]).encode() + b"".join(path.read_bytes() for path in texts))
@@ -37,26 +70,19 @@ def build(*definitions: str) -> ModuleType:
     library = folder / "simt_module.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder))
 
         def compiled(source: Path) -> Path:
-            target = folder / f"{source.stem}.{os.getpid()}.o"
+            target = scratch / f"{source.stem}.o"
             subprocess.run([compiler, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
             return target
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compiled, sources))
-        scratch = folder / f"simt_module.{os.getpid()}.so"
-        subprocess.run([compiler, "-shared", *objects, "-o", scratch], check=True)
-        scratch.replace(library)  # at once: another process may be waiting for it
+        subprocess.run([compiler, "-shared", *objects, "-o", scratch / library.name], check=True)
+        (scratch / library.name).replace(library)  # at once: another process may be about to load it
+        shutil.rmtree(scratch)
     spec = importlib.util.spec_from_file_location("simt_module", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def put_in_place(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the ``cuda`` backend run on CPU tensors, by this module's kernels."""
-    for name in NATIVE:
-        native = importlib.import_module(name)
-        monkeypatch.setattr(native, "_C", module)
-        monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))

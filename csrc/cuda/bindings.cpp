@@ -1,9 +1,194 @@
-// quietstar._C.cuda: the kernels of the `cuda` backend as Python sees them.
+// quietstar._C.cuda: the kernels of the cuda backend as Python sees them.
+//
+// Addresses, sizes and strides are integers; strides count elements. Arguments are named as in cuda_kernels.h. All
+// functions end with the device and the stream to launch on, return before the kernel has run, and read nothing that
+// lies on the device.
 
 #include "quietstar/bindings.h"
 
-namespace quietstar {
+#include <pybind11/stl.h>
 
-void bind_cuda(pybind11::module_& module) { module.def_submodule("cuda", "Kernels of the cuda backend."); }
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "quietstar/contract.h"
+#include "quietstar/cuda_kernels.h"
+
+namespace py = pybind11;
+
+namespace quietstar {
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+std::size_t alignment_of(int dtype) {
+  if (dtype < 0 || dtype > 2) refuse("dtype", "be 0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
+  return static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
+}
+
+// A matrix [rows, columns] of which rows may overlap (stride 0), but not lie in front of it.
+cuda::MatrixIn matrix(int dtype, const char* name, Address address, Size stride, Size rows) {
+  return {pointer<const char>(name, address, rows, alignment_of(dtype)), at_least("stride", 0, stride)};
+}
+
+cuda::Mix mix_arguments(int dtype, Address base, Size base_stride, Address thought, Size thought_stride, Address weight,
+                  Size rows, Size vocabulary) {
+  at_least("rows", 0, rows);
+  at_least("vocabulary", 1, vocabulary);
+  return {matrix(dtype, "base", base, base_stride, rows), matrix(dtype, "thought", thought, thought_stride, rows),
+          pointer<const float>("weight", weight, rows), rows, vocabulary};
+}
+
+void* result(int dtype, const char* name, Address address) {
+  return optional_pointer<char>(name, address, alignment_of(dtype));
+}
+
+cuda::Launch place(int device, Address stream) {
+  return {static_cast<int>(at_least("device", 0, device)), reinterpret_cast<void*>(stream)};
+}
+
+void mix(int dtype, Address base, Size base_stride, Address thought, Size thought_stride, Address weight, Address mixed,
+         Size rows, Size vocabulary, int device, Address stream) {
+  const cuda::MixForward arguments{
+      mix_arguments(dtype, base, base_stride, thought, thought_stride, weight, rows, vocabulary),
+      pointer<char>("mixed", mixed, rows, alignment_of(dtype))};
+  cuda::mix(static_cast<DType>(dtype), arguments, place(device, stream));
+}
+
+void mix_backward(int dtype, Address grad, Size grad_stride, Address base, Size base_stride, Address thought,
+                  Size thought_stride, Address weight, Address d_base, Address d_thought, Address d_weight, Size rows,
+                  Size vocabulary, int device, Address stream) {
+  const cuda::MixBackward arguments{
+      mix_arguments(dtype, base, base_stride, thought, thought_stride, weight, rows, vocabulary),
+      matrix(dtype, "grad", grad, grad_stride, rows), result(dtype, "d_base", d_base),
+      result(dtype, "d_thought", d_thought), optional_pointer<float>("d_weight", d_weight)};
+  cuda::mix_backward(static_cast<DType>(dtype), arguments, place(device, stream));
+}
+
+void mixed_cross_entropy(int dtype, Address base, Size base_stride, Address thought, Size thought_stride,
+                         Address weight, Address target, Address nll, Address slope, Address largest, Address log_total,
+                         Size rows, Size vocabulary, int device, Address stream) {
+  const cuda::MixedCrossEntropy arguments{
+      mix_arguments(dtype, base, base_stride, thought, thought_stride, weight, rows, vocabulary),
+      pointer<const Size>("target", target, rows),
+      pointer<float>("nll", nll, rows),
+      pointer<float>("slope", slope, rows),
+      pointer<float>("largest", largest, rows),
+      pointer<float>("log_total", log_total, rows)};
+  cuda::mixed_cross_entropy(static_cast<DType>(dtype), arguments, place(device, stream));
+}
+
+void mixed_cross_entropy_backward(int dtype, Address scale, Address base, Size base_stride, Address thought,
+                                  Size thought_stride, Address weight, Address target, Address largest,
+                                  Address log_total, Address d_base, Address d_thought, Size rows, Size vocabulary,
+                                  int device, Address stream) {
+  const cuda::MixedCrossEntropyBackward arguments{
+      mix_arguments(dtype, base, base_stride, thought, thought_stride, weight, rows, vocabulary),
+      pointer<const Size>("target", target, rows),
+      pointer<const float>("scale", scale, rows),
+      pointer<const float>("largest", largest, rows),
+      pointer<const float>("log_total", log_total, rows),
+      result(dtype, "d_base", d_base),
+      result(dtype, "d_thought", d_thought)};
+  cuda::mixed_cross_entropy_backward(static_cast<DType>(dtype), arguments, place(device, stream));
+}
+
+void cross_entropy_rows(int gradient_dtype, Address logits, Size stride, Address target, Address scale, Address nll,
+                        float inverse_temperature, Size rows, Size vocabulary, int device, Address stream) {
+  alignment_of(gradient_dtype);
+  at_least("vocabulary", 1, vocabulary);
+  const cuda::CrossEntropyRows arguments{pointer<float>("logits", logits, at_least("rows", 0, rows)),
+                                   at_least("stride", vocabulary, stride),
+                                   pointer<const Size>("target", target, rows),
+                                   optional_pointer<const float>("scale", scale),
+                                   pointer<float>("nll", nll, rows),
+                                   inverse_temperature,
+                                   rows,
+                                   vocabulary};
+  cuda::cross_entropy_rows(static_cast<DType>(gradient_dtype), arguments, place(device, stream));
+}
+
+void sample_rows(Address logits, Address seed, Address tokens, Size first_row, float temperature, Size top_k,
+                 double top_p, Size rows, Size groups, int device, Address stream) {
+  at_least("groups", 1, groups);
+  if (!(temperature > 0)) throw std::invalid_argument("temperature must be positive");
+  const cuda::SampleRows arguments{pointer<const float>("logits", logits, at_least("rows", 0, rows), 16),
+                             pointer<const Size>("seed", seed, rows),
+                             pointer<Size>("tokens", tokens, rows),
+                             at_least("first_row", 0, first_row),
+                             temperature,
+                             at_least("top_k", 0, top_k),
+                             top_p,
+                             rows,
+                             groups};
+  cuda::sample_rows(arguments, place(device, stream));
+}
+
+using Tensor = std::pair<Address, std::vector<Size>>;  // and the strides of all dimensions but the last
+
+cuda::Steps steps(int dtype, const char* name, const Tensor& tensor, std::size_t dimensions, Size count) {
+  std::vector<Size> strides = tensor.second;
+  if (strides.size() != dimensions) {
+    refuse(name, "come with " + std::to_string(dimensions) + " strides", static_cast<Size>(strides.size()));
+  }
+  for (Size stride : strides) at_least("stride", 0, stride);
+  strides.resize(4);
+  return {pointer<const char>(name, tensor.first, count, alignment_of(dtype)), strides[0], strides[1], strides[2],
+          strides[3]};
+}
+
+void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& query, const Tensor& key,
+                       const Tensor& value, const Tensor& thought_key, const Tensor& thought_value, Address anchors,
+                       Size anchor_batch_stride, Address key_start, Size window, float scale, Address output,
+                       Address lse, Address split_output, Address split_lse, Size splits, int device, Address stream) {
+  if (sizes.size() != 8) refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D", static_cast<Size>(sizes.size()));
+  for (std::size_t i = 0; i < sizes.size(); ++i) at_least("sizes", i == 6 ? 0 : 1, sizes[i]);  // there may be no base
+  at_least("splits", 1, splits);
+  cuda::ThoughtAttention a{};
+  a.query = steps(dtype, "query", query, 4, 1);
+  a.key = steps(dtype, "key", key, 3, sizes[6]);
+  a.value = steps(dtype, "value", value, 3, sizes[6]);
+  a.thought_key = steps(dtype, "thought_key", thought_key, 4, 1);
+  a.thought_value = steps(dtype, "thought_value", thought_value, 4, 1);
+  a.anchors = optional_pointer<const Size>("anchors", anchors);
+  a.anchor_batch_stride = at_least("anchor_batch_stride", 0, anchor_batch_stride);
+  a.key_start = optional_pointer<const Size>("key_start", key_start);
+  a.window = at_least("window", 1, window);
+  a.scale = scale;
+  a.output = pointer<char>("output", output, 1, alignment_of(dtype));
+  a.lse = pointer<float>("lse", lse, 1);
+  a.split_output = pointer<float>("split_output", split_output, splits - 1);
+  a.split_lse = pointer<float>("split_lse", split_lse, splits - 1);
+  a.batch = sizes[0];
+  a.query_heads = sizes[1];
+  a.kv_heads = sizes[2];
+  a.anchors_per_batch = sizes[3];
+  a.steps = sizes[4];
+  a.thought_steps = at_least("T", sizes[4], sizes[5]);
+  a.length = sizes[6];
+  a.head_size = sizes[7];
+  a.splits = splits;
+  if (a.query_heads % a.kv_heads) refuse("Hq", "be a multiple of Hkv", a.query_heads);
+  if (a.head_size > cuda::kLargestHead) refuse("D", "be at most " + std::to_string(cuda::kLargestHead), a.head_size);
+  cuda::thought_attention(static_cast<DType>(dtype), a, place(device, stream));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::module_ submodule = module.def_submodule("cuda", "Kernels of the cuda backend.");
+  submodule.attr("LARGEST_HEAD") = cuda::kLargestHead;
+  submodule.attr("TILE_ROWS") = cuda::kTileRows;
+  submodule.def("mix", &mix, Released());
+  submodule.def("mix_backward", &mix_backward, Released());
+  submodule.def("mixed_cross_entropy", &mixed_cross_entropy, Released());
+  submodule.def("mixed_cross_entropy_backward", &mixed_cross_entropy_backward, Released());
+  submodule.def("cross_entropy_rows", &cross_entropy_rows, Released());
+  submodule.def("sample_rows", &sample_rows, Released());
+  submodule.def("thought_attention", &thought_attention, Released());
+}
 
 }  // namespace quietstar

@@ -88,6 +88,7 @@ struct Block {
 inline Block block;
 inline Index block_index, block_size, grid_size;
 inline std::uint32_t random_seed = 0;
+inline std::string fault;  // what the GPU does wrong, to show that tests notice: "barrier", "shuffle", "copy" or nothing
 inline std::size_t static_bytes = 0;  // of static shared memory, in all kernels together
 
 inline void wait_as(decltype(Fiber::state) state) {
@@ -247,11 +248,9 @@ inline std::size_t reserve_static(std::size_t bytes) {
 #define blockDim (simt::block_size)
 #define gridDim (simt::grid_size)
 
-#ifdef SIMT_WITHOUT_BARRIERS  // to show that tests notice
-inline void __syncthreads() {}
-#else
-inline void __syncthreads() { simt::wait_as(simt::Fiber::kAtBarrier); }
-#endif
+inline void __syncthreads() {
+  if (simt::fault != "barrier") simt::wait_as(simt::Fiber::kAtBarrier);
+}
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
   simt::whole_warp(mask);
@@ -267,7 +266,8 @@ T __shfl_sync(unsigned mask, T value, int source) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   simt::whole_warp(mask);
-  return simt::posted_by<T>(simt::exchange("__shfl_xor_sync", value), simt::lane() ^ distance);
+  const simt::Posted* warp = simt::exchange("__shfl_xor_sync", value);
+  return simt::posted_by<T>(warp, simt::fault == "shuffle" ? simt::lane() : simt::lane() ^ distance);
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
@@ -376,6 +376,7 @@ inline void commit_copies() { simt::block.current->copies.emplace_back(); }
 template <int kPending>
 void wait_for_copies() {
   auto& groups = simt::block.current->copies;
+  if (simt::fault == "copy") return;
   while ((int)groups.size() > kPending + 1) {
     for (const simt::PendingCopy& copy : groups.front()) copy.run();
     groups.pop_front();

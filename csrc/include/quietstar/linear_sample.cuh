@@ -170,7 +170,7 @@ struct Best {
 };
 
 template <bool kFiltered>
-__global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleRows a) {
+__global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a) {
   constexpr int kInFlight = 4;
   SampleShared& shared = sample_shared();
   float* const bounds = reinterpret_cast<float*>(dynamic_shared());  // of the groups

@@ -16,7 +16,7 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
-from quietstar.ops._native import cpu_unavailable
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
@@ -32,6 +32,7 @@ from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, Row
 
 _BACKENDS: dict[str, Availability] = {
     "triton": triton_unavailable,
+    "cuda": cuda_unavailable,
     "cpu": cpu_unavailable,
     "torch": always_available,
     "reference": always_available,

@@ -21,9 +21,15 @@ from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 _ROW_KERNELS = {
     "torch": "library:cross_entropy_rows",
     "triton": "triton_kernels:cross_entropy_rows",
+    "cuda": "native_cuda:cross_entropy_rows",
     "cpu": "native_cpu:cross_entropy_rows",
 }
-_MIXED_HIDDEN = {"torch": "hidden:MixedHidden", "triton": "triton_hidden:FusedMixedHidden", "cpu": "hidden:MixedHidden"}
+_MIXED_HIDDEN = {
+    "torch": "hidden:MixedHidden",
+    "triton": "triton_hidden:FusedMixedHidden",
+    "cuda": "hidden:MixedHidden",
+    "cpu": "hidden:MixedHidden",
+}
 
 
 def _cross_entropy(

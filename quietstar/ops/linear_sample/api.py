@@ -9,7 +9,7 @@ from torch import Tensor
 from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import Availability, always_available, select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
-from quietstar.ops._native import cpu_unavailable
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import suppressed_ids
@@ -18,6 +18,7 @@ from quietstar.ops.linear_sample.registration import linear_sample_op
 
 _BACKENDS: dict[str, Availability] = {
     "triton": triton_unavailable,
+    "cuda": cuda_unavailable,
     "cpu": cpu_unavailable,
     "torch": always_available,
     "reference": always_available,

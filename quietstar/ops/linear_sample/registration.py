@@ -12,9 +12,9 @@ from quietstar.ops.linear_sample import library
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 
 
-def _sample_on_cpu(*arguments: object) -> Tensor:
+def _sample_compiled(module: str, *arguments: object) -> Tensor:
     """Imported when it is first used: the compiled module may be missing."""
-    return sample_in_chunks(import_module(f"{__package__}.native_cpu").sample_rows, *arguments)
+    return sample_in_chunks(import_module(f"{__package__}.{module}").sample_rows, *arguments)
 
 
 def _sample_with_triton(*arguments: object) -> Tensor:
@@ -26,7 +26,8 @@ def _sample_with_triton(*arguments: object) -> Tensor:
 _SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "torch": partial(sample_in_chunks, library.sample_rows),
     "triton": _sample_with_triton,
-    "cpu": _sample_on_cpu,
+    "cuda": partial(_sample_compiled, "native_cuda"),
+    "cpu": partial(_sample_compiled, "native_cpu"),
 }
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from quietstar.ops._backend import Availability, always_available, select_backend
 from quietstar.ops._checks import check_floating, check_integer, check_same_device, check_same_dtype, check_tensor
-from quietstar.ops._native import cpu_unavailable
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
@@ -20,6 +20,7 @@ from quietstar.ops.mixing.autograd import MixedCrossEntropy, MixLogits
 
 _BACKENDS: dict[str, Availability] = {
     "triton": triton_unavailable,
+    "cuda": cuda_unavailable,
     "cpu": cpu_unavailable,
     "torch": always_available,
     "reference": always_available,

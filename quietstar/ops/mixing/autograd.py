@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 
-_MODULES = {"torch": "library", "triton": "triton_kernels", "cpu": "native_cpu"}
+_MODULES = {"torch": "library", "triton": "triton_kernels", "cuda": "native_cuda", "cpu": "native_cpu"}
 
 _LOGITS = "Tensor base_logits, Tensor thought_logits, Tensor mixing_weight"
 

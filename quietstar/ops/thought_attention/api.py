@@ -13,23 +13,38 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
-from quietstar.ops._native import cpu_unavailable
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
 
-_LARGEST_TRITON_HEAD = 256
+_LARGEST_HEAD = {"triton": 256, "cuda": 128}
 
 
-def _triton_unavailable(query: Tensor) -> str | None:
-    if query.shape[-1] > _LARGEST_TRITON_HEAD:
-        return f"its kernels take heads of at most {_LARGEST_TRITON_HEAD} elements, got D = {query.shape[-1]}"
-    return triton_unavailable(query)
+def _triton_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
+    return _head_too_large("triton", query) or triton_unavailable(query)
+
+
+def _cuda_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
+    if needs_gradient:
+        return "its kernels have no backward, and an input needs a gradient (torch.no_grad() switches gradients off)"
+    return _head_too_large("cuda", query) or cuda_unavailable(query)
+
+
+def _cpu_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
+    return cpu_unavailable(query)
+
+
+def _head_too_large(backend: str, query: Tensor) -> str | None:
+    if query.shape[-1] <= _LARGEST_HEAD[backend]:
+        return None
+    return f"its kernels take heads of at most {_LARGEST_HEAD[backend]} elements, got D = {query.shape[-1]}"
 
 
 _BACKENDS: dict[str, Availability] = {
     "triton": _triton_unavailable,
-    "cpu": cpu_unavailable,
+    "cuda": _cuda_unavailable,
+    "cpu": _cpu_unavailable,
     "torch": always_available,
     "reference": always_available,
 }
@@ -119,7 +134,9 @@ def thought_attention(
         raise ValueError(f"window must be None or an integer >= 1, got {window!r}")
     scale = dims["D"] ** -0.5 if scale is None else float(scale)
 
-    name = select_backend("thought_attention", backend, _BACKENDS, query)
+    inputs = query, key, value, thought_key, thought_value
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    name = select_backend("thought_attention", backend, _BACKENDS, query, needs_gradient)
     if name == "reference":
         if anchors is None:
             anchors = torch.arange(dims["L"], device=query.device)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch.autograd.function import once_differentiable
 
-_MODULES = {"torch": "library", "triton": "triton_backend", "cpu": "native_cpu"}
+_MODULES = {"torch": "library", "triton": "triton_backend", "cuda": "native_cuda", "cpu": "native_cpu"}
 
 _KEYS = "Tensor query, Tensor key, Tensor value, Tensor thought_key, Tensor thought_value"
 _MASK = "Tensor? anchors, Tensor? key_start, int? window, float scale, str backend"

@@ -1,0 +1,145 @@
+"""The CUDA kernels of thought attention: on a GPU if there is one, else compiled for the CPU (tests/simt.py)."""
+
+import pytest
+import simt
+import torch
+from simt import DEVICE
+from thought_attention_cases import CASES, case, make_inputs
+from tolerances import assert_as_accurate
+
+from quietstar.ops import thought_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Calls of more rows than a block has, of keys that are split over blocks, and of every head size that has a kernel.
+LARGE = {
+    "sampling step, repeated anchors": (
+        {"batch": 1, "query_heads": 8, "length": 130, "num_anchors": 70, "steps": 1, "thought_steps": 7, "head": 128},
+        {"anchors": [i // 2 + 90 for i in range(70)]},
+    ),
+    "sampling step, multi-head": (
+        {"batch": 1, "query_heads": 2, "length": 150, "num_anchors": 40, "steps": 1, "thought_steps": 12, "head": 80},
+        {"anchors": list(range(100, 140)), "window": 40},
+    ),
+    "unsorted anchors": (
+        {"batch": 1, "length": 200, "num_anchors": 35, "steps": 1, "thought_steps": 3, "head": 16},
+        {"anchors": [-1 if i % 5 == 0 else i * 37 % 200 for i in range(35)]},
+    ),
+    "decoding, split keys": (
+        {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 64},
+        {"anchors": [[1099, 3, 350], [-1, 700, 1000]], "key_start": [0, 600]},
+    ),
+    "decoding, long window": (
+        {"query_heads": 4, "kv_heads": 1, "length": 900, "num_anchors": 4, "steps": 1, "thought_steps": 70, "head": 72},
+        {"anchors": [899, 898, 897, 896], "window": 800},
+    ),
+}
+ALL_CASES = CASES | LARGE
+
+
+@pytest.fixture(autouse=True)
+def shim(monkeypatch, poisoned_memory):
+    """The module that stands in for the GPU, or None."""
+    return simt.use_cuda_kernels(monkeypatch)
+
+
+def run(inputs, options, backend):
+    with torch.no_grad():
+        return thought_attention(*inputs, **options, return_lse=True, backend=backend)
+
+
+def assert_right(inputs, options):
+    dtype = inputs[0].dtype
+    results = run(inputs, options, "cuda"), run(inputs, options, "reference")
+    oracle = run([x.double() for x in inputs], options, "reference")
+    assert results[0][0].dtype == dtype
+    for name, *values in zip(("output", "lse"), *results, oracle, strict=True):
+        assert_as_accurate(*values, unit=dtype, name=name)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_output_and_lse(name, dtype):
+    assert_right(*case(name, dtype, DEVICE, ALL_CASES))
+
+
+@every_dtype
+@pytest.mark.parametrize("head", [1, 8, 63, 65, 104, 128])
+def test_head_sizes(head, dtype):
+    assert_right(make_inputs(batch=1, length=70, steps=1, thought_steps=2, head=head, dtype=dtype, device=DEVICE), {})
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["heads behind positions", "columns apart", "begins anywhere"])
+def test_strides(layout, dtype):
+    inputs, options = case("window, padding, anchors", dtype, DEVICE)
+    expected = run(inputs, options, "cuda")
+    if layout == "heads behind positions":  # as transformers gives them
+        strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    elif layout == "columns apart":
+        strided = [torch.stack([x, x], dim=-1)[..., 0] for x in inputs]
+    else:
+        strided = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs]
+    for a, b in zip(run(strided, options, "cuda"), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_anchors_of_any_layout(index_dtype):
+    inputs, options = case("anchors per batch", device=DEVICE)
+    expected = run(inputs, options, "cuda")
+    anchors = options["anchors"].to(index_dtype)
+    apart = torch.stack([anchors, anchors], dim=-1)[..., 0]
+    expanded = anchors[:1].expand(2, -1)
+    for a, b in zip(run(inputs, {"anchors": apart}, "cuda"), expected, strict=True):
+        assert torch.equal(a, b)
+    same = run(inputs, {"anchors": expanded}, "cuda"), run(inputs, {"anchors": anchors[0]}, "cuda")
+    for a, b in zip(*same, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", [{"num_anchors": 0}, {"length": 0, "num_anchors": 2}, {"batch": 0}])
+def test_empty(sizes):
+    inputs = make_inputs(**sizes, dtype=torch.bfloat16, device=DEVICE)
+    anchors = torch.full((inputs[0].shape[2],), -1, device=DEVICE)
+    output, lse = run(inputs, {"anchors": anchors}, "cuda")
+    assert output.shape == inputs[0].shape
+    assert not output.any()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scale_of_any_sign(scale):
+    inputs, _ = case("all positions", torch.float16, DEVICE)
+    assert_right(inputs, {"scale": scale})
+
+
+@every_dtype
+def test_hidden_keys_may_hold_anything(dtype):
+    """What no row sees, and what lies between rows, is not read into any result."""
+    inputs, options = case("decoding, split keys", dtype, DEVICE, LARGE)
+    inputs = [x.detach() for x in inputs]
+    options["anchors"] = torch.tensor([[700, 3, 350], [-1, 700, 650]], device=DEVICE)
+    expected = run(inputs, options, "cuda")
+    wider = [torch.cat([x, torch.full_like(x, float("nan"))], dim=-1)[..., : x.shape[-1]] for x in inputs]
+    for a, b in zip(run(wider, options, "cuda"), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_splits_are_added_up_in_a_fixed_order(shim):
+    inputs, options = case("decoding, split keys", torch.bfloat16, DEVICE, LARGE)
+    expected = run(inputs, options, "cuda")
+    for seed in range(1, 4):
+        if shim is not None:
+            shim.set_random_seed(seed)
+        for a, b in zip(run(inputs, options, "cuda"), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_who_else_can():
+    inputs = make_inputs(device=DEVICE)
+    with pytest.raises(ValueError, match=r"'cuda' cannot run .* no backward.*; usable here: .*torch, reference"):
+        thought_attention(*inputs, backend="cuda")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"heads of at most 128 elements, got D = 129; usable here"):
+        thought_attention(*make_inputs(head=129, device=DEVICE), backend="cuda")
