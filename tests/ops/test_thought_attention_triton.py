@@ -31,7 +31,7 @@ def spread(count, length):
 LARGE = {
     "full blocks": ({"length": 100, "num_anchors": 12, "batch": 1}, {"anchors": spread(12, 100)}),
     "window over blocks": (
-        {"length": 130, "num_anchors": 24, "batch": 1}, {"anchors": spread(24, 130), "window": 50},
+        {"length": 130, "num_anchors": 40, "batch": 1}, {"anchors": spread(40, 130), "window": 90},
     ),
     "padding and window over blocks": (
         {"length": 100, "num_anchors": 12}, {"anchors": spread(12, 100), "window": 70, "key_start": [0, 37]},

@@ -30,7 +30,10 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale):
-    """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows]."""
+    """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows].
+
+    In this order registers hold one product of scores at a time.
+    """
     scores = dot(key, tl.trans(query))
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))

@@ -33,12 +33,15 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, scale):
-    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D]."""
-    grad_probability = dot(grad_output, transposed(value)) - tl.expand_dims(delta, -1)
+    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D].
+
+    The two products of scores one after the other, so that registers hold one of them at a time.
+    """
     scores = dot(query, transposed(key))
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - tl.expand_dims(log_sum, -1))
+    grad_probability = dot(grad_output, transposed(value)) - tl.expand_dims(delta, -1)
     return grad_query + dot((probability * grad_probability).to(key.dtype), key)
 
 
