@@ -125,7 +125,7 @@ class _Walk:
         """Logits of final states; the noise of the library sampler, some MiB far from the peak, is left out."""
         step, phase = self.step, "sampling, thought steps"
         states = 2 * step.sampled_rows * self.row
-        chunk = self.take_chunk(self.chunk_rows(step.sampled_rows, _padded(step.config.vocab_size)), phase, states)
+        chunk = self.take_chunk(self.chunk_rows(step.sampled_rows, _padded(step.config.vocab_size)))
         self.memory.moment(phase, states)
         self.give_back_chunk(chunk)
 
@@ -197,7 +197,7 @@ class _Walk:
         head = step.head_matrix * step.wide
         self.memory.hold(HEAD, gradients - head)
         chunk_rows = self.chunk_rows(rows, step.config.vocab_size)
-        chunk = self.take_chunk(chunk_rows, phase, inputs)
+        chunk = self.take_chunk(chunk_rows)
         self.memory.hold(HEAD, head)  # made by the first chunk
         widened = _WIDENED_ROWS * self.wide_row if self.on_cpu and self.is_half else 0
         self.memory.moment(phase, inputs + rows_held * chunk_rows * self.wide_row + widened)
@@ -208,15 +208,13 @@ class _Walk:
     def chunk_rows(self, rows: int, vocabulary: int) -> int:
         return min(rows, rows_within(CHUNK_BYTES, vocabulary * self.step.wide, torch.device(self.step.device)))
 
-    def take_chunk(self, rows: int, phase: str, temporary: int) -> int:
+    def take_chunk(self, rows: int) -> int:
         """Hold a chunk of logits; returns its size."""
         size = rows * _padded(self.step.config.vocab_size) * self.step.wide
         if not self.on_cpu:
             self.memory.hold(LOGITS, size)
-        elif size > self.workspace:  # the new workspace is there before the old one goes
-            self.memory.hold(LOGITS, size)
-            self.memory.moment(phase, temporary)
-            self.memory.hold(LOGITS, -self.workspace)
+        elif size > self.workspace:
+            self.memory.hold(LOGITS, size - self.workspace)
             self.workspace = size
         return size
 

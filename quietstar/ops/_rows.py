@@ -67,6 +67,7 @@ def logits_buffer(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.
         return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocabulary]
     size = rows * padded * dtype.itemsize
     if _workspace.memory is None or _workspace.memory.nbytes < size:
+        _workspace.memory = None  # goes before the larger one comes
         with torch.inference_mode(False):  # or else it could not be written to outside of inference mode
             _workspace.memory = torch.empty(size, dtype=torch.uint8)
     return _workspace.memory[:size].view(dtype).view(rows, padded)[:, :vocabulary]
