@@ -15,7 +15,7 @@ import pytest
 import torch
 from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
-from peers import COMPILED, PLAIN, present
+from peers import COMPILED, PLAIN, compiled, present
 from shapes import LINEAR_SAMPLE, HeadShape
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +46,7 @@ def plain(hidden: Tensor, weight: Tensor) -> Tensor:
 def candidate(name: str) -> Sampler:
     if name in BACKENDS:
         return partial(linear_sample, temperature=TEMPERATURE, suppress=SUPPRESSED, seed=SEED, backend=name)
-    return {MATMUL: F.linear, PLAIN: plain, COMPILED: torch.compile(plain)}[name]
+    return compiled(plain) if name == COMPILED else {MATMUL: F.linear, PLAIN: plain}[name]
 
 
 def assert_right(backend: str, hidden: Tensor, weight: Tensor) -> None:
