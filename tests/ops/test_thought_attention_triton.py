@@ -81,15 +81,16 @@ def test_values_and_gradients(name, dtype):
     assert_right(*case(name, dtype, DEVICE, CASES | LARGE))
 
 
-@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks", "unsorted, repeated, inactive"])
-def test_split_over_programs(name, monkeypatch):
+@pytest.mark.parametrize("count", [3, 12], ids="{} anchors".format)  # less than a tile of rows, more than one
+@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks"])
+def test_split_over_programs(name, count, monkeypatch):
     """Few rows, few keys: the forward splits the keys, the backward the rows, to fill more processors."""
     monkeypatch.setattr(triton_launch, "processors", lambda device: 64)
     monkeypatch.setattr(triton_launch, "SPLIT_KEYS", 32)
     monkeypatch.setattr(triton_launch, "SPLIT_ROWS", 16)
     inputs, options = case(name, device=DEVICE, cases=CASES | LARGE)
-    options["anchors"] = options["anchors"][:3]
-    inputs = [x[:, :, :3] if x.dim() == 5 else x for x in inputs]
+    options["anchors"] = options["anchors"][:count]
+    inputs = [x[:, :, :count] if x.dim() == 5 else x for x in inputs]
     assert_right(inputs, options)
 
 
