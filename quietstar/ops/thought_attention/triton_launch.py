@@ -1,9 +1,8 @@
 """Launch parameters of the Triton kernels of thought attention.
 
 ``TILES`` is a table by kernel, architecture, element size and padded head size. Nothing is tuned while a program runs:
-``triton_tune`` times candidates on the GPU at hand, on demand, and prints rows to put here. No row has been timed yet.
-In half precision they are the largest tiles found that spill no registers, in any specialisation that
-``tests/ops/test_thought_attention_compile.py`` compiles.
+``triton_tune`` times candidates on the GPU at hand, on demand, and prints rows to put here. No row has been timed yet;
+in half precision none spills registers as ``tests/ops/test_thought_attention_compile.py`` compiles them.
 """
 
 import functools
@@ -29,7 +28,7 @@ class Tile(NamedTuple):
     """Steps of the loop whose loads are in flight; each costs shared memory."""
 
     def options(self) -> dict[str, int]:
-        """What a launch passes on to the compiler."""
+        """What a launch passes on to the compiler; fused multiply-adds by name, since Triton's default is to change."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
