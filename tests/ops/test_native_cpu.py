@@ -1,6 +1,8 @@
 """The compiled kernels of the cpu backend: every instruction set, any number of threads, and wrong pointers."""
 
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from quietstar.ops import (
     thought_attention,
 )
 from quietstar.ops._backend import select_backend
+from quietstar.ops.mixing import native_cpu as mixing
 
 if _native._C is None:
     pytest.skip("needs the compiled module: `pip install .` builds it", allow_module_level=True)
@@ -147,6 +150,24 @@ def test_threads_change_nothing():
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # matmuls are the library's
     finally:
         torch.set_num_threads(threads)
+
+
+def test_other_python_threads_run_meanwhile():
+    logits, rows = torch.randn(1, 32000), 4000
+    inputs = logits.expand(rows, -1), logits.expand(rows, -1), torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
+    started, steps = threading.Event(), 0
+
+    def work():
+        started.set()
+        mixing.cross_entropy(*inputs)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    started.wait()
+    while worker.is_alive():
+        time.sleep(1e-4)
+        steps += 1
+    assert steps > 3
 
 
 # The contract of the native functions. What is reached through the ops is checked there; these are called directly.
