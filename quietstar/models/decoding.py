@@ -80,7 +80,8 @@ class _Loop:
         self.draft_length = DraftLength(thinking.draft_length, model.config.thought_length)
         self.prompt_length, self.max_length = prompt, generation_config.max_length
         self.do_sample = generation_config.do_sample
-        self.pad = 0 if generation_config.pad_token_id is None else generation_config.pad_token_id
+        pad = generation_config._pad_token_tensor  # prepared by transformers: without one the end of text
+        self.pad = 0 if pad is None else int(pad)
 
         capacity = self.max_length + self.draft_length.longest + 1  # stopped rows are computed on
         self.ids = torch.full((batch, capacity), self.pad, device=device)
@@ -89,8 +90,8 @@ class _Loop:
             position_ids = torch.arange(prompt)[None]
         behind = position_ids[:, -1:] + torch.arange(1, capacity - prompt + 1, device=position_ids.device)
         self.position_ids = torch.cat([position_ids, behind], dim=1).to(device).expand(batch, -1)
-        self.attention_mask = attention_mask
-        self.key_start = first_key(attention_mask, (batch, prompt))
+        self.attention_mask = None if attention_mask is None else attention_mask.to(device)
+        self.key_start = first_key(self.attention_mask, (batch, prompt))
 
         self.cache = TextCache(capacity, self.key_start, model.config.sliding_window)
         self.thought_states = ThoughtStates(self.draft_length.longest + 1)

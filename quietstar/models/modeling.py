@@ -108,6 +108,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
     >>> model = QuietStarForCausalLM.from_base("a Mistral checkpoint", tokenizer=tokenizer)
     >>> model(input_ids, labels=input_ids).loss.backward()   # train
     >>> model.generate(input_ids, max_new_tokens=20)         # generate, thinking before every token
+    >>> model.generate(input_ids, draft_length=8)            # text of the same distribution, faster
     """
 
     config_class = QuietStarConfig

@@ -58,6 +58,18 @@ def test_greedy_text_is_the_same(make_model, texts, settings, left_padding, wind
         assert output.thought_share == 1
 
 
+def test_stopped_rows_are_padded_as_without_drafts(make_model, texts):
+    """Without a token for padding it is the end of text."""
+    model = make_model(thought_temperature=0.0, pad_token_id=None, eos_token_id=[5, *range(10, 20)])
+    wanted = model.generate(texts, max_new_tokens=12, do_sample=False)
+    output = model.generate(texts, max_new_tokens=12, do_sample=False, draft_length=3, return_thoughts=True)
+    assert torch.equal(output.sequences, wanted)
+    assert len(set(output.new_tokens.tolist())) > 1
+    behind = torch.arange(output.thinks.shape[1]) >= output.new_tokens[:, None]
+    assert (wanted[:, 12:][behind] == 5).all()
+    assert torch.equal(output.thinks, ~behind)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.6, "top_k": 4, "logits_processor": [NoEcho()]}], ids=["", "p"]
 )
