@@ -18,7 +18,7 @@ def test_from_nothing_to_generated_text(tmp_path, capsys):
     output = capsys.readouterr().out
     for row in ("before Quiet-STaR", "without thoughts", "after a thought", "gain of the thought"):
         assert re.search(rf"{row} +-?\d+\.\d{{4}} ± \d+\.\d{{4}} +-?\d+\.\d{{4}} ± \d+\.\d{{4}}\n", output), row
-    assert len(re.findall(r"weight [+-]\d\.\d{3}  thought '", output)) == 24
+    assert len(re.findall(r"weight [+-]\d\.\d{3}  gain [+-]\d\.\d{3}  thought '", output)) == 24
 
     model = QuietStarForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
