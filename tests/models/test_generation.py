@@ -50,18 +50,20 @@ def test_left_padded_rows_equal_the_prompt_alone(make_model, text, window, optio
 def test_thought_tokens_are_never_generated(make_model, text):
     model = make_model()
     model.lm_head.weight.data[-2:] = 100 * model.model.norm.weight  # the model would like nothing better
-    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 1}):
+    assert int(model.generate(text, max_new_tokens=20, do_sample=True, temperature=2.0).max()) < 38
+    for options in ({}, {"draft_length": 3, "do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 1}):
         output = model.generate(text, max_new_tokens=20, return_thoughts=True, **options)
         assert int(output.sequences.max()) < 38
         assert int(output.thought_tokens.max()) < 38
 
 
-def test_the_same_seed_gives_the_same_text(make_model, text):
+@pytest.mark.parametrize("options", [{}, {"draft_length": "auto"}], ids=str)
+def test_the_same_seed_gives_the_same_text(make_model, text, options):
     model = make_model()
     runs = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        runs.append(model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=12, do_sample=True))
+        runs.append(model.generate(text, max_new_tokens=12, do_sample=True, **options))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
