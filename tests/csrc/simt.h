@@ -3,7 +3,7 @@
 // The threads of a block are fibers. One runs until it waits for others, then one of those that need not wait is drawn
 // at random: code that lacks a barrier meets orders in which it fails. Blocks run one after another, in random order.
 // Shared memory holds NaN until it is written, and asynchronous copies happen early or late, by chance. Waiting for
-// threads that never come, or that wait for something else, is an error and not a deadlock.
+// threads that never come, or that wait for something else, is an error and not a deadlock; so is to go on for ever.
 //
 // What is modelled is what csrc/include/quietstar uses: whole warps only, no atomics on floats, no communication
 // between blocks. Caches, alignment of accesses and time are not.
@@ -35,6 +35,7 @@
 namespace simt {
 
 constexpr int kWarp = 32;
+constexpr int kMostOperations = 50000;  // collective ones of a warp, far more than any kernel here needs in a test
 constexpr std::size_t kStackBytes = 64 << 10, kSharedBytes = 227 << 10;
 
 struct Index {
@@ -217,6 +218,7 @@ template <class T>
 const Posted* exchange(const char* operation, const T& value) {
   static_assert(sizeof(T) <= sizeof(Posted));
   Fiber* self = block.current;
+  if (self->operations == kMostOperations) fail("a warp goes on and on");
   std::vector<Posted>& posted = block.posted[self->operations++ % 2];
   std::memcpy(posted[self->thread.x].bytes, &value, sizeof value);
   self->operation = operation;
