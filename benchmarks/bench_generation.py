@@ -34,7 +34,7 @@ class GenerationShape:
     draft_length: int
 
 
-SHAPE = {"cpu": GenerationShape(256, 64, 8), "cuda": GenerationShape(256, 128, 8)}[DEVICE]
+SHAPE = {"cpu": GenerationShape(256, 64, 12), "cuda": GenerationShape(256, 128, 8)}[DEVICE]
 RECOMPUTED = GenerationShape(256, 32, 0)  # fewer tokens: each of the peer's takes a pass over all positions
 
 
