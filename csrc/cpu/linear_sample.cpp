@@ -206,8 +206,7 @@ void sample_rows(const SampleRows& a) {
         store(scores + i, z / a.temperature - log(load(scores + i, Whole{})), Whole{});
       }
       const Largest score = find_largest(scores, kGroup);
-      const int64_t token = next.place * kGroup + score.place;
-      if (score.value > best || (score.value == best && token < winner)) best = score.value, winner = token;
+      if (score.value > best) best = score.value, winner = next.place * kGroup + score.place;
     }
     a.tokens[row] = winner;
   });
