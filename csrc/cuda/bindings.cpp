@@ -157,9 +157,9 @@ void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& 
   a.key_start = optional_pointer<const Size>("key_start", key_start);
   a.window = at_least("window", 1, window);
   a.scale = scale;
-  a.output = pointer<char>("output", output, 1, alignment_of(dtype));
+  a.output = pointer<char>("output", output, 1, 4);
   a.lse = pointer<float>("lse", lse, 1);
-  a.split_output = pointer<float>("split_output", split_output, splits - 1);
+  a.split_output = pointer<float>("split_output", split_output, splits - 1, 8);
   a.split_lse = pointer<float>("split_lse", split_lse, splits - 1);
   a.batch = sizes[0];
   a.query_heads = sizes[1];

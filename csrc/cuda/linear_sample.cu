@@ -7,7 +7,7 @@ namespace quietstar::cuda {
 void sample_rows(const SampleRows& arguments, const Launch& where) {
   const bool filtered = arguments.top_k != 0 || arguments.top_p < 1;
   launch(filtered ? sample_kernel<true> : sample_kernel<false>, arguments.rows, kSampleThreads,
-         static_cast<std::size_t>(arguments.groups) * sizeof(float), where, arguments);
+         static_cast<std::size_t>(arguments.groups + arguments.groups % 2) * sizeof(float), where, arguments);
 }
 
 }  // namespace quietstar::cuda

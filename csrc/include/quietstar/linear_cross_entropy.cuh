@@ -53,11 +53,14 @@ struct RowGradient {
   }
 };
 
+struct RowSum {
+  float largest, total;
+};
+
 // Largest logit and Σ exp((z − largest) / temperature) of the block, from those of its threads.
-__device__ __forceinline__ Softmax row_softmax(float largest, float total, float inverse_temperature) {
-  // Softmax counts in logits of temperature 1; differences are divided before they are exponentiated.
+__device__ __forceinline__ RowSum row_sum(float largest, float total, float inverse_temperature) {
   struct Shared {
-    float value[2][kMostWarps];
+    float largest[kMostWarps], total[kMostWarps];
   };
   Shared& shared = static_shared<Shared>();
   const int warps = static_cast<int>(blockDim.x) / kWarpSize, lane = lane_number();
@@ -65,16 +68,14 @@ __device__ __forceinline__ Softmax row_softmax(float largest, float total, float
   total *= exp2_approximate((largest - highest_of_warp) * inverse_temperature * kLog2E);
   total = sum_of_lanes(total);
   if (lane == 0) {
-    shared.value[0][warp_number()] = highest_of_warp;
-    shared.value[1][warp_number()] = total;
+    shared.largest[warp_number()] = highest_of_warp;
+    shared.total[warp_number()] = total;
   }
   __syncthreads();
-  largest = lane < warps ? shared.value[0][lane] : kLowest;
-  total = lane < warps ? shared.value[1][lane] : 0;
-  Softmax result;
-  result.peak = largest_of_lanes(largest);
-  result.total = sum_of_lanes(total * exp2_approximate((largest - result.peak) * inverse_temperature * kLog2E));
-  return result;
+  largest = lane < warps ? shared.largest[lane] : kLowest;
+  total = lane < warps ? shared.total[lane] : 0;
+  const float highest = largest_of_lanes(largest);
+  return {highest, sum_of_lanes(total * exp2_approximate((largest - highest) * inverse_temperature * kLog2E))};
 }
 
 template <class G, bool kAligned>
@@ -110,12 +111,12 @@ __global__ void __launch_bounds__(kRowMostThreads) cross_entropy_row_kernel(Cros
       }
     }
   }
-  const Softmax sums = row_softmax(largest, total, a.inverse_temperature);  // behind it, all threads have read the row
-  if (threadIdx.x == 0) a.nll[row] = logf(sums.total) - (at_target - sums.peak) * a.inverse_temperature;
+  const RowSum sum = row_sum(largest, total, a.inverse_temperature);  // behind its barrier, all have read the row
+  if (threadIdx.x == 0) a.nll[row] = logf(sum.total) - (at_target - sum.largest) * a.inverse_temperature;
   if (a.scale == nullptr) return;
 
-  const RowGradient gradient = {sums.peak, a.inverse_temperature, 1 / sums.total, a.scale[row] * a.inverse_temperature,
-                                target};
+  const RowGradient gradient = {sum.largest, a.inverse_temperature, 1 / sum.total,
+                                a.scale[row] * a.inverse_temperature, target};
   G* const output = reinterpret_cast<G*>(logits);
   if (resident) {
 #pragma unroll

@@ -173,7 +173,7 @@ template <bool kFiltered>
 __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a) {
   constexpr int kInFlight = 4;
   SampleShared& shared = sample_shared();
-  float* const bounds = reinterpret_cast<float*>(dynamic_shared());  // of the groups
+  float* const bounds = reinterpret_cast<float*>(dynamic_shared());  // of the groups, an even number of them
   const float* const logits = a.logits + blockIdx.x * a.groups * kGroup;
   const Noise noise{static_cast<std::uint64_t>(*a.seed), static_cast<std::uint64_t>(a.first_row + blockIdx.x)};
   const int team = static_cast<int>(threadIdx.x) / kTeamLanes, member = static_cast<int>(threadIdx.x) % kTeamLanes;
@@ -202,22 +202,22 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
   if (kFiltered) __syncthreads();
   for (std::int64_t pair = threadIdx.x; 2 * pair < a.groups; pair += kSampleThreads) {
     const Noise::First first = noise.of_groups(static_cast<std::uint32_t>(pair));
+    Vector<float, 2> both = load<2>(bounds + 2 * pair);  // the last may be of one group only
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t group = 2 * pair + i;
-      if (group >= a.groups) continue;
-      const float largest = bounds[group];
-      bounds[group] = largest >= smallest ? largest / a.temperature - logf(first.time[i]) + kSlack : -kInfinity;
+      const float largest = both.element[i];
+      both.element[i] = largest >= smallest ? largest / a.temperature - logf(first.time[i]) + kSlack : -kInfinity;
     }
+    store(bounds + 2 * pair, both);
   }
   __syncthreads();
 
+  // Team by team sixteen groups, in turn.
   Best winner;
   while (true) {
     Best next;  // the group of this team with the largest bound
     next.token = a.groups;
-    for (std::int64_t group = team + static_cast<std::int64_t>(kTeams) * member; group < a.groups;
-         group += kTeams * kTeamLanes) {
+    for (std::int64_t group = threadIdx.x; group < a.groups; group += kSampleThreads) {
       next.take(bounds[group], group);
     }
     next.share();

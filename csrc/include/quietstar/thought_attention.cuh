@@ -6,7 +6,7 @@
 // thought keys of other warps' anchors cost it nothing but the barrier. With few rows the tiles are split over blocks,
 // and a second kernel adds up the splits, in fixed order (flash-decoding).
 //
-// 4 · D FLOP for each row and key, on the matrix units in half precision (float32 below: attention_fp32.cuh). Each
+// 4 · D FLOP for each row and key, on the matrix units in half precision (float32 has a kernel of its own). Each
 // block reads 4 · D bytes a key; three tiles are under way, 32 KiB each at D = 128. Of a tile's row of 16-byte pieces,
 // piece c lies at c ^ (row mod 8), so that the eight rows that ldmatrix takes lie in different banks.
 #pragma once
@@ -151,6 +151,15 @@ struct RowResult {
       output[column] = rounded<T>(value);
     } else {
       split_output[column] = value;
+    }
+  }
+
+  // Two neighbours at once, in rows of an even number of columns.
+  __device__ __forceinline__ void store_pair(std::int64_t column, float first, float second) const {
+    if (output) {
+      cuda::store(output + column, Vector<T, 2>{{rounded<T>(first), rounded<T>(second)}});
+    } else {
+      cuda::store(split_output + column, Vector<float, 2>{{first, second}});
     }
   }
 };
@@ -381,10 +390,13 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
     const float factor = sum[r] > 0 ? 1 / sum[r] : 0;
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + pair + i;
-        if (column < a.head_size) result.store(column, output[n][2 * r + i] * factor);
+      const int column = n * 8 + pair;
+      const float first = output[n][2 * r] * factor, second = output[n][2 * r + 1] * factor;
+      if (a.head_size % 2 == 0) {
+        if (column < a.head_size) result.store_pair(column, first, second);
+      } else {
+        if (column < a.head_size) result.store(column, first);
+        if (column + 1 < a.head_size) result.store(column + 1, second);
       }
     }
     if (lane % 4 == 0) *result.lse = natural_log_sum(largest[r], sum[r]);
