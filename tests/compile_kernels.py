@@ -1,8 +1,8 @@
 """What Triton kernels compile to, for GPUs that need not be there.
 
-``compiled(script, function)`` runs ``function`` of a Python file in a process of its own, once for every architecture.
-There, kernels are compiled as they are launched, with the very arguments and options of the launch, on CPU tensors;
-none is run. The function calls what launches the kernels and ignores the results, which are garbage.
+``compiled(script, function)`` runs ``function`` of a Python file in a process of its own for every architecture. There,
+kernels are compiled as they are launched, with the very arguments and options of the launch, on CPU tensors; none is
+run. The function calls what launches the kernels and ignores the results, which are garbage.
 """
 
 import functools
@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,17 +39,24 @@ class Kernel(NamedTuple):
     ptx: str
 
 
-def compiled(script: str, function: str, *architectures: int) -> list[Kernel]:
-    """The kernels that ``function`` of the file ``script`` launches, for each architecture (all of SHARED_MEMORY)."""
+@functools.cache
+def compiled(script: str, function: str, architectures: tuple[int, ...] = (80, 90, 100)) -> dict[int, list[Kernel]]:
+    """The kernels that ``function`` of the file ``script`` launches, by architecture, one on each core."""
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        kernels = processes.map(functools.partial(_compiled_for, script, function), architectures)
+        return dict(zip(architectures, kernels, strict=True))
+
+
+def _compiled_for(script: str, function: str, architecture: int) -> list[Kernel]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(["", *sys.path])
-    command = [sys.executable, __file__, script, function, *map(str, architectures or SHARED_MEMORY)]
+    command = [sys.executable, __file__, script, function, str(architecture)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, "see stderr"
     return [Kernel(*fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compile_launches(script: str, function: str, architectures: list[int]) -> list[Kernel]:
+def _compile_launches(script: str, function: str, architecture: int) -> list[Kernel]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -63,18 +71,17 @@ def _compile_launches(script: str, function: str, architectures: list[int]) -> l
         return kernel
 
     JITFunction.run = only_compile
-    for architecture in architectures:
-        target = GPUTarget("cuda", architecture, 32)
-        limit = {"max_shared_mem": (SHARED_MEMORY | GEFORCE)[architecture]}
-        driver.set_active(
-            SimpleNamespace(
-                get_current_device=functools.partial(int, architecture),
-                get_current_stream=lambda device: 0,
-                get_current_target=lambda target=target: target,
-                utils=SimpleNamespace(get_device_properties=lambda device, limit=limit: limit),
-            )
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: architecture,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+            utils=SimpleNamespace(
+                get_device_properties=lambda device: {"max_shared_mem": (SHARED_MEMORY | GEFORCE)[architecture]}
+            ),
         )
-        launch()
+    )
+    launch()
     return [_kernel(kernel) for kernel in found.values()]
 
 
@@ -94,4 +101,4 @@ def _kernel(kernel) -> Kernel:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_launches(sys.argv[1], sys.argv[2], [int(x) for x in sys.argv[3:]])))
+    print(json.dumps(_compile_launches(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

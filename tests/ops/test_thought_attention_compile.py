@@ -71,7 +71,7 @@ def launch_float32():
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY, ids="sm_{}".format)
 def kernels(request):
-    return compiled(__file__, "launch_common", request.param)
+    return compiled(__file__, "launch_common")[request.param]
 
 
 def assert_fit(kernels, shared_memory):
@@ -101,17 +101,17 @@ def test_vectors_are_read_by_16_bytes(kernels):
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY, ids="sm_{}".format)
 def test_large_heads_fit(architecture):
-    assert_fit(compiled(__file__, "launch_large_heads", architecture), SHARED_MEMORY[architecture])
+    assert_fit(compiled(__file__, "launch_large_heads")[architecture], SHARED_MEMORY[architecture])
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)
 def test_compact_rows_fit(architecture):
-    assert_fit(compiled(__file__, "launch_compact", architecture), GEFORCE[architecture])
+    assert_fit(compiled(__file__, "launch_compact", (architecture,))[architecture], GEFORCE[architecture])
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)
 def test_float32_fits_the_smallest(architecture):
     """Without tensor cores: a few spilled registers are the lesser evil."""
-    for kernel in compiled(__file__, "launch_float32", architecture):
+    for kernel in compiled(__file__, "launch_float32", (architecture,))[architecture]:
         assert kernel.spilled <= 256, kernel[:6]
         assert kernel.shared <= GEFORCE[architecture], kernel[:6]

@@ -43,7 +43,7 @@ def launch_all():
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY, ids="sm_{}".format)
 def kernels(request):
-    return compiled(__file__, "launch_all", request.param)
+    return compiled(__file__, "launch_all")[request.param]
 
 
 @pytest.mark.slow
