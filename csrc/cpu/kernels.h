@@ -98,7 +98,8 @@ struct ThoughtShape {
   int threads;
 };
 
-// Merges attention over the base keys with that over an anchor's own thought keys. Of a lse, D = 1.
+// Merges attention over the base keys with that over an anchor's own thought keys. Of a lse, D = 1. The results may
+// lie over the base part.
 template <class T>
 struct ThoughtForward : ThoughtShape {
   Steps<const T> query, thought_key, thought_value;
@@ -107,7 +108,8 @@ struct ThoughtForward : ThoughtShape {
   Steps<float> lse;
 };
 
-// Gradients of the thought keys and values, and that of the queries with the part through the base keys added.
+// Gradients of the thought keys and values, and that of the queries with the part through the base keys added,
+// which it may lie over.
 template <class T>
 struct ThoughtBackward : ThoughtShape {
   Steps<const T> query, thought_key, thought_value, output, grad_output;

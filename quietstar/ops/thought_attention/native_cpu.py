@@ -25,8 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
     base_output, base_lse = library.base_forward(*map(widen, (query, key, value)), anchors, key_start, window, scale)
-    output = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32)
+    output, lse = _room_for_result(base_output, query.dtype), _room_for_result(base_lse, torch.float32)
     if output.numel():
         given = (query, thought_key, thought_value, base_output, base_lse[..., None], output, lse[..., None])
         given = [unit_columns(x) for x in given]
@@ -54,13 +53,19 @@ def backward(
     base_grad_query, grad_key, grad_value = library.base_backward(
         widen(grad_output), grad_lse, *map(widen, (query, key, value, output)), lse, anchors, key_start, window, scale
     )
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, thought_key, thought_value)]
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (thought_key, thought_value)]
+    grads.insert(0, _room_for_result(base_grad_query, query.dtype))
     if query.numel():
         lse, grad_lse = lse[..., None], None if grad_lse is None else grad_lse[..., None]
         given = (query, thought_key, thought_value, output, grad_output, base_grad_query, lse, grad_lse, *grads)
         given = [None if x is None else unit_columns(x) for x in given]
         _C.cpu.thought_backward(*_shape(query, thought_key, scale), *map(_steps, given))
     return grads[0], grad_key.to(key.dtype), grad_value.to(value.dtype), *grads[1:]
+
+
+def _room_for_result(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the merged result goes: over the base part if it fits, which spares the memory and its page faults."""
+    return base if base.dtype == dtype and base.is_contiguous() else torch.empty(base.shape, dtype=dtype)
 
 
 def _shape(query: Tensor, thought_key: Tensor, scale: float) -> tuple[int, list[int], float, int]:
