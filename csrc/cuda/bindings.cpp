@@ -170,6 +170,10 @@ void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& 
   a.length = sizes[6];
   a.head_size = sizes[7];
   a.splits = splits;
+  constexpr Size kMost = 1 << 30;  // rows and keys are counted in 32 bits
+  if (a.length > kMost) refuse("L", "be at most 2^30", a.length);
+  if (a.thought_steps > kMost / a.anchors_per_batch) refuse("P * T", "be at most 2^30", a.thought_steps);
+  if (a.query_heads / a.kv_heads * a.steps > kMost / a.anchors_per_batch) refuse("rows", "be at most 2^30", a.steps);
   if (a.query_heads % a.kv_heads) refuse("Hq", "be a multiple of Hkv", a.query_heads);
   if (a.head_size > cuda::kLargestHead) refuse("D", "be at most " + std::to_string(cuda::kLargestHead), a.head_size);
   cuda::thought_attention(static_cast<DType>(dtype), a, place(device, stream));

@@ -26,6 +26,15 @@ LARGE = {
         {"batch": 1, "length": 200, "num_anchors": 35, "steps": 1, "thought_steps": 3, "head": 16},
         {"anchors": [-1 if i % 5 == 0 else i * 37 % 200 for i in range(35)]},
     ),
+    # Whole warps whose rows all see the first tile of keys but for its last, or its first.
+    "a tile without its last key": (
+        {"query_heads": 16, "kv_heads": 1, "length": 70, "num_anchors": 1, "steps": 1, "head": 8},
+        {"anchors": [62]},
+    ),
+    "a tile without its first key": (
+        {"query_heads": 16, "kv_heads": 1, "length": 70, "num_anchors": 1, "steps": 1, "head": 8},
+        {"anchors": [69], "key_start": [1, 1]},
+    ),
     "decoding, split keys": (
         {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 64},
         {"anchors": [[1099, 3, 350], [-1, 700, 1000]], "key_start": [0, 600]},

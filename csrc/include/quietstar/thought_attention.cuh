@@ -21,83 +21,99 @@ constexpr int kTileKeys = 64, kStages = 3;
 constexpr int kRowsOfWarp = 16;
 constexpr int kMostTileWarps = static_cast<int>(kTileRows) / kRowsOfWarp;
 
-// What one query row sees: base keys low ... high, and the thought keys of its anchor up to a step.
+// What one query row sees: base keys low ... high, and the thought keys of its anchor up to a step. Rows of a head, keys
+// and anchors are counted in 32 bits, to save registers; offsets in memory have 64.
 struct RowSight {
-  std::int64_t anchor;  // its number; −1: no such row
-  int low, high;        // high < low: none
-  int last_step;        // −1: none
+  int anchor;     // its number; −1: no such row
+  int low, high;  // high < low: none
+  int last_step;  // −1: none
 
-  __device__ __forceinline__ bool sees_base(std::int64_t key) const { return key >= low && key <= high; }
-  __device__ __forceinline__ bool sees_thought(std::int64_t of_anchor, int step) const {
+  __device__ __forceinline__ bool sees_base(int key) const { return key >= low && key <= high; }
+  __device__ __forceinline__ bool sees_thought(int of_anchor, int step) const {
     return of_anchor == anchor && step <= last_step;
   }
 };
 
 // The rows and tensors of one batch and key/value head.
 struct AttentionHead {
-  std::int64_t batch, kv_head, group, rows;
+  int batch, kv_head, group, steps, rows;
 
-  __device__ __forceinline__ AttentionHead(const ThoughtAttention& a, std::int64_t number)
-      : batch(number / a.kv_heads), kv_head(number % a.kv_heads), group(a.query_heads / a.kv_heads),
-        rows(a.anchors_per_batch * a.steps * group) {}
+  __device__ __forceinline__ AttentionHead(const ThoughtAttention& a, unsigned number)
+      : batch(static_cast<int>(number / static_cast<unsigned>(a.kv_heads))),
+        kv_head(static_cast<int>(number % static_cast<unsigned>(a.kv_heads))),
+        group(static_cast<int>(a.query_heads) / static_cast<int>(a.kv_heads)), steps(static_cast<int>(a.steps)),
+        rows(static_cast<int>(a.anchors_per_batch) * steps * group) {}
 
-  __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, std::int64_t row) const {
+  __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
     if (row >= rows) return {-1, 0, -1, -1};
-    const std::int64_t anchor = row / (a.steps * group), step = row / group % a.steps;
+    const int anchor = row / (steps * group), step = row / group % steps;
     const std::int64_t position = a.anchors ? a.anchors[batch * a.anchor_batch_stride + anchor] : anchor;
     if (position < 0) return {anchor, 0, -1, -1};
     const std::int64_t start = a.key_start ? a.key_start[batch] : 0, high = min(position, a.length - 1);
     return {anchor, static_cast<int>(max(start, position - min(a.window, a.length) + 1)), static_cast<int>(high),
-            static_cast<int>(a.thought_steps - a.steps + step)};
+            static_cast<int>(a.thought_steps) - steps + step};
   }
 
   template <class T>
-  __device__ __forceinline__ const T* query(const ThoughtAttention& a, std::int64_t row) const {
-    const std::int64_t anchor = row / (a.steps * group), step = row / group % a.steps;
-    const std::int64_t head = kv_head * group + row % group;
+  __device__ __forceinline__ const T* query(const ThoughtAttention& a, int row) const {
+    const int anchor = row / (steps * group), step = row / group % steps, head = kv_head * group + row % group;
     return static_cast<const T*>(a.query.data) + batch * a.query.batch_stride + head * a.query.head_stride +
            anchor * a.query.anchor_stride + step * a.query.step_stride;
   }
 
   // Of the row in tensors [B, Hq, P, S].
-  __device__ __forceinline__ std::int64_t place(const ThoughtAttention& a, std::int64_t row) const {
-    const std::int64_t head = kv_head * group + row % group;
-    return (batch * a.query_heads + head) * a.anchors_per_batch * a.steps + row / group;
+  __device__ __forceinline__ std::int64_t place(const ThoughtAttention& a, int row) const {
+    const int head = kv_head * group + row % group;
+    return (batch * a.query_heads + head) * a.anchors_per_batch * steps + row / group;
+  }
+};
+
+// The rows and the split of a block.
+struct BlockPlace {
+  AttentionHead head;
+  int split, first_row, end_row;
+
+  __device__ __forceinline__ BlockPlace(const ThoughtAttention& a, int block_rows) : head(a, 0) {
+    const unsigned row_blocks = static_cast<unsigned>((head.rows - 1) / block_rows + 1);
+    const unsigned splits = static_cast<unsigned>(a.splits);
+    // Later rows see more keys: those blocks start first, so that the last to finish are short.
+    first_row = static_cast<int>(row_blocks - 1 - blockIdx.x % row_blocks) * block_rows;
+    end_row = head.rows - first_row < block_rows ? head.rows : first_row + block_rows;
+    split = static_cast<int>(blockIdx.x / row_blocks % splits);
+    head = AttentionHead(a, blockIdx.x / row_blocks / splits);
   }
 };
 
 // The tiles of keys that a block takes.
 struct TileList {
-  std::int64_t first_key, base_tiles, base_end;             // base keys first_key ... base_end − 1
-  std::int64_t first_anchor, thought_keys, begin, end;      // tiles begin ... end − 1 of base and thought tiles
+  int first_key, base_tiles, base_end;         // base keys first_key ... base_end − 1
+  int first_anchor, thought_keys, begin, end;  // tiles begin ... end − 1 of base and thought tiles
 
   // Of a tile's place: whether it is a base key or a thought key, and which; valid says whether there is one.
   struct Key {
     bool base, valid;
-    std::int64_t position;  // base
-    std::int64_t anchor;    // thought
-    int step;
+    int position;      // of a base key
+    int anchor, step;  // of a thought key
   };
-  __device__ __forceinline__ Key key(const ThoughtAttention& a, std::int64_t tile, int place) const {
+  __device__ __forceinline__ Key key(const ThoughtAttention& a, int tile, int place) const {
     if (tile < base_tiles) {
-      const std::int64_t position = first_key + tile * kTileKeys + place;
+      const int position = first_key + tile * kTileKeys + place;
       return {true, position < base_end, position, 0, 0};
     }
-    const std::int64_t number = (tile - base_tiles) * kTileKeys + place;
-    const auto t = static_cast<unsigned>(number), steps = static_cast<unsigned>(a.thought_steps);
-    return {false, number < thought_keys, 0, first_anchor + t / steps, static_cast<int>(t % steps)};
+    const int number = (tile - base_tiles) * kTileKeys + place, steps = static_cast<int>(a.thought_steps);
+    return {false, number < thought_keys, 0, first_anchor + number / steps, number % steps};
   }
 };
 
 // The tiles of the rows `first_row` ... `end_row` − 1, and of these the part of one split.
 __device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const AttentionHead& head,
-                                              std::int64_t first_row, std::int64_t end_row, std::int64_t split) {
+                                              int first_row, int end_row, int split) {
   struct Shared {
     int low[kMostWarps], high[kMostWarps];
   };
   Shared& shared = static_shared<Shared>();
   int low = INT32_MAX, high = -1;
-  for (std::int64_t row = first_row + threadIdx.x; row < end_row; row += blockDim.x) {
+  for (int row = first_row + static_cast<int>(threadIdx.x); row < end_row; row += static_cast<int>(blockDim.x)) {
     const RowSight sight = head.sight(a, row);
     if (sight.high < sight.low) continue;
     low = min(low, sight.low);
@@ -120,12 +136,12 @@ __device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const A
   list.first_key = high < low ? 0 : low / kTileKeys * kTileKeys;
   list.base_end = high + 1;
   list.base_tiles = high < low ? 0 : (list.base_end - list.first_key + kTileKeys - 1) / kTileKeys;
-  const std::int64_t rows_of_anchor = a.steps * head.group;
+  const int rows_of_anchor = head.steps * head.group;
   list.first_anchor = first_row / rows_of_anchor;
-  list.thought_keys = ((end_row - 1) / rows_of_anchor + 1 - list.first_anchor) * a.thought_steps;
+  list.thought_keys = ((end_row - 1) / rows_of_anchor + 1 - list.first_anchor) * static_cast<int>(a.thought_steps);
   const std::int64_t tiles = list.base_tiles + (list.thought_keys + kTileKeys - 1) / kTileKeys;
-  list.begin = tiles * split / a.splits;
-  list.end = tiles * (split + 1) / a.splits;
+  list.begin = static_cast<int>(tiles * split / a.splits);
+  list.end = static_cast<int>(tiles * (split + 1) / a.splits);
   return list;
 }
 
@@ -136,8 +152,7 @@ struct RowResult {
   float* split_output;
   float* lse;
 
-  __device__ __forceinline__ RowResult(const ThoughtAttention& a, const AttentionHead& head, std::int64_t row,
-                                       std::int64_t split) {
+  __device__ __forceinline__ RowResult(const ThoughtAttention& a, const AttentionHead& head, int row, int split) {
     const std::int64_t place = head.place(a, row);
     const std::int64_t rows = a.batch * a.query_heads * a.anchors_per_batch * a.steps;
     const bool whole = a.splits == 1;
@@ -146,7 +161,7 @@ struct RowResult {
     lse = whole ? a.lse + place : a.split_lse + split * rows + place;
   }
 
-  __device__ __forceinline__ void store(std::int64_t column, float value) const {
+  __device__ __forceinline__ void store(int column, float value) const {
     if (output) {
       output[column] = rounded<T>(value);
     } else {
@@ -155,7 +170,7 @@ struct RowResult {
   }
 
   // Two neighbours at once, in rows of an even number of columns.
-  __device__ __forceinline__ void store_pair(std::int64_t column, float first, float second) const {
+  __device__ __forceinline__ void store_pair(int column, float first, float second) const {
     if (output) {
       cuda::store(output + column, Vector<T, 2>{{rounded<T>(first), rounded<T>(second)}});
     } else {
@@ -185,7 +200,7 @@ struct HalfAttention {
   const TileList& list;
   unsigned char* const tiles;
 
-  __device__ __forceinline__ unsigned char* stage(std::int64_t tile, bool values) const {
+  __device__ __forceinline__ unsigned char* stage(int tile, bool values) const {
     return tiles + ((tile % kStages) * 2 + values) * kTileBytes;
   }
 
@@ -194,7 +209,7 @@ struct HalfAttention {
   }
 
   // Brings keys and values of a tile to shared memory, zeros where there are none: 0 · NaN would not be 0.
-  __device__ __forceinline__ void fetch(std::int64_t tile) const {
+  __device__ __forceinline__ void fetch(int tile) const {
     if (tile < list.end) {
       for (int i = threadIdx.x; i < kTileKeys * kPieces; i += blockDim.x) {
         const int place = i / kPieces, piece = i % kPieces;
@@ -233,22 +248,15 @@ template <class T, int kHead, bool kAligned>
 __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kernel(ThoughtAttention a) {
   using Attention = HalfAttention<T, kHead, kAligned>;
   constexpr int kSteps = Attention::kSteps;
-  const std::int64_t block_rows = blockDim.x / kWarpSize * kRowsOfWarp;
-  const std::int64_t rows_of_head = a.anchors_per_batch * a.steps * (a.query_heads / a.kv_heads);
-  const std::int64_t row_blocks = (rows_of_head + block_rows - 1) / block_rows;
-  // Later rows see more keys: those blocks start first, so that the last to finish are short.
-  const std::int64_t row_block = row_blocks - 1 - blockIdx.x % row_blocks;
-  const std::int64_t split = blockIdx.x / row_blocks % a.splits;
-  const AttentionHead head(a, blockIdx.x / (row_blocks * a.splits));
-  const std::int64_t first_row = row_block * block_rows;
-  const TileList list = tile_list(a, head, first_row, min(first_row + block_rows, head.rows), split);
+  const BlockPlace place(a, static_cast<int>(blockDim.x) / kWarpSize * kRowsOfWarp);
+  const AttentionHead& head = place.head;
+  const TileList list = tile_list(a, head, place.first_row, place.end_row, place.split);
   const Attention attention{a, head, list, dynamic_shared()};
 
   // Of the 16 rows of its warp, a lane has lane / 4 and that + 8: in the layout of the matrix units, both of queries
   // and of sums.
   const int lane = lane_number(), pair = lane % 4 * 2;
-  const std::int64_t row[2] = {first_row + warp_number() * kRowsOfWarp + lane / 4,
-                               first_row + warp_number() * kRowsOfWarp + lane / 4 + 8};
+  const int upper_row = place.first_row + warp_number() * kRowsOfWarp + lane / 4, row[2] = {upper_row, upper_row + 8};
   const RowSight sight[2] = {head.sight(a, row[0]), head.sight(a, row[1])};
 
   for (int i = 0; i < kStages - 1; ++i) attention.fetch(list.begin + i);
@@ -272,7 +280,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
 
   // What all rows of the warp see, and what any of them does: most tiles need no mask, or no work.
   int low = INT32_MAX, high = -1, all_low = 0, all_high = INT32_MAX;
-  std::int64_t first_anchor = INT64_MAX, last_anchor = -1;
+  int first_anchor = INT32_MAX, last_anchor = -1;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (sight[r].low <= sight[r].high) low = min(low, sight[r].low);
@@ -297,18 +305,16 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
   float largest[2] = {kLowest, kLowest}, sum[2] = {0, 0};
   const float to_log2 = a.scale * kLog2E;
 
-  for (std::int64_t tile = list.begin; tile < list.end; ++tile) {
+  for (int tile = list.begin; tile < list.end; ++tile) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the tile is there for all, and all are done with the one before, which the next overwrites
     attention.fetch(tile + kStages - 1);
 
     const bool base = tile < list.base_tiles;
-    const std::int64_t first_key = list.first_key + tile * kTileKeys;
-    const std::int64_t first_thought = list.first_anchor + (tile - list.base_tiles) * kTileKeys / a.thought_steps;
-    const std::int64_t last_thought =
-        list.first_anchor + ((tile - list.base_tiles + 1) * kTileKeys - 1) / a.thought_steps;
+    const int first_key = list.first_key + tile * kTileKeys;
     const bool needed = base ? first_key <= high && first_key + kTileKeys > low
-                             : first_thought <= last_anchor && last_thought >= first_anchor;
+                             : list.key(a, tile, 0).anchor <= last_anchor &&
+                                   list.key(a, tile, kTileKeys - 1).anchor >= first_anchor;
     if (!needed) continue;
     const bool masked = !base || first_key < all_low || first_key + kTileKeys - 1 > all_high;
 
@@ -386,7 +392,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
   for (int r = 0; r < 2; ++r) {
     sum[r] = sum_of_lanes(sum[r], 4);
     if (row[r] >= head.rows) continue;
-    const RowResult<T> result(a, head, row[r], split);
+    const RowResult<T> result(a, head, row[r], place.split);
     const float factor = sum[r] > 0 ? 1 / sum[r] : 0;
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n) {
@@ -408,19 +414,16 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
 constexpr int kFloatWarps = 4, kFloatColumns = static_cast<int>(kLargestHead) / kWarpSize;
 
 __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_kernel(ThoughtAttention a) {
-  const std::int64_t rows_of_head = a.anchors_per_batch * a.steps * (a.query_heads / a.kv_heads);
-  const std::int64_t row_blocks = (rows_of_head + kFloatWarps - 1) / kFloatWarps;
-  const std::int64_t first_row = (row_blocks - 1 - blockIdx.x % row_blocks) * kFloatWarps;
-  const std::int64_t split = blockIdx.x / row_blocks % a.splits;
-  const AttentionHead head(a, blockIdx.x / (row_blocks * a.splits));
-  const TileList list = tile_list(a, head, first_row, min(first_row + kFloatWarps, head.rows), split);
+  const BlockPlace place(a, kFloatWarps);
+  const AttentionHead& head = place.head;
+  const TileList list = tile_list(a, head, place.first_row, place.end_row, place.split);
 
   struct Shared {
     float query[kFloatWarps][kLargestHead];
   };
   const int lane = lane_number();
   float* const query = static_shared<Shared>().query[warp_number()];
-  const std::int64_t row = first_row + warp_number();
+  const int row = place.first_row + warp_number();
   const RowSight sight = head.sight(a, row);
   for (std::int64_t column = lane; column < a.head_size; column += kWarpSize) {
     query[column] = row < head.rows ? head.query<float>(a, row)[column] * a.scale * kLog2E : 0;
@@ -428,8 +431,8 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   __syncwarp();
 
   float output[kFloatColumns] = {}, largest = kLowest, sum = 0;
-  for (std::int64_t part = list.begin * 2; part < list.end * 2; ++part) {
-    const TileList::Key key = list.key(a, part / 2, static_cast<int>(part % 2) * kWarpSize + lane);
+  for (int part = list.begin * 2; part < list.end * 2; ++part) {
+    const TileList::Key key = list.key(a, part / 2, part % 2 * kWarpSize + lane);
     const bool sees =
         key.valid && (key.base ? sight.sees_base(key.position) : sight.sees_thought(key.anchor, key.step));
     if (!__any_sync(kWholeWarp, sees)) continue;
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
     }
   }
   if (row >= head.rows) return;
-  const RowResult<float> result(a, head, row, split);
+  const RowResult<float> result(a, head, row, place.split);
   const float factor = sum > 0 ? 1 / sum : 0;
 #pragma unroll
   for (int i = 0; i < kFloatColumns; ++i) {
