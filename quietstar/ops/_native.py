@@ -13,6 +13,9 @@ try:  # after torch: the module then shares torch's OpenMP threads instead of st
 except ImportError as error:
     _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it"
 
+# Asked once: torch.compile traces the choice of a backend, and cannot trace into the compiled module.
+_HAS_CUDA = _C is not None and _C.build_info()["cuda"] is not None
+
 # The numbers of csrc/include/quietstar/contract.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -30,7 +33,7 @@ def cuda_unavailable(tensor: Tensor) -> str | None:
     """Why the ``cuda`` backend cannot run on ``tensor``, in one clause; None if it can."""
     if _C is None:
         return _MISSING
-    if _C.build_info()["cuda"] is None:
+    if not _HAS_CUDA:
         return "the compiled module was built without CUDA; `pip install . -C cmake.define.QUIETSTAR_CUDA=ON` adds it"
     if tensor.device.type != "cuda":
         return f"its kernels need tensors on a GPU, got {tensor.device.type}"
