@@ -1,6 +1,7 @@
 // Starts the kernels of thought attention.
 
 #include "quietstar/thought_attention.cuh"
+#include "quietstar/thought_attention_float.cuh"
 
 namespace quietstar::cuda {
 namespace {

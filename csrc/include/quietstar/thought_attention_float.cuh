@@ -1,0 +1,110 @@
+// Attention of thoughts in float32, and the sum over splits of both dtypes; thought_attention.cuh draws the layout.
+#pragma once
+
+#include "quietstar/thought_tiles.cuh"
+
+namespace quietstar::cuda {
+
+// float32 has no matrix units at full precision: a warp takes one row at a time, and of a tile a key each lane, then of
+// the values a column each lane. Keys are read directly, those that rows share mostly from the L1 cache.
+constexpr int kFloatWarps = 4, kFloatColumns = static_cast<int>(kLargestHead) / kWarpSize;
+
+__global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_kernel(ThoughtAttention a) {
+  const BlockPlace place(a, kFloatWarps);
+  const AttentionHead& head = place.head;
+  const TileList list = tile_list(a, head, place.first_row, place.end_row, place.split);
+
+  struct Shared {
+    float query[kFloatWarps][kLargestHead];
+  };
+  const int lane = lane_number();
+  float* const query = static_shared<Shared>().query[warp_number()];
+  const int row = place.first_row + warp_number();
+  const RowSight sight = head.sight(a, row);
+  for (std::int64_t column = lane; column < a.head_size; column += kWarpSize) {
+    query[column] = row < head.rows ? head.query<float>(a, row)[column] * a.scale * kLog2E : 0;
+  }
+  __syncwarp();
+
+  float output[kFloatColumns] = {}, largest = kLowest, sum = 0;
+  for (int part = list.begin * 2; part < list.end * 2; ++part) {
+    const TileList::Key key = list.key(a, part / 2, part % 2 * kWarpSize + lane);
+    const bool sees =
+        key.valid && (key.base ? sight.sees_base(key.position) : sight.sees_thought(key.anchor, key.step));
+    if (!__any_sync(kWholeWarp, sees)) continue;
+    const auto at = [&](const Steps& of_base, const Steps& of_thought) {
+      const Steps& tensor = key.base ? of_base : of_thought;
+      return static_cast<const float*>(tensor.data) + head.batch * tensor.batch_stride +
+             head.kv_head * tensor.head_stride + (key.base ? key.position : key.anchor) * tensor.anchor_stride +
+             key.step * tensor.step_stride;
+    };
+    float score = -kInfinity;
+    if (sees) {
+      const float* const k = at(a.key, a.thought_key);
+      score = 0;
+      if (misalignment(k) == 0 && a.head_size % 4 == 0) {
+#pragma unroll 4
+        for (std::int64_t column = 0; column < a.head_size; column += 4) {
+          const Vector<float, 4> some = load<4>(k + column);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) score += some.element[i] * query[column + i];
+        }
+      } else {
+        for (std::int64_t column = 0; column < a.head_size; ++column) score += k[column] * query[column];
+      }
+    }
+    const float highest = larger(largest, largest_of_lanes(score));
+    const float shrink = exp2_approximate(largest - highest), probability = exp2_approximate(score - highest);
+    largest = highest;
+    sum = sum * shrink + sum_of_lanes(probability);
+#pragma unroll
+    for (int i = 0; i < kFloatColumns; ++i) output[i] *= shrink;
+    const std::uint64_t values = sees ? reinterpret_cast<std::uint64_t>(at(a.value, a.thought_value)) : 0;
+#pragma unroll 4
+    for (int other = 0; other < kWarpSize; ++other) {
+      const float p = __shfl_sync(kWholeWarp, probability, other);
+      const auto v = reinterpret_cast<const float*>(__shfl_sync(kWholeWarp, values, other));
+#pragma unroll
+      for (int i = 0; i < kFloatColumns; ++i) {
+        if (v && lane + i * kWarpSize < a.head_size) output[i] += p * v[lane + i * kWarpSize];
+      }
+    }
+  }
+  if (row >= head.rows) return;
+  const RowResult<float> result(a, head, row, place.split);
+  const float factor = sum > 0 ? 1 / sum : 0;
+#pragma unroll
+  for (int i = 0; i < kFloatColumns; ++i) {
+    if (lane + i * kWarpSize < a.head_size) result.store(lane + i * kWarpSize, output[i] * factor);
+  }
+  if (lane == 0) *result.lse = natural_log_sum(largest, sum);
+}
+
+// Adds up the splits of a row, one warp a row: output = Σ output_i · exp(lse_i − lse), lse = log Σ exp(lse_i).
+constexpr int kCombineWarps = 4;
+
+template <class T>
+__global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_kernel(ThoughtAttention a) {
+  const std::int64_t rows = a.batch * a.query_heads * a.anchors_per_batch * a.steps;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kCombineWarps + warp_number();
+  if (row >= rows) return;
+  float largest = kLowest;
+  for (std::int64_t split = 0; split < a.splits; ++split) largest = larger(a.split_lse[split * rows + row], largest);
+  float total = 0;
+  for (std::int64_t split = 0; split < a.splits; ++split) {
+    total += exp2_approximate((a.split_lse[split * rows + row] - largest) * kLog2E);
+  }
+  const float factor = total > 0 ? 1 / total : 0;
+  for (std::int64_t column = lane_number(); column < a.head_size; column += kWarpSize) {
+    float output = 0;
+#pragma unroll 4
+    for (std::int64_t split = 0; split < a.splits; ++split) {
+      const float share = exp2_approximate((a.split_lse[split * rows + row] - largest) * kLog2E);
+      output += share * a.split_output[(split * rows + row) * a.head_size + column];
+    }
+    static_cast<T*>(a.output)[row * a.head_size + column] = rounded<T>(output * factor);
+  }
+  if (lane_number() == 0) a.lse[row] = total > 0 ? largest + logf(total) : -kInfinity;
+}
+
+}  // namespace quietstar::cuda
