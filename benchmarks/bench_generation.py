@@ -117,7 +117,15 @@ def bench_drafts(compare, do_sample):
         run()
     rate = with_drafts().acceptance_rate
     print(f"acceptance rate {rate:.3f}")
-    compare(with_drafts, peers, rounds=5, promised=2, moved=weights * SHAPE.new_tokens, shape=SHAPE, less_work=["base model"])
+    compare(
+        with_drafts,
+        peers,
+        rounds=5,
+        promised=2,
+        moved=weights * SHAPE.new_tokens,
+        shape=SHAPE,
+        less_work=["base model"],
+    )
 
 
 def bench_thinking(compare):
