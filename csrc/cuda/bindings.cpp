@@ -34,7 +34,7 @@ cuda::MatrixIn matrix(int dtype, const char* name, Address address, Size stride,
 }
 
 cuda::Mix mix_arguments(int dtype, Address base, Size base_stride, Address thought, Size thought_stride, Address weight,
-                  Size rows, Size vocabulary) {
+                        Size rows, Size vocabulary) {
   at_least("rows", 0, rows);
   at_least("vocabulary", 1, vocabulary);
   return {matrix(dtype, "base", base, base_stride, rows), matrix(dtype, "thought", thought, thought_stride, rows),
@@ -100,13 +100,13 @@ void cross_entropy_rows(int gradient_dtype, Address logits, Size stride, Address
   alignment_of(gradient_dtype);
   at_least("vocabulary", 1, vocabulary);
   const cuda::CrossEntropyRows arguments{pointer<float>("logits", logits, at_least("rows", 0, rows)),
-                                   at_least("stride", vocabulary, stride),
-                                   pointer<const Size>("target", target, rows),
-                                   optional_pointer<const float>("scale", scale),
-                                   pointer<float>("nll", nll, rows),
-                                   inverse_temperature,
-                                   rows,
-                                   vocabulary};
+                                         at_least("stride", vocabulary, stride),
+                                         pointer<const Size>("target", target, rows),
+                                         optional_pointer<const float>("scale", scale),
+                                         pointer<float>("nll", nll, rows),
+                                         inverse_temperature,
+                                         rows,
+                                         vocabulary};
   cuda::cross_entropy_rows(static_cast<DType>(gradient_dtype), arguments, place(device, stream));
 }
 
@@ -115,14 +115,14 @@ void sample_rows(Address logits, Address seed, Address tokens, Size first_row, f
   at_least("groups", 1, groups);
   if (!(temperature > 0)) throw std::invalid_argument("temperature must be positive");
   const cuda::SampleRows arguments{pointer<const float>("logits", logits, at_least("rows", 0, rows), 16),
-                             pointer<const Size>("seed", seed, rows),
-                             pointer<Size>("tokens", tokens, rows),
-                             at_least("first_row", 0, first_row),
-                             temperature,
-                             at_least("top_k", 0, top_k),
-                             top_p,
-                             rows,
-                             groups};
+                                   pointer<const Size>("seed", seed, rows),
+                                   pointer<Size>("tokens", tokens, rows),
+                                   at_least("first_row", 0, first_row),
+                                   temperature,
+                                   at_least("top_k", 0, top_k),
+                                   top_p,
+                                   rows,
+                                   groups};
   cuda::sample_rows(arguments, place(device, stream));
 }
 

@@ -24,8 +24,7 @@ void mixed_cross_entropy(DType dtype, const MixedCrossEntropy& arguments, const 
   });
 }
 
-void mixed_cross_entropy_backward(DType dtype, const MixedCrossEntropyBackward& arguments,
-                                         const Launch& where) {
+void mixed_cross_entropy_backward(DType dtype, const MixedCrossEntropyBackward& arguments, const Launch& where) {
   with_dtype(dtype, [&](auto example) {
     launch(mixed_cross_entropy_backward_kernel<decltype(example)>, arguments.mix.rows, kMixThreads, 0, where,
            arguments);

@@ -27,8 +27,9 @@ void half_a_warp() { __syncwarp(0xFFFFu); }
 
 PYBIND11_MODULE(simt_module, module) {
   quietstar::bind_cuda(module);
-  module.def("set_random_seed", [](std::uint32_t seed) { simt::random_seed = seed; },
-             "Chooses another order in which threads and blocks run.");
+  module.def(
+      "set_random_seed", [](std::uint32_t seed) { simt::random_seed = seed; },
+      "Chooses another order in which threads and blocks run.");
   module.def("set_fault", [](const std::string& fault) { simt::fault = fault; }, "See simt.h.");
   const auto run = [](void (*kernel)()) {
     return [kernel] { quietstar::cuda::launch(kernel, 2, 64, 0, {0, nullptr}); };

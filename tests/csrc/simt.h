@@ -89,7 +89,8 @@ struct Block {
 inline Block block;
 inline Index block_index, block_size, grid_size;
 inline std::uint32_t random_seed = 0;
-inline std::string fault;  // what the GPU does wrong, to show that tests notice: "barrier", "shuffle", "copy" or nothing
+inline std::string
+    fault;  // what the GPU does wrong, to show that tests notice: "barrier", "shuffle", "copy" or nothing
 inline std::size_t static_bytes = 0;  // of static shared memory, in all kernels together
 
 inline void wait_as(decltype(Fiber::state) state) {
@@ -100,8 +101,8 @@ inline void wait_as(decltype(Fiber::state) state) {
 
 // Ends the block with an error. Exceptions cannot leave a fiber's stack.
 [[noreturn]] inline void fail(const std::string& what) {
-  block.failure = what + " (block " + std::to_string(block_index.x) + ", thread " +
-                  std::to_string(block.current->thread.x) + ")";
+  block.failure =
+      what + " (block " + std::to_string(block_index.x) + ", thread " + std::to_string(block.current->thread.x) + ")";
   _longjmp(block.scheduler, 1);
 }
 
@@ -136,9 +137,8 @@ inline bool release_waiting() {
     release(warp, warp + kWarp, Fiber::kInWarp);
     released = true;
   }
-  const bool barrier = every(all, count, [](const Fiber& f) {
-    return f.state == Fiber::kAtBarrier || f.state == Fiber::kDone;
-  });
+  const bool barrier =
+      every(all, count, [](const Fiber& f) { return f.state == Fiber::kAtBarrier || f.state == Fiber::kDone; });
   if (barrier) release(all, all + count, Fiber::kAtBarrier);
   return released || barrier;
 }
@@ -351,8 +351,8 @@ inline std::uint16_t float_to_float16(float x) {
   if (size == 0) return sign;
   int exponent;
   std::frexp(size, &exponent);
-  const int shift = std::max(exponent - 11, -24);                        // of the last of 11 bits
-  const int rounded = (int)std::nearbyint(std::ldexp(size, -shift));     // to even
+  const int shift = std::max(exponent - 11, -24);                            // of the last of 11 bits
+  const int rounded = (int)std::nearbyint(std::ldexp(size, -shift));         // to even
   const int bits = shift == -24 ? rounded : ((shift + 24) << 10) + rounded;  // a carry goes to the exponent
   return sign | (std::uint16_t)bits;
 }

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kRowMostThreads) cross_entropy_row_kernel(Cros
   if (threadIdx.x == 0) a.nll[row] = logf(sum.total) - (at_target - sum.largest) * a.inverse_temperature;
   if (a.scale == nullptr) return;
 
-  const RowGradient gradient = {sum.largest, a.inverse_temperature, 1 / sum.total,
-                                a.scale[row] * a.inverse_temperature, target};
+  const RowGradient gradient = {sum.largest, a.inverse_temperature, 1 / sum.total, a.scale[row] * a.inverse_temperature,
+                                target};
   G* const output = reinterpret_cast<G*>(logits);
   if (resident) {
 #pragma unroll

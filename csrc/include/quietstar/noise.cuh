@@ -5,7 +5,7 @@
 
 namespace quietstar::cuda {
 
-constexpr int kGroup = 64;               // tokens
+constexpr int kGroup = 64;                 // tokens
 constexpr int kCallsOfGroup = kGroup / 4;  // of Philox, for its tokens
 
 struct Words {

@@ -50,9 +50,8 @@ struct HalfAttention {
         const Steps &keys = key.base ? a.key : a.thought_key, &values = key.base ? a.value : a.thought_value;
         const auto at = [&](const Steps& tensor) {
           return static_cast<const T*>(tensor.data) + head.batch * tensor.batch_stride +
-                 head.kv_head * tensor.head_stride +
-                 (key.base ? key.position : key.anchor) * tensor.anchor_stride + key.step * tensor.step_stride +
-                 piece * 8;
+                 head.kv_head * tensor.head_stride + (key.base ? key.position : key.anchor) * tensor.anchor_stride +
+                 key.step * tensor.step_stride + piece * 8;
         };
         copy(stage(tile, false) + offset(place, piece), keys, at, key.valid, piece);
         copy(stage(tile, true) + offset(place, piece), values, at, key.valid, piece);
@@ -145,9 +144,9 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
 
     const bool base = tile < list.base_tiles;
     const int first_key = list.first_key + tile * kTileKeys;
-    const bool needed = base ? first_key <= high && first_key + kTileKeys > low
-                             : list.key(a, tile, 0).anchor <= last_anchor &&
-                                   list.key(a, tile, kTileKeys - 1).anchor >= first_anchor;
+    const bool needed =
+        base ? first_key <= high && first_key + kTileKeys > low
+             : list.key(a, tile, 0).anchor <= last_anchor && list.key(a, tile, kTileKeys - 1).anchor >= first_anchor;
     if (!needed) continue;
     const bool masked = !base || first_key < all_low || first_key + kTileKeys - 1 > all_high;
 
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
         if (masked) {
           const TileList::Key key = list.key(a, tile, n * 8 + pair + i % 2);
           const RowSight& of_row = sight[i / 2];
-          const bool sees = key.base ? of_row.sees_base(key.position)
-                                     : key.valid && of_row.sees_thought(key.anchor, key.step);
+          const bool sees =
+              key.base ? of_row.sees_base(key.position) : key.valid && of_row.sees_thought(key.anchor, key.step);
           if (!sees) score[n][i] = -kInfinity;
         }
         highest[i / 2] = larger(highest[i / 2], score[n][i]);

@@ -9,8 +9,8 @@ namespace quietstar::cuda {
 
 constexpr int kTileKeys = 64;
 
-// What one query row sees: base keys low ... high, and the thought keys of its anchor up to a step. Rows of a head, keys
-// and anchors are counted in 32 bits, to save registers; offsets in memory have 64.
+// What one query row sees: base keys low ... high, and the thought keys of its anchor up to a step. Rows of a head,
+// keys and anchors are counted in 32 bits, to save registers; offsets in memory have 64.
 struct RowSight {
   int anchor;     // its number; −1: no such row
   int low, high;  // high < low: none
@@ -29,7 +29,8 @@ struct AttentionHead {
   __device__ __forceinline__ AttentionHead(const ThoughtAttention& a, unsigned number)
       : batch(static_cast<int>(number / static_cast<unsigned>(a.kv_heads))),
         kv_head(static_cast<int>(number % static_cast<unsigned>(a.kv_heads))),
-        group(static_cast<int>(a.query_heads) / static_cast<int>(a.kv_heads)), steps(static_cast<int>(a.steps)),
+        group(static_cast<int>(a.query_heads) / static_cast<int>(a.kv_heads)),
+        steps(static_cast<int>(a.steps)),
         rows(static_cast<int>(a.anchors_per_batch) * steps * group) {}
 
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
@@ -94,8 +95,8 @@ struct TileList {
 };
 
 // The tiles of the rows `first_row` ... `end_row` − 1, and of these the part of one split.
-__device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const AttentionHead& head,
-                                              int first_row, int end_row, int split) {
+__device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const AttentionHead& head, int first_row,
+                                              int end_row, int split) {
   struct Shared {
     int low[kMostWarps], high[kMostWarps];
   };
