@@ -25,7 +25,12 @@ from quietstar.ops._native import cuda_unavailable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
-OPS = ("linear_cross_entropy", "linear_sample", "mixing", "thought_attention")
+OPS = {  # and the module of each that calls the kernels
+    "linear_cross_entropy": "native_cuda",
+    "linear_sample": "native_cuda",
+    "mixing": "native",
+    "thought_attention": "native_cuda",
+}
 
 
 def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
@@ -38,8 +43,8 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     module = build()
     module.set_random_seed(0)
     module.set_fault("")
-    for op in OPS:
-        native = importlib.import_module(f"quietstar.ops.{op}.native_cuda")
+    for op, name in OPS.items():
+        native = importlib.import_module(f"quietstar.ops.{op}.{name}")
         monkeypatch.setattr(native, "_C", module)
         monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))
         api = importlib.import_module(f"quietstar.ops.{op}.api")

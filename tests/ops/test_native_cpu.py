@@ -21,7 +21,7 @@ from quietstar.ops import (
     thought_attention,
 )
 from quietstar.ops._backend import select_backend
-from quietstar.ops.mixing import native_cpu as mixing
+from quietstar.ops.mixing.native import Native
 
 if _native._C is None:
     pytest.skip("needs the compiled module: `pip install .` builds it", allow_module_level=True)
@@ -159,7 +159,7 @@ def test_other_python_threads_run_meanwhile():
 
     def work():
         started.set()
-        mixing.cross_entropy(*inputs)
+        Native("cpu").cross_entropy(*inputs)
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -168,6 +168,17 @@ def test_other_python_threads_run_meanwhile():
         time.sleep(1e-4)
         steps += 1
     assert steps > 3
+
+
+def test_gradients_of_one_number_for_all_rows():
+    """A copy that is made of it lives until the kernel has read it."""
+    inputs = *torch.randn(2, 9, 7), torch.rand(9), torch.randint(7, (9,))
+    backend, scale = Native("cpu"), torch.tensor(0.5).expand(9)
+    _, _, largest, log_total = backend.cross_entropy(*inputs)
+    actual, expected = (
+        backend.cross_entropy_backward(x, *inputs, largest, log_total, [True, True]) for x in (scale, scale.clone())
+    )
+    assert all(map(torch.equal, actual, expected))
 
 
 # The contract of the native functions. What is reached through the ops is checked there; these are called directly.

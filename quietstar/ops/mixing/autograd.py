@@ -1,7 +1,7 @@
 """The registered ops of mixing and the autograd functions around them.
 
-The ops take the backend's name; a backend is a module with the four functions of ``library.py``. A gradient nobody
-asked for is an empty tensor.
+The ops take the backend's name; a backend has the four functions of ``library.py``. A gradient nobody asked for is an
+empty tensor.
 """
 
 from importlib import import_module
@@ -13,15 +13,17 @@ from torch.autograd.function import once_differentiable
 
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
+from quietstar.ops.mixing import library
+from quietstar.ops.mixing.native import Native
 
-_MODULES = {"torch": "library", "triton": "triton_kernels", "cuda": "native_cuda", "cpu": "native_cpu"}
+_BACKENDS = {"torch": library, "cuda": Native("cuda"), "cpu": Native("cpu")}
 
 _LOGITS = "Tensor base_logits, Tensor thought_logits, Tensor mixing_weight"
 
 
-def _module(backend: str) -> ModuleType:
-    """The backend's module, imported when it is first used: triton may be missing, and takes its time."""
-    return import_module(f"{__package__}.{_MODULES[backend]}")
+def _named(backend: str) -> ModuleType | Native:
+    """The backend; triton is imported when it is first used: it may be missing, and takes its time."""
+    return import_module(f"{__package__}.triton_kernels") if backend == "triton" else _BACKENDS[backend]
 
 
 def _present(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -39,21 +41,21 @@ def _fake_gradients(base: Tensor, thought: Tensor, needs: list[bool]) -> tuple[T
 
 _mix = register_op(
     f"mix_logits({_LOGITS}, str backend) -> Tensor",
-    lambda base, thought, weight, backend: _module(backend).mix(base, thought, weight),
+    lambda base, thought, weight, backend: _named(backend).mix(base, thought, weight),
     lambda base, thought, weight, backend: base.new_empty(base.shape),
 )
 
 _mix_backward = register_op(
     f"mix_logits_backward(Tensor grad, {_LOGITS}, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
     lambda grad, base, thought, weight, needs, backend: _present(
-        _module(backend).mix_backward(grad, base, thought, weight, needs), base
+        _named(backend).mix_backward(grad, base, thought, weight, needs), base
     ),
     lambda grad, base, thought, weight, needs, backend: _fake_gradients(base, thought, needs),
 )
 
 _cross_entropy = register_op(
     f"mixed_cross_entropy({_LOGITS}, Tensor target, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda base, thought, weight, target, backend: _module(backend).cross_entropy(base, thought, weight, target),
+    lambda base, thought, weight, target, backend: _named(backend).cross_entropy(base, thought, weight, target),
     lambda base, thought, weight, target, backend: tuple(
         base.new_empty(target.shape, dtype=compute_dtype(base.dtype)) for _ in range(4)
     ),
@@ -62,7 +64,7 @@ _cross_entropy = register_op(
 _cross_entropy_backward = register_op(
     f"mixed_cross_entropy_backward(Tensor scale, {_LOGITS}, Tensor target, Tensor largest, Tensor log_total,"
     " bool[2] needs, str backend) -> (Tensor, Tensor)",
-    lambda scale, base, *others: _present(_module(others[-1]).cross_entropy_backward(scale, base, *others[:-1]), base),
+    lambda scale, base, *others: _present(_named(others[-1]).cross_entropy_backward(scale, base, *others[:-1]), base),
     lambda scale, base, thought, weight, target, largest, log_total, needs, backend: _fake_gradients(
         base, thought, needs
     ),
