@@ -198,25 +198,48 @@ void cross_entropy_rows(Address logits, Size stride, Address target, Address sca
   active()->cross_entropy_rows(arguments);
 }
 
+constexpr Size kGroup = 64;  // tokens of a group of the noise
+
+Sample sample(Address chosen, Address suppressed, Size suppressed_count, Size vocabulary, Size seed, Size first_row,
+              float temperature, Size rows, int threads) {
+  at_least("rows", 0, rows);
+  return {pointer<Size>("tokens", chosen, rows),
+          tokens("suppressed", suppressed, suppressed_count, vocabulary),
+          suppressed_count,
+          seed,
+          first_row,
+          temperature,
+          rows,
+          static_cast<int>(at_least("threads", 1, threads))};
+}
+
 void sample_rows(Address logits, Address chosen, Address suppressed, Size suppressed_count, Size seed, Size first_row,
                  float temperature, Size top_k, double top_p, Size rows, Size groups, int threads) {
-  constexpr Size kGroup = 64;
-  at_least("rows", 0, rows);
   at_least("groups", 1, groups);
-  const SampleRows arguments{pointer<float>("logits", logits, rows),
-                             pointer<Size>("tokens", chosen, rows),
-                             tokens("suppressed", suppressed, suppressed_count, groups * kGroup),
-                             suppressed_count,
-                             seed,
-                             first_row,
-                             temperature,
-                             at_least("top_k", 0, top_k),
-                             top_p,
-                             rows,
-                             groups,
-                             static_cast<int>(at_least("threads", 1, threads))};
+  const SampleRows arguments{
+      sample(chosen, suppressed, suppressed_count, groups * kGroup, seed, first_row, temperature, rows, threads),
+      pointer<float>("logits", logits, rows), at_least("top_k", 0, top_k), top_p, groups};
   py::gil_scoped_release released;
   active()->sample_rows(arguments);
+}
+
+void linear_sample(int dtype, Address hidden, Size hidden_stride, Address weight, Size weight_stride, Address logits,
+                   Address chosen, Address suppressed, Size suppressed_count, Size seed, Size first_row,
+                   float temperature, Size rows, Size vocabulary, Size size, int threads) {
+  at_least("vocabulary", 1, vocabulary);
+  at_least("size", 1, size);
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const LinearSample<T> arguments{
+        sample(chosen, suppressed, suppressed_count, vocabulary, seed, first_row, temperature, rows, threads),
+        matrix<const T>("hidden", hidden, hidden_stride, rows),
+        matrix<const T>("weight", weight, weight_stride, vocabulary),
+        pointer<float>("logits", logits, rows),
+        vocabulary,
+        size};
+    py::gil_scoped_release released;
+    kernels.linear_sample(arguments);
+  });
 }
 
 // The address of a tensor [B, heads, P, steps, D] and its first four strides.
@@ -314,6 +337,7 @@ void bind(py::module_& module) {
   module.def("mixed_cross_entropy_backward", &mixed_cross_entropy_backward);
   module.def("cross_entropy_rows", &cross_entropy_rows);
   module.def("sample_rows", &sample_rows);
+  module.def("linear_sample", &linear_sample);
   module.def("thought_forward", &thought_forward);
   module.def("thought_backward", &thought_backward);
 }

@@ -21,7 +21,8 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
                                     mixed_cross_entropy<T>,
                                     mixed_cross_entropy_backward<T>,
                                     thought_forward<T>,
-                                    thought_backward<T>};
+                                    thought_backward<T>,
+                                    linear_sample<T>};
 
 #define QUIETSTAR_TEXT(name) #name
 #define QUIETSTAR_NAME(name) QUIETSTAR_TEXT(name)

@@ -17,6 +17,8 @@ template <class T>
 void thought_forward(const ThoughtForward<T>&);
 template <class T>
 void thought_backward(const ThoughtBackward<T>&);
+template <class T>
+void linear_sample(const LinearSample<T>&);
 void cross_entropy_rows(const CrossEntropyRows&);
 void sample_rows(const SampleRows&);
 

@@ -67,18 +67,31 @@ struct CrossEntropyRows {
   int threads;
 };
 
-// Logits [rows, groups · 64], −∞ behind the vocabulary.
-struct SampleRows {
-  float* logits;  // contiguous; those of suppressed tokens are overwritten
+// What both ways of sampling take.
+struct Sample {
   std::int64_t* tokens;
   const std::int64_t* suppressed;
   std::int64_t suppressed_count;
   std::int64_t seed, first_row;
   float temperature;
+  std::int64_t rows;
+  int threads;
+};
+
+// From logits [rows, groups · 64], −∞ behind the vocabulary.
+struct SampleRows : Sample {
+  float* logits;       // contiguous; those of suppressed tokens are overwritten
   std::int64_t top_k;  // 0: all
   double top_p;        // 1: all
-  std::int64_t rows, groups;
-  int threads;
+  std::int64_t groups;
+};
+
+// From what the logits are the products of: the rows of hidden and of weight, both of `size` columns.
+template <class T>
+struct LinearSample : Sample {
+  Matrix<const T> hidden, weight;
+  float* logits;  // room for [rows, vocabulary rounded up to groups of 64]
+  std::int64_t vocabulary, size;
 };
 
 // A tensor [B, heads, P, steps, D] with neighbouring elements in the last dimension.
@@ -125,6 +138,7 @@ struct TypedKernels {
   void (*mixed_cross_entropy_backward)(const MixedCrossEntropyBackward<T>&);
   void (*thought_forward)(const ThoughtForward<T>&);
   void (*thought_backward)(const ThoughtBackward<T>&);
+  void (*linear_sample)(const LinearSample<T>&);
 };
 
 struct Kernels {

@@ -1,98 +1,22 @@
-// The row kernel of sampling: one token for every row of a chunk of logits, with the noise of linear_sample/noise.py.
+// Sampling: one token for every row, from its logits or from the hidden states and the weight they are the product of.
 //
 // The noise of all tokens would cost 25 times what reading their logits does, so groups of tokens that cannot win are
 // not drawn. A group of 64 can score no more than its largest logit against its first arrival; the groups are drawn in
-// the order of these bounds until no bound reaches the best score. From memory a row is read once.
+// the order of these bounds until no bound reaches the best score. Nor can a group win whose bound does not reach the
+// score of some token that arrives first in its group, which needs no more noise: the logits of such groups, all but
+// a few, are never written by the kernel that makes them.
 
 #include <initializer_list>
 
 #include "kernel_table.h"
-#include "parallel.h"
+#include "matmul.h"
+#include "noise.h"
 
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-constexpr int kGroup = 64;
-constexpr int kCalls = kGroup / 4;            // of Philox for the tokens of a group
-constexpr uint32_t kTokens = 0, kGroups = 1;  // the last word of the counter
-
 // Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 constexpr float kSlack = 1e-5f;
-
-// 64-bit products of the even-numbered words of a and b, with zeros or anything in the odd-numbered ones.
-WideVec products(WordVec a, WordVec b) {
-#if defined(__AVX512F__)
-  return (WideVec)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (WideVec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (WideVec)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return ((WideVec)a & 0xFFFFFFFF) * ((WideVec)b & 0xFFFFFFFF);
-#endif
-}
-
-struct Words {
-  WordVec word[4];
-};
-
-struct Noise {
-  uint64_t seed, row;
-
-  // Philox4x32-10 (Salmon et al., SC 2011) with consecutive counters in the lanes.
-  Words philox(uint32_t first_counter, uint32_t stream) const {
-    const WordVec zeros{};
-    WordVec c0 = (WordVec)lane_numbers() + first_counter, c1 = zeros + (uint32_t)row;
-    WordVec c2 = zeros + (uint32_t)(row >> 32), c3 = zeros + stream;
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
-      const WordVec m0 = zeros + 0xD2511F53, m1 = zeros + 0xCD9E8D57;
-      const WideVec even0 = products(c0, m0), odd0 = products((WordVec)((WideVec)c0 >> 32), m0);
-      const WideVec even1 = products(c2, m1), odd1 = products((WordVec)((WideVec)c2 >> 32), m1);
-      c0 = high_words(even1, odd1) ^ c1 ^ k0;
-      c2 = high_words(even0, odd0) ^ c3 ^ k1;
-      c1 = low_words(even1, odd1);
-      c3 = low_words(even0, odd0);
-    }
-    return {{c0, c1, c2, c3}};
-  }
-
-  static WordVec high_words(WideVec even, WideVec odd) { return (WordVec)((even >> 32) | (odd & 0xFFFFFFFF00000000)); }
-  static WordVec low_words(WideVec even, WideVec odd) { return (WordVec)((even & 0xFFFFFFFF) | (odd << 32)); }
-
-  // −log1p(−u) of the u that a word stands for. With y = 1 − u rounded, log(y) u / (1 − y) has the error of y neither
-  // in small u, where log(y) alone would have lost all digits, nor in large ones.
-  static Vec exponential(WordVec word) {
-    const Vec largest = splat(1 - 0x1p-24f), drawn = (__builtin_convertvector(word, Vec) + 0.5f) * 0x1p-32f;
-    const Vec u = drawn < largest ? drawn : largest, y = 1.0f - u;
-    return y == 1.0f ? u : -log(y) * u / (1.0f - y);
-  }
-
-  // First arrivals in all groups, an even number of them.
-  void first_arrivals(float* first, int64_t groups) const {
-    for (int64_t group = 0; group < groups; group += 2 * kLanes) {
-      const Words words = philox((uint32_t)(group / 2), kGroups);
-      const Vec even = exponential(words.word[0]) * (1.0f / kGroup), odd = exponential(words.word[2]) * (1.0f / kGroup);
-      for (int lane = 0; lane < kLanes && group + 2 * lane < groups; ++lane) {
-        first[group + 2 * lane] = even[lane];
-        first[group + 2 * lane + 1] = odd[lane];
-      }
-    }
-  }
-
-  // Arrival times of the tokens of one group, of which the first arrives at `first`.
-  void arrivals(int64_t group, float first, float* times) const {
-    for (int call = 0; call < kCalls; call += kLanes) {
-      const Words words = philox((uint32_t)(group * kCalls + call), kTokens);
-      for (int i = 0; i < 4; ++i) {
-        const Vec later = exponential(words.word[i]);
-        for (int lane = 0; lane < kLanes; ++lane) times[4 * (call + lane) + i] = first + later[lane];
-      }
-    }
-    const Words words = philox((uint32_t)(group / 2), kGroups);
-    times[words.word[group % 2 ? 3 : 1][0] >> 26] = first;
-  }
-};
 
 // Float32 as an integer of the same order, the two zeros alike.
 uint32_t key(float x) {
@@ -168,48 +92,141 @@ Largest find_largest(const float* numbers, int64_t size) {
   return {value, place};
 }
 
+// What is known of the groups of a row before their tokens are drawn.
+struct Groups {
+  float *first, *bounds;  // first arrival; what no score of the group exceeds, −∞ if it is out
+  int32_t* places;        // whose arrival the first is
+};
+
+float largest_in_group(const float* logits) {
+  Vec highest = load(logits, Whole{});
+  for (int i = kLanes; i < kGroup; i += kLanes) highest = larger(load(logits + i, Whole{}), highest);
+  return largest_of(highest);
+}
+
+// Turns one logit of each of `count` groups into its score if it arrives first, plus a slack.
+void score_first(const Groups& groups, int64_t count, float temperature, float slack) {
+  for_vectors(0, count, [&](int64_t group, auto extent) {
+    const Vec earliest = inside_or(load(groups.first + group, extent), 1, extent);
+    store(groups.bounds + group, load(groups.bounds + group, extent) / temperature - log(earliest) + slack, extent);
+  });
+}
+
+// The token of the best score; only the logits of groups that are not out are read.
+int64_t draw(const Noise& noise, const float* logits, const Groups& groups, int64_t count, float temperature) {
+  float best = -kInfinity;
+  int64_t winner = 0;
+  for (int64_t drawn = 0; drawn < count; ++drawn) {
+    const auto [bound, group] = find_largest(groups.bounds, count);
+    if (!(bound >= best) || bound == -kInfinity) break;
+    groups.bounds[group] = -kInfinity;
+    float scores[kGroup];
+    noise.arrivals(group, groups.first[group], groups.places[group], scores);
+    for (int i = 0; i < kGroup; i += kLanes) {
+      const Vec z = load(logits + group * kGroup + i, Whole{});
+      store(scores + i, z / temperature - log(load(scores + i, Whole{})), Whole{});
+    }
+    const Largest score = find_largest(scores, kGroup);
+    if (score.value > best) best = score.value, winner = group * kGroup + score.place;
+  }
+  return winner;
+}
+
+Groups groups_at(float* memory, int64_t count) {
+  return {memory, memory + count, reinterpret_cast<int32_t*>(memory + 2 * count)};
+}
+
+// Looks at the logits of some tokens of a row, from `first` on: makes the bounds of their groups, and keeps the logits
+// of those whose bound reaches the best score known of a token that arrives first in its group. Overwrites what lies
+// behind the logits in the last group.
+void sieve(const Sample& a, int64_t first, int64_t tokens, const Noise& noise, const Groups& of_row, float* logits,
+           float* kept, float* reached) {
+  const int64_t count = rounded_up(tokens, kGroup) / kGroup, offset = first / kGroup;
+  const Groups groups{of_row.first + offset, of_row.bounds + offset, of_row.places + offset};
+  for (int64_t i = tokens; i < count * kGroup; ++i) logits[i] = -kInfinity;
+  for (int64_t i = 0; i < a.suppressed_count; ++i) {
+    const int64_t place = a.suppressed[i] - first;
+    if (place >= 0 && place < tokens) logits[place] = -kInfinity;
+  }
+  noise.first_arrivals(offset, rounded_up(count, 2), groups.first, groups.places);
+  // At first, the bounds are the scores of the first arrivals.
+  for (int64_t group = 0; group < count; ++group) groups.bounds[group] = logits[group * kGroup + groups.places[group]];
+  score_first(groups, count, a.temperature, 0);
+  const float score = find_largest(groups.bounds, count).value;
+  if (score > *reached) *reached = score;
+  for (int64_t group = 0; group < count; ++group) groups.bounds[group] = largest_in_group(logits + group * kGroup);
+  score_first(groups, count, a.temperature, kSlack);
+  for (int64_t group = 0; group < count; ++group) {
+    if (groups.bounds[group] >= *reached) {
+      memcpy(kept + (offset + group) * kGroup, logits + group * kGroup, kGroup * sizeof *logits);
+    } else {
+      groups.bounds[group] = -kInfinity;
+    }
+  }
+}
+
 }  // namespace
 
 void sample_rows(const SampleRows& a) {
-  const int64_t size = a.groups * kGroup, pairs = a.groups + a.groups % 2;
+  const int64_t size = a.groups * kGroup, even = rounded_up(a.groups, 2);
   const bool filtered = a.top_k || a.top_p < 1;
-  const Scratch scratch(2 * pairs + (filtered ? size : 0), a.threads);
+  const Scratch scratch(3 * even + (filtered ? size : 0), a.threads);
   for_rows(a.rows, useful_threads(a.rows, 2 * size, a.threads), [&](int64_t row, int thread) {
-    float *first = scratch.of_thread(thread), *bounds = first + pairs, *logits = a.logits + row * size;
+    float* logits = a.logits + row * size;
+    const Groups groups = groups_at(scratch.of_thread(thread), even);
     const Noise noise{(uint64_t)a.seed, (uint64_t)(a.first_row + row)};
     for (int64_t i = 0; i < a.suppressed_count; ++i) logits[a.suppressed[i]] = -kInfinity;
-    if (filtered) keep_most_likely(a, logits, bounds + pairs);
+    if (filtered) keep_most_likely(a, logits, scratch.of_thread(thread) + 3 * even);
 
-    noise.first_arrivals(first, pairs);
-    for (int64_t group = 0; group < a.groups; ++group) {
-      Vec highest = load(logits + group * kGroup, Whole{});
-      for (int i = kLanes; i < kGroup; i += kLanes) {
-        highest = larger(load(logits + group * kGroup + i, Whole{}), highest);
-      }
-      bounds[group] = largest_of(highest);
-    }
-    for_vectors(0, a.groups, [&](int64_t group, auto extent) {
-      const Vec earliest = inside_or(load(first + group, extent), 1, extent);
-      store(bounds + group, load(bounds + group, extent) / a.temperature - log(earliest) + kSlack, extent);
-    });
-
-    float best = -kInfinity;
-    int64_t winner = 0;
-    for (int64_t drawn = 0; drawn < a.groups; ++drawn) {
-      const Largest next = find_largest(bounds, a.groups);
-      if (!(next.value >= best) || next.value == -kInfinity) break;
-      bounds[next.place] = -kInfinity;
-      float scores[kGroup];
-      noise.arrivals(next.place, first[next.place], scores);
-      for (int i = 0; i < kGroup; i += kLanes) {
-        const Vec z = load(logits + next.place * kGroup + i, Whole{});
-        store(scores + i, z / a.temperature - log(load(scores + i, Whole{})), Whole{});
-      }
-      const Largest score = find_largest(scores, kGroup);
-      if (score.value > best) best = score.value, winner = next.place * kGroup + score.place;
-    }
-    a.tokens[row] = winner;
+    noise.first_arrivals(0, even, groups.first, groups.places);
+    for (int64_t i = 0; i < a.groups; ++i) groups.bounds[i] = largest_in_group(logits + i * kGroup);
+    score_first(groups, a.groups, a.temperature, kSlack);
+    a.tokens[row] = draw(noise, logits, groups, a.groups, a.temperature);
   });
 }
+
+// Logits are made block by block. A block stays in the L2 cache; of the weight, 2 MiB for every thread are packed at a
+// time, for the L3 cache.
+constexpr int64_t kRowsOfABlock = 8 * kTileRows, kMostTokensOfABlock = 16 * kGroup, kPackedOfAThread = 1 << 19;
+
+template <class T>
+void linear_sample(const LinearSample<T>& a) {
+  const int64_t count = rounded_up(a.vocabulary, kGroup) / kGroup, even = rounded_up(count, 2);
+  const Scratch known(3 * even * a.rows, 1), reached(a.rows, a.threads);
+  const auto groups_of = [&](int64_t row) { return groups_at(known.of_thread(0) + 3 * even * row, even); };
+  const auto noise_of = [&](int64_t row) { return Noise{(uint64_t)a.seed, (uint64_t)(a.first_row + row)}; };
+  for (int thread = 0; thread < a.threads; ++thread) {
+    for (int64_t row = 0; row < a.rows; ++row) reached.of_thread(thread)[row] = -kInfinity;
+  }
+
+  // A block begins with an even group; there are two for every thread, if that takes no smaller ones.
+  const int64_t most = rounded_up(a.threads * kPackedOfAThread / a.size + 1, kMostTokensOfABlock);
+  const int64_t packed = smaller(most, even * kGroup), down = rounded_up(a.rows, kRowsOfABlock) / kRowsOfABlock;
+  const int64_t width = smaller(rounded_up(packed * down / (2 * a.threads) + 1, 2 * kGroup), kMostTokensOfABlock);
+  const Scratch blocks(kRowsOfABlock * width, a.threads);
+  LeftPanels hidden(a.rows, a.size);
+  RightPanels weight(packed, a.size);
+  hidden.pack(a.hidden, 0, a.rows, a.threads);
+  for (int64_t first = 0; first < a.vocabulary; first += packed) {
+    const int64_t tokens = smaller(packed, a.vocabulary - first), across = rounded_up(tokens, width) / width;
+    weight.pack(a.weight, first, tokens, a.threads);
+    for_rows(down * across, a.threads, [&](int64_t block, int thread) {
+      const int64_t row = block / across * kRowsOfABlock, place = block % across * width;
+      const int64_t rows = smaller(kRowsOfABlock, a.rows - row), inside = smaller(width, tokens - place);
+      float* logits = blocks.of_thread(thread);
+      multiply(hidden, row, rows, weight, place, inside, logits, width);
+      for (int64_t i = row; i < row + rows; ++i, logits += width) {
+        sieve(a, first + place, inside, noise_of(i), groups_of(i), logits, a.logits + i * count * kGroup,
+              reached.of_thread(thread) + i);
+      }
+    });
+  }
+  for_rows(a.rows, a.threads, [&](int64_t row, int) {
+    a.tokens[row] = draw(noise_of(row), a.logits + row * count * kGroup, groups_of(row), count, a.temperature);
+  });
+}
+
+template void linear_sample(const LinearSample<float>&);
+template void linear_sample(const LinearSample<BFloat16>&);
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

@@ -39,7 +39,7 @@ using WideVec = uint64_t __attribute__((vector_size(kLanes * 4)));  // half as m
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -3.4e38f;  // the largest of no logits: −inf − (−inf) would be NaN
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an operation: it turns −0 into 0
 
 inline IntVec lane_numbers() {
   IntVec numbers;
@@ -196,6 +196,7 @@ inline Vec log(Vec x) {
 }
 
 inline float exp(float x) { return exp(splat(x))[0]; }
+inline float log(float x) { return log(splat(x))[0]; }
 
 // Uninitialised memory for the threads of a kernel, aligned to cache lines.
 class Scratch {

@@ -113,6 +113,18 @@ def test_linear_sample_with_every_instruction_set(options):
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary", "size"), [(2, 9000, 700), (130, 4133, 300), (200, 63, 5)])
+def test_linear_sample_crosses_every_block(rows, vocabulary, size, dtype):
+    """More rows, tokens and columns than a block has; all three end inside one, and the operands are not contiguous."""
+    hidden = torch.randn(rows, 2 * size).to(dtype)[:, :size]
+    weight = torch.randn(2 * vocabulary, size).to(dtype)[::2]
+    options = {"seed": -7, "suppress": (0, vocabulary - 1), "temperature": size**0.5}
+    actual, expected = (linear_sample(hidden, weight, backend=b, **options) for b in ("cpu", "reference"))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("name", ["long thoughts (T = 40)", "unsorted, repeated, inactive", "odd head size, scale"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thought_attention_with_every_instruction_set(dtype, name):
@@ -138,6 +150,7 @@ def test_threads_change_nothing():
             *values_and_gradients(mix_logits, *inputs),
             *values_and_gradients(lambda *x: mixed_cross_entropy(*x, target), *inputs),
             linear_cross_entropy(hidden, weight, target, reduction="none"),
+            linear_sample(hidden, weight, seed=1),
             linear_sample(hidden, weight, seed=1, top_p=0.9),
             *values_and_gradients(thought_attention, *attention),
         ]
@@ -223,6 +236,14 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
         (cpu.mixed_cross_entropy_backward, (0, 0, *mix, *[place] * 3, 0, 0, 1, 8, 1), "scale must not be null"),
         (cpu.sample_rows, (place, 0, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 1, 1), "tokens must not be null"),
         (cpu.sample_rows, (place, place, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 0, 1), "groups must be at least 1, got 0"),
+        (
+            cpu.linear_sample, (0, place, 1, place, 1, 0, place, 0, 0, 1, 0, 1.0, 1, 1, 1, 1),
+            "logits must not be null",
+        ),
+        (
+            cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 1, 1, 0, 1),
+            "size must be at least 1, got 0",
+        ),
         (
             cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 7),
             "Hq must be a multiple of Hkv, got 3",

@@ -1,10 +1,15 @@
-"""Row kernel of the ``cpu`` backend: logits are read from memory once, and only what can win is drawn."""
+"""The ``cpu`` backend of sampling: logits are made in the caches, and only what can win is written and drawn."""
 
 import torch
 from torch import Tensor
 
-from quietstar.ops._native import _C, address
+from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
+from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
+from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.noise import GROUP
+
+# A single row is bound by reading the weight either way.
+FEWEST_ROWS = 2
 
 
 def sample_rows(
@@ -30,4 +35,34 @@ def sample_rows(
         first_row, temperature, 0 if top_k is None else min(top_k, vocabulary), 1.0 if top_p is None else top_p,
         rows, padded // GROUP, torch.get_num_threads(),
     )  # fmt: skip
+    return tokens
+
+
+def sample(
+    hidden: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    suppress: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """Token ids int64 [rows], see ``reference.linear_sample``.
+
+    Of many rows, the logits are made in the caches and only those that can win are written.
+    """
+    (rows, size), vocabulary = hidden.shape, weight.shape[0]
+    if rows < FEWEST_ROWS or temperature == 0 or top_k is not None or top_p is not None:
+        return sample_in_chunks(sample_rows, hidden, weight, seed, suppress, temperature, top_k, top_p)
+    hidden, weight, padded = unit_columns(hidden), unit_columns(weight), -(-vocabulary // GROUP) * GROUP
+    suppress = None if suppress is None else suppress.contiguous()
+    tokens = torch.empty(rows, dtype=torch.int64)
+    step = min(rows_within(CHUNK_BYTES, padded * 4, weight.device), rows)
+    logits = logits_buffer(step, padded, torch.float32, weight.device)
+    for part in slices(rows, step):
+        _C.cpu.linear_sample(
+            DTYPE_CODES[hidden.dtype], address(hidden[part]), hidden.stride(0), address(weight), weight.stride(0),
+            address(logits), address(tokens[part]), address(suppress), 0 if suppress is None else len(suppress),
+            int(seed), part.start, temperature, part.stop - part.start, vocabulary, size, torch.get_num_threads(),
+        )  # fmt: skip
     return tokens

@@ -1,10 +1,13 @@
 """Row kernel of the ``cuda`` backend: logits are read from memory once, and only what can win is drawn."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from quietstar.ops._cuda import launch_place
 from quietstar.ops._native import _C, address
+from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.noise import GROUP
 
 
@@ -32,3 +35,6 @@ def sample_rows(
         *launch_place(logits),
     )  # fmt: skip
     return tokens
+
+
+sample = partial(sample_in_chunks, sample_rows)

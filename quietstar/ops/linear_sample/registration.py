@@ -12,22 +12,17 @@ from quietstar.ops.linear_sample import library
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 
 
-def _sample_compiled(module: str, *arguments: object) -> Tensor:
-    """Imported when it is first used: the compiled module may be missing."""
-    return sample_in_chunks(import_module(f"{__package__}.{module}").sample_rows, *arguments)
-
-
-def _sample_with_triton(*arguments: object) -> Tensor:
-    """Imported when it is first used: triton may be missing, and takes its time."""
-    return import_module(f"{__package__}.triton_matmul").sample(*arguments)
+def _sample_in(module: str, *arguments: object) -> Tensor:
+    """By a module that is imported when it is first used: what it needs may be missing, and triton takes its time."""
+    return import_module(f"{__package__}.{module}").sample(*arguments)
 
 
 # A backend takes the arguments of the op but its own name.
 _SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "torch": partial(sample_in_chunks, library.sample_rows),
-    "triton": _sample_with_triton,
-    "cuda": partial(_sample_compiled, "native_cuda"),
-    "cpu": partial(_sample_compiled, "native_cpu"),
+    "triton": partial(_sample_in, "triton_matmul"),
+    "cuda": partial(_sample_in, "native_cuda"),
+    "cpu": partial(_sample_in, "native_cpu"),
 }
 
 

@@ -1,0 +1,86 @@
+// Products of the rows of two matrices, A Bᵀ, block by block, for kernels that use a block of the result at once.
+//
+// As in Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 2008): a tile of the result
+// stays in registers while up to kDepth products are added, the rows of B that it needs stay in the L1 cache while rows
+// of A pass by, and both lie in memory in the order in which they are used.
+#pragma once
+
+#include "parallel.h"
+
+namespace quietstar::cpu::QUIETSTAR_ISA {
+namespace {
+
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with two vectors of columns they fill the registers
+constexpr int kTileColumns = 2 * kLanes;
+constexpr int64_t kDepth = 256;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Rows of a matrix of `columns` columns in panels of `Width` rows, a panel column by column, with zeros behind the last.
+template <int Width>
+class Panels {
+ public:
+  Panels(int64_t most_rows, int64_t columns) : columns_(columns), memory_(rounded_up(most_rows, Width) * columns, 1) {}
+
+  template <class T>
+  void pack(const Matrix<const T>& matrix, int64_t first_row, int64_t rows, int threads) {
+    for_rows(rounded_up(rows, Width) / Width, threads, [&](int64_t panel, int) {
+      float* to = memory_.of_thread(0) + panel * Width * columns_;
+      for (int64_t row = 0; row < Width; ++row) {
+        const int64_t number = panel * Width + row;
+        const T* from = matrix.row(first_row + number);
+        for (int64_t k = 0; k < columns_; ++k) to[k * Width + row] = number < rows ? load_one(from + k) : 0.0f;
+      }
+    });
+  }
+
+  // Of the panel that begins with the given row, the part from a column on.
+  const float* at(int64_t row, int64_t column) const { return memory_.of_thread(0) + row * columns_ + column * Width; }
+
+  int64_t columns() const { return columns_; }
+
+ private:
+  int64_t columns_;
+  Scratch memory_;
+};
+
+using LeftPanels = Panels<kTileRows>;
+using RightPanels = Panels<kTileColumns>;
+
+inline void multiply_tile(const float* left, const float* right, int64_t depth, float* result, int64_t stride, bool add) {
+  Vec sums[kTileRows][2] = {};
+  for (int64_t k = 0; k < depth; ++k, left += kTileRows, right += kTileColumns) {
+    const Vec first = load(right, Whole{}), second = load(right + kLanes, Whole{});
+#pragma GCC unroll 12
+    for (int row = 0; row < kTileRows; ++row) {
+      sums[row][0] += splat(left[row]) * first;
+      sums[row][1] += splat(left[row]) * second;
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kTileRows; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      float* to = result + row * stride + half * kLanes;
+      store(to, add ? load(to, Whole{}) + sums[row][half] : sums[row][half], Whole{});
+    }
+  }
+}
+
+// result[i, j] = left row i · right row j, for rows that begin a panel. The result has room for whole tiles.
+inline void multiply(const LeftPanels& left, int64_t left_row, int64_t rows, const RightPanels& right,
+                     int64_t right_row, int64_t columns, float* result, int64_t stride) {
+  for (int64_t begin = 0; begin < left.columns(); begin += kDepth) {
+    const int64_t depth = smaller(kDepth, left.columns() - begin);
+    for (int64_t j = 0; j < columns; j += kTileColumns) {
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        multiply_tile(left.at(left_row + i, begin), right.at(right_row + j, begin), depth, result + i * stride + j,
+                      stride, begin > 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quietstar::cpu::QUIETSTAR_ISA
