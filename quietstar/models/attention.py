@@ -6,18 +6,23 @@ SDPA; with one, that object says which rows are base text and which are thought 
 - :class:`BaseStates`: a base pass whose keys and values are kept for the thoughts that follow;
 - :class:`TextCache`: base passes over texts that grow each at its own pace (generation with drafts);
 - :class:`ThoughtCache`: steps of thoughts on kept base states (inference, sampling);
+- :class:`BaseAndThoughts`: a base pass and the first steps of the thoughts behind it at once;
 - :class:`ThoughtTree`: base text and all thought steps in one sequence (training).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quietstar.ops import thought_attention
 
 ATTENTION_NAME = "quietstar"
+
+_TEXT_KEYS = 256  # the most keys of thoughts that a CPU attends to as if they were text
 
 
 def quietstar_attention(
@@ -27,7 +32,7 @@ def quietstar_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    thoughts: "BaseStates | ThoughtCache | ThoughtTree | None" = None,
+    thoughts: "BaseStates | TextCache | ThoughtCache | BaseAndThoughts | ThoughtTree | None" = None,
     **options,
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers: [B, H, rows, D] in, [B, rows, Hq, D] out."""
@@ -44,15 +49,22 @@ class BaseStates:
     """The base keys and values each layer attended to in a base pass, whatever the kind of cache.
 
     ``keys[layer]`` and ``values[layer]`` are [B, Hkv, L, D], cached tokens first.
+
+    Args:
+        mask: bool [B, 1, rows, L], the keys each row sees; None is plain causal.
+        cache: transformers' cache, which the new keys and values go to; None without.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor | None, cache: Cache | None = None) -> None:
+        self.mask, self.cache = mask, cache
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(self, module, query, key, value, attention_mask, **options) -> Tensor:
+    def attend(self, module, query, key, value, _mask, **options) -> Tensor:
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, module.layer_idx)
         self.keys[module.layer_idx], self.values[module.layer_idx] = key, value
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        return sdpa_attention_forward(module, query, key, value, self.mask, **options)[0]
 
 
 class TextCache:
@@ -129,7 +141,8 @@ class ThoughtStates:
 
 
 def _new_room(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    room = like.new_empty(shape), like.new_empty(shape)
+    # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
+    room = like.new_zeros(shape), like.new_zeros(shape)
     if not torch.compiler.is_compiling():
         for states in room:
             torch._dynamo.mark_static_address(states)  # CUDA graphs write into it
@@ -158,7 +171,7 @@ class ThoughtCache:
         self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
         self._states = ThoughtStates() if states is None else states
-        self._text_mask: tuple[tuple[int, int], int, Tensor | None] | None = None
+        self._text_mask: Tensor | None = None
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
@@ -166,21 +179,20 @@ class ThoughtCache:
         num_anchors = self.anchors.shape[-1]
         query, key, value = (x.unflatten(2, (num_anchors, -1)) for x in (query, key, value))
         total = self.steps + query.shape[3]
-        thought_key, thought_value = (x[:, :, :, :total] for x in self._states.of_layer(layer, key, self.max_steps))
-        thought_key[:, :, :, self.steps :] = key
-        thought_value[:, :, :, self.steps :] = value
+        thought_key, thought_value = self._states.of_layer(layer, key, self.max_steps)
+        thought_key[:, :, :, self.steps : total] = key
+        thought_value[:, :, :, self.steps : total] = value
         base_key, base_value = self.base.keys[layer], self.base.values[layer]
-        if num_anchors == 1 and query.device.type == "cpu" and not torch.compiler.is_compiling():
-            end, mask = self._as_text(query.shape[3], total, sliding_window)
-            key = torch.cat([base_key[:, :, :end], thought_key[:, :, 0]], dim=2)
-            value = torch.cat([base_value[:, :, :end], thought_value[:, :, 0]], dim=2)
-            return sdpa_attention_forward(module, query[:, :, 0], key, value, mask, scaling=scaling)[0]
+        if self._fits_text(base_key):
+            return self._attend_as_text(
+                query, base_key, base_value, thought_key, thought_value, scaling, sliding_window
+            )
         output = thought_attention(
             query,
             base_key,
             base_value,
-            thought_key,
-            thought_value,
+            thought_key[:, :, :, :total],
+            thought_value[:, :, :, :total],
             anchors=self.anchors,
             key_start=self.key_start,
             window=sliding_window,
@@ -188,31 +200,74 @@ class ThoughtCache:
         )
         return output.flatten(2, 3).transpose(1, 2)
 
-    def _as_text(self, steps: int, total: int, window: int | None) -> tuple[int, Tensor | None]:
-        """Layout of a single thought per row as text that goes on behind its anchor; made once for all layers.
+    def _fits_text(self, base_key: Tensor) -> bool:
+        """Whether thoughts are few enough to be attended to as text: on a CPU, where calls cost more than masked keys.
 
-        On a CPU, where calls cost more than copies, one library call on such text is several times as fast as the op.
+        One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
+        """
+        few = self.anchors.shape[-1] * self.max_steps <= max(self.max_steps, _TEXT_KEYS)
+        return few and base_key.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _attend_as_text(
+        self,
+        query: Tensor,
+        base_key: Tensor,
+        base_value: Tensor,
+        thought_key: Tensor,
+        thought_value: Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        if self._text_mask is None:
+            self._text_mask = self._as_text(query, base_key, window)
+        end = self._text_mask.shape[-1] - self.anchors.shape[-1] * self.max_steps
+        key = torch.cat([base_key[:, :, :end], thought_key.flatten(2, 3)], dim=2)
+        value = torch.cat([base_value[:, :, :end], thought_value.flatten(2, 3)], dim=2)
+        batch, heads, num_anchors, steps, head_size = query.shape
+        mask = self._text_mask[:, :, :, :, self.steps : self.steps + steps]
+        # The heads of a group are rows of one head: keys and values need not be repeated.
+        group = heads // key.shape[1]
+        mask = mask.expand(-1, -1, group, -1, -1, -1).reshape(mask.shape[0], 1, group * num_anchors * steps, -1)
+        output = F.scaled_dot_product_attention(
+            query.reshape(batch, -1, group * num_anchors * steps, head_size), key, value, attn_mask=mask, scale=scaling
+        )
+        return output.reshape(batch, heads, num_anchors * steps, head_size).transpose(1, 2)
+
+    def _as_text(self, query: Tensor, base_key: Tensor, window: int | None) -> Tensor:
+        """Layout of the thoughts as text behind the base keys, all steps there will be; made once for all passes.
 
         Returns:
-            How many base keys are looked at; and which of them and of the ``total`` thought keys each of the new
-            ``steps`` sees, bool [B, 1, S, end + total], or None for all.
+            0 for the keys each step sees and −inf for others, [B or 1, 1, 1, P, T, end + P·T]; no base key from
+            ``end`` on is seen.
         """
-        if self._text_mask is None or self._text_mask[0] != (steps, total):
-            anchors = self.anchors.expand(len(self.base.keys[0]), 1)
-            end = int(anchors.max()) + 1
-            column = torch.arange(end, device=anchors.device)
-            visible = column <= anchors
-            if window is not None:
-                visible &= anchors - column < window
-            if self.key_start is not None:
-                visible &= column >= self.key_start[:, None]
-            own = torch.ones(steps, total, dtype=torch.bool, device=anchors.device).tril(total - steps)
-            mask = None
-            if steps > 1 or not visible.all():
-                shape = len(anchors), 1, steps, -1
-                mask = torch.cat([visible[:, None, None].expand(shape), own.expand(shape)], dim=-1)
-            self._text_mask = (steps, total), end, mask
-        return self._text_mask[1:]
+        anchors = self.anchors.expand(base_key.shape[0], -1)[:, :, None]
+        end = int(anchors.max()) + 1
+        column = torch.arange(end, device=anchors.device)
+        visible = column <= anchors
+        if window is not None:
+            visible &= anchors - column < window
+        if self.key_start is not None:
+            visible &= column >= self.key_start[:, None, None]
+        num_anchors, steps = anchors.shape[1], self.max_steps
+        own = torch.ones(steps, steps, dtype=torch.bool, device=anchors.device).tril()
+        own = torch.eye(num_anchors, dtype=torch.bool, device=anchors.device)[:, None, :, None] & own[:, None]
+        shape = len(anchors), num_anchors, steps, -1
+        visible = torch.cat([visible[:, :, None].expand(shape), own.flatten(2).expand(shape)], dim=-1)
+        mask = query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        return mask[:, None, None]
+
+
+class BaseAndThoughts:
+    """The rows of a base pass and behind them the first steps of the thoughts, which see its keys and values."""
+
+    def __init__(self, base: BaseStates | TextCache, base_rows: int, thoughts: ThoughtCache):
+        self.base, self.base_rows, self.thoughts = base, base_rows, thoughts
+
+    def attend(self, module, query, key, value, _mask, **options) -> Tensor:
+        rows = [self.base_rows, query.shape[2] - self.base_rows]
+        base, thoughts = zip(*(x.split(rows, dim=2) for x in (query, key, value)), strict=True)
+        base_output = self.base.attend(module, *base, None, **options)
+        return torch.cat([base_output, self.thoughts.attend(module, *thoughts, None, **options)], dim=1)
 
 
 class ThoughtTree:

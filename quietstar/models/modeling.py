@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils import ModelOutput
 
@@ -175,7 +175,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         output_thought_logprobs: bool = True,
         suppress_thought_tokens: bool = False,
         thought_states: ThoughtStates | None = None,
-        **kwargs,
+        **_,
     ) -> QuietStarOutput:
         """Think behind every position and predict.
 
@@ -204,7 +204,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         if labels is None:
             return self._predict(
                 input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
-                suppress_thought_tokens, thought_states, **kwargs,
+                suppress_thought_tokens, thought_states,
             )  # fmt: skip
         if past_key_values is not None:
             raise ValueError("past_key_values cannot be used together with labels")
@@ -238,12 +238,10 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             anchors = torch.arange(length, device=input_ids.device).repeat_interleave(self.config.num_thoughts)
         key_start = first_key(attention_mask, (batch, length))
         position_ids = self._positions(position_ids, input_ids)
-        base = BaseStates()
-        self.model(
-            input_ids, attention_mask=None if key_start is None else attention_mask, position_ids=position_ids,
-            use_cache=False, thoughts=base,
-        )  # fmt: skip
+        text = self.model.embed_tokens(input_ids)
+        base = BaseStates(self._base_mask(text, attention_mask, key_start))
         thinker = self._thinker(base, anchors, position_ids, 0, key_start)
+        thinker.read(text, position_ids)
         temperature = self.config.thought_temperature if temperature is None else temperature
         tokens = thinker.sample(temperature, self.config.thought_token_ids, generator)
         if every:
@@ -316,7 +314,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     def _predict(
         self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
-        suppress_thought_tokens, thought_states, **kwargs,
+        suppress_thought_tokens, thought_states,
     ) -> QuietStarOutput:  # fmt: skip
         """A base pass, a thought behind each kept position, and the mixed logits there."""
         batch, length = input_ids.shape
@@ -326,55 +324,54 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             past = past.clone()
         key_start = first_key(attention_mask, (batch, past + length))
         position_ids = self._positions(position_ids, input_ids, past)
-        base = BaseStates()
-        output = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            use_cache=use_cache, thoughts=base, **kwargs,
-        )  # fmt: skip
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        text = self.model.embed_tokens(input_ids)
+        base = BaseStates(self._base_mask(text, attention_mask, key_start, past_key_values), past_key_values)
+        # A sliding cache has dropped keys in front, a static one has room behind.
+        dropped = 0 if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[1]
+        if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
+            key_start = (key_start - dropped).clamp_min(0)
 
         kept = torch.arange(length, device=device)
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
-        base_hidden = output.last_hidden_state[:, kept]
-        # A sliding cache has dropped keys in front, a static one has room behind.
-        dropped = past + length - base.keys[0].shape[2]
-        dropped = dropped.clamp_min(0) if isinstance(dropped, Tensor) else max(0, dropped)
-        if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
-            key_start = (key_start - dropped).clamp_min(0)
-        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
-        if thought_tokens is None:
-            tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
-        else:
+        if thought_tokens is not None:
             shape = batch, 1, len(kept), self.config.thought_length
-            tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
-        thought_hidden = thinker.finish(tokens)
+            thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
+        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
+        base_hidden = thinker.read(text, position_ids, thought_tokens)[:, kept]
+        if thought_tokens is None:
+            thought_tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
+        thought_hidden = thinker.finish(thought_tokens)
         weight = self.mixing_head(base_hidden, thought_hidden)
         logits = self.lm_head(torch.lerp(base_hidden, thought_hidden, weight[..., None]))
         if suppress_thought_tokens:
             logits[..., list(self.config.thought_token_ids)] = -torch.inf
         return QuietStarOutput(
             logits=logits,
-            past_key_values=output.past_key_values,
-            thought_tokens=tokens[:, None],
+            past_key_values=past_key_values,
+            thought_tokens=thought_tokens[:, None],
             mixing_weight=weight[:, None, :, None],
         )
 
     def _thinker(self, base, anchors, position_ids, offset, key_start, states=None) -> Thinker:
         """A thinker behind positions ``anchors`` [P] or [B, P] of the current tokens, ``offset`` keys into the base."""
-        batch = base.keys[0].shape[0]
-        anchors = anchors.expand(batch, -1)
-        anchor_positions = position_ids.expand(batch, -1).gather(1, anchors.clamp_min(0))
+        anchors = anchors.expand(len(position_ids), -1)
+        anchor_positions = position_ids.gather(1, anchors.clamp_min(0))
         return Thinker(
             self.model, self.lm_head.weight, base, torch.where(anchors < 0, -1, anchors + offset), anchor_positions,
             self.start_embedding(), self.end_embedding(), self.config.thought_length, key_start,
             states,
         )  # fmt: skip
 
-    def _base_mask(self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None) -> Tensor | None:
-        """Mask [B, 1, L, L] of the base rows as transformers makes it; None is plain causal."""
+    def _base_mask(
+        self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None, cache: Cache | None = None
+    ) -> Tensor | None:
+        """Mask [B, 1, L, keys] of the base rows as transformers makes it; None is plain causal."""
         make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         return make(
             config=self.config, inputs_embeds=text, attention_mask=None if key_start is None else attention_mask,
-            past_key_values=None,
+            past_key_values=cache,
         )  # fmt: skip
 
     @staticmethod

@@ -4,12 +4,22 @@ import torch
 from torch import Tensor
 from transformers.models.mistral.modeling_mistral import MistralModel
 
-from quietstar.models.attention import BaseStates, TextCache, ThoughtCache, ThoughtStates, ThoughtTree
+from quietstar.models.attention import (
+    BaseAndThoughts,
+    BaseStates,
+    TextCache,
+    ThoughtCache,
+    ThoughtStates,
+    ThoughtTree,
+)
 from quietstar.ops import linear_sample
 
 
 def run_layers(
-    model: MistralModel, embeddings: Tensor, position_ids: Tensor, thoughts: TextCache | ThoughtCache | ThoughtTree
+    model: MistralModel,
+    embeddings: Tensor,
+    position_ids: Tensor,
+    thoughts: TextCache | ThoughtCache | BaseAndThoughts | ThoughtTree,
 ) -> Tensor:
     """Final hidden states [B, rows, H] of rows whose attention ``thoughts`` lays out.
 
@@ -24,6 +34,8 @@ def run_layers(
 
 class Thinker:
     """Thinks behind anchors of a base pass: samples thoughts and gives the hidden state at their end.
+
+    The base pass is either finished, or is run by :meth:`read` together with the first steps of the thoughts.
 
     Args:
         model: the decoder.
@@ -50,41 +62,67 @@ class Thinker:
         key_start: Tensor | None = None,
         states: ThoughtStates | None = None,
     ):
-        self.model, self.lm_head, self.start, self.end = model, lm_head, start, end
+        self.model, self.lm_head = model, lm_head
         self.thought_length, self.anchor_positions = thought_length, anchor_positions
+        self.start, self.end = (x.expand(*anchor_positions.shape, 1, -1) for x in (start, end))
         self.cache = ThoughtCache(base, anchors, thought_length + 2, key_start, states)
+        self.hidden: Tensor | None = None  # [B, P, H], behind the last step so far
+
+    def read(self, text: Tensor, position_ids: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Run the base pass, and in it the steps of the thoughts that are known: the start tokens at least.
+
+        Args:
+            text: embeddings [B, L, H].
+            position_ids: int [B, L].
+            tokens: the thoughts [B, P, k], if they are not to be sampled.
+
+        Returns:
+            Hidden states [B, L, H] behind the text.
+        """
+        return self._advance(self.start if tokens is None else self._steps(tokens), text, position_ids)
 
     def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""
         device = self.anchor_positions.device
-        batch, num_anchors = self.anchor_positions.shape
-        tokens = torch.empty(batch, num_anchors, self.thought_length, dtype=torch.int64, device=device)
+        tokens = torch.empty(*self.anchor_positions.shape, self.thought_length, dtype=torch.int64, device=device)
         seeds = torch.randint(2**62, (self.thought_length,), device=device, generator=generator)
-        step = self.start.expand(batch, num_anchors, 1, -1)
         for j in range(self.thought_length):
-            hidden = self._advance(step)
+            if self.cache.steps == j:
+                self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[:, :, j - 1 : j]))
             tokens[:, :, j] = linear_sample(
-                hidden.flatten(0, 2), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
-            ).view(batch, num_anchors)
-            step = self.model.embed_tokens(tokens[:, :, j : j + 1])
+                self.hidden.flatten(0, 1), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
+            ).view(self.anchor_positions.shape)
         return tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Hidden state [B, P, H] at the end token behind thoughts [B, P, k].
 
         Runs the steps that are still missing: only the last token and the end token if the thoughts were sampled
-        here, all of them if they came from elsewhere.
+        here, none if ``read`` was given them.
         """
-        batch, num_anchors = self.anchor_positions.shape
-        start, end = (x.expand(batch, num_anchors, 1, -1) for x in (self.start, self.end))
-        steps = torch.cat([start, self.model.embed_tokens(tokens), end], dim=2)
-        return self._advance(steps[:, :, self.cache.steps :])[:, :, -1]
+        if self.cache.steps < self.cache.max_steps:
+            self._advance(self._steps(tokens)[:, :, self.cache.steps :])
+        return self.hidden
 
-    def _advance(self, embeddings: Tensor) -> Tensor:
-        """Hidden states [B, P, S, H] of the next S steps, given their embeddings."""
-        steps = embeddings.shape[2]
-        offsets = torch.arange(1, steps + 1, device=embeddings.device) + self.cache.steps
-        position_ids = (self.anchor_positions[:, :, None] + offsets).flatten(1)
-        hidden = run_layers(self.model, embeddings.flatten(1, 2), position_ids, self.cache)
-        self.cache.steps += steps
-        return hidden.unflatten(1, (-1, steps))
+    def _steps(self, tokens: Tensor) -> Tensor:
+        """Embeddings [B, P, k + 2, H] of whole thoughts."""
+        return torch.cat([self.start, self.model.embed_tokens(tokens), self.end], dim=2)
+
+    def _advance(self, steps: Tensor, text: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Run the next steps [B, P, S, H], in one pass with base ``text`` if there is one.
+
+        Returns:
+            Hidden states [B, L, H] behind the text, L = 0 without.
+        """
+        count = steps.shape[2]
+        offsets = torch.arange(1, count + 1, device=steps.device) + self.cache.steps
+        positions = (self.anchor_positions[:, :, None] + offsets).flatten(1)
+        rows, length, layout = steps.flatten(1, 2), 0, self.cache
+        if text is not None:
+            length = text.shape[1]
+            rows, positions = torch.cat([text, rows], dim=1), torch.cat([position_ids, positions], dim=1)
+            layout = BaseAndThoughts(self.cache.base, length, self.cache)
+        hidden = run_layers(self.model, rows, positions, layout)
+        self.cache.steps += count
+        self.hidden = hidden[:, length:].unflatten(1, (-1, count))[:, :, -1]
+        return hidden[:, :length]
