@@ -11,7 +11,7 @@ from quietstar.models.attention import TextCache, ThoughtStates
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
 from quietstar.models.padding import first_key
 from quietstar.models.speculation import DraftLength, Thinking, verify
-from quietstar.models.thoughts import run_layers
+from quietstar.models.thoughts import Thinker, run_layers
 
 if TYPE_CHECKING:
     from quietstar.models.modeling import QuietStarForCausalLM
@@ -107,55 +107,37 @@ class _Loop:
             self.details = [thoughts, *torch.zeros(3, *new, device=device).unbind()]
 
     def run(self) -> QuietStarGenerateOutput:
-        """Prefill, then rounds of drafting and thinking until every row has stopped."""
-        hidden = self._prefill()
+        """Rounds of drafting and thinking until every row has stopped."""
         while True:
             left = self.max_length - min(n for n, done in zip(self.lengths, self.stopped, strict=True) if not done)
-            self._round(hidden, min(self.draft_length(), left - 1))
+            self._round(min(self.draft_length(), left - 1))
             self._stream()
             if all(self.stopped):
                 return self._output()
-            last = [length - 1 for length in self.lengths]
-            hidden = self._base_step(self.ids.gather(1, self._column(last)), last)
 
-    def _prefill(self) -> Tensor:
-        """Hidden state [B, H] of the base model behind the prompts."""
-        model, prompt = self.model, self.prompt_length
-        text = model.model.embed_tokens(self.ids[:, :prompt])
-        mask = model._base_mask(text, self.attention_mask, self.key_start)
-        columns = torch.arange(prompt, device=text.device).expand(len(text), -1)
-        return run_layers(
-            model.model, text, self.position_ids[:, :prompt], self.cache.extend(columns, prompt, mask)
-        )[:, -1]  # fmt: skip
-
-    def _base_step(self, tokens: Tensor, columns: list[int]) -> Tensor:
-        """Hidden state [B, H] of the base model behind ``tokens`` [B, 1], one per row, standing at ``columns``."""
-        column, end = self._column(columns), max(columns) + 1
-        window = self.cache.window
-        everything = self.key_start is None and min(columns) + 1 == end and (window is None or end <= window)
-        cache = self.cache.extend(column, end, None if everything else self.cache.visible(column, end))
-        embeddings = self.model.model.embed_tokens(tokens)
-        return run_layers(self.model.model, embeddings, self.position_ids.gather(1, column), cache)[:, 0]
-
-    def _round(self, hidden: Tensor, count: int) -> None:
-        """Draft ``count`` tokens behind every row, think behind all of them, keep what is agreed on.
-
-        Args:
-            hidden: [B, H], base model behind the last token of each row.
-            count: drafts, 0 or more.
-        """
-        states, logits, scores, drafts = [hidden], [], [], []
+    def _round(self, count: int) -> None:
+        """Draft ``count`` tokens, 0 or more, behind every row, think behind all of them, keep what is agreed on."""
+        states, logits, scores, drafts = [], [], [], []
+        thinks = ~torch.tensor(self.stopped, device=self.ids.device)[:, None].expand(-1, count + 1)
+        thinker = None
         for i in range(count + 1):
+            if i == count and self.thinking.think == "always":
+                thinker = self._thinker(thinks, count + 1)
+            states.append(self._read(i, thinker))
             logits.append(self._logits(states[i]))
             scores.append(self._process(logits[i], i))
             if i < count:
                 drafts.append(self._draw(scores[i]))
-                columns = [length + i for length in self.lengths]
-                self.ids.scatter_(1, self._column(columns), drafts[i])
-                states.append(self._base_step(drafts[i], columns))
+                self.ids.scatter_(1, self._column([length + i for length in self.lengths]), drafts[i])
         base_logits, base_scores = torch.stack(logits, dim=1), torch.stack(scores, dim=1)
 
-        thinks, logits, thoughts = self._think(torch.stack(states, dim=1), base_logits)
+        if thinker is None:
+            thinks = thinks & self._unsure(base_logits)
+            most = int(thinks.sum(dim=1).max())
+            thinker = self._thinker(thinks, most) if most else None
+        logits, thoughts = base_logits, None
+        if thinker is not None:
+            logits, thoughts = self._think(thinker, thinks, torch.stack(states, dim=1), base_logits)
         scores = logits
         if self.processors:
             scores = torch.stack([self._process(x, i) for i, x in enumerate(logits.unbind(1))], dim=1)
@@ -169,53 +151,82 @@ class _Loop:
         self._grow(accepted)
         self._remember(before, thinks, base_logits, logits, thoughts)
 
-    def _think(self, hidden: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Think behind the positions that are worth it.
+    def _read(self, ahead: int, thinker: Thinker | None) -> Tensor:
+        """Hidden state [B, H] of the base model behind the token ``ahead`` columns from the last of each row.
+
+        Reads that token, at first the whole prompt. A ``thinker`` starts its thoughts in the same pass.
+        """
+        model = self.model
+        if not self.cache.keys:
+            columns = torch.arange(self.prompt_length, device=self.ids.device).expand(len(self.ids), -1)
+            text = model.model.embed_tokens(self.ids[:, : self.prompt_length])
+            self.cache.extend(columns, self.prompt_length, model._base_mask(text, self.attention_mask, self.key_start))
+        else:
+            last = [length - 1 + ahead for length in self.lengths]
+            columns, end = self._column(last), max(last) + 1
+            text = model.model.embed_tokens(self.ids.gather(1, columns))
+            window = self.cache.window
+            everything = self.key_start is None and min(last) + 1 == end and (window is None or end <= window)
+            self.cache.extend(columns, end, None if everything else self.cache.visible(columns, end))
+        positions = self.position_ids.gather(1, columns)
+        if thinker is None:
+            return run_layers(model.model, text, positions, self.cache)[:, -1]
+        return thinker.read(text, positions)[:, -1]
+
+    def _unsure(self, base_logits: Tensor) -> Tensor:
+        """Where base predictions [B, P, V] have so much entropy that a thought is worth it, bool [B, P]."""
+        if self.thinking.think == "never":
+            return torch.zeros(base_logits.shape[:2], dtype=torch.bool, device=base_logits.device)
+        return torch.special.entr(base_logits.softmax(dim=-1)).sum(dim=-1) > self.thinking.think
+
+    def _thinker(self, thinks: Tensor, most: int) -> Thinker:
+        """A thinker behind those positions of the round that ``thinks`` [B, P] names, ``most`` in a row.
+
+        The chosen positions of each row are moved to the front; rows that have fewer are filled up with inactive ones.
+        """
+        chosen = self._chosen(thinks, most)
+        anchors = torch.where(thinks.gather(1, chosen), self._column(self.lengths) - 1 + chosen, -1)
+        return self.model._thinker(self.cache, anchors, self.position_ids, 0, self.key_start, self.thought_states)
+
+    @staticmethod
+    def _chosen(thinks: Tensor, most: int) -> Tensor:
+        return thinks.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
+    def _think(
+        self, thinker: Thinker, thinks: Tensor, hidden: Tensor, base_logits: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Think, and predict with it.
 
         Args:
+            thinker: from ``_thinker``.
+            thinks: bool [B, P], the positions it thinks behind.
             hidden: [B, P, H], the base model behind the last token of each row and behind its drafts.
             base_logits: [B, P, V], its predictions.
 
         Returns:
-            bool [B, P], whether it thought; the predictions [B, P, V], those of the base model where it did not; the
-            thoughts [B, P, k] and their weights [B, P], −1 and 0 where it did not, None where it nowhere did.
+            The predictions [B, P, V], those of the base model where it did not think; the thoughts [B, P, k] and their
+            weights [B, P], −1 and 0 where it did not.
         """
-        model, device = self.model, hidden.device
-        batch, positions, _ = hidden.shape
-        thinks = ~torch.tensor(self.stopped, device=device)[:, None].expand(-1, positions)
-        if self.thinking.think == "never":
-            thinks = torch.zeros_like(thinks)
-        elif self.thinking.think != "always":
-            entropy = torch.special.entr(base_logits.softmax(dim=-1)).sum(dim=-1)
-            thinks = thinks & (entropy > self.thinking.think)
-        most = int(thinks.sum(dim=1).max())
-        if most == 0:
-            return thinks, base_logits, None
-
-        # The chosen positions of each row, moved to the front; rows that have fewer are filled up with inactive ones.
-        row = torch.arange(batch, device=device)[:, None]
-        chosen = thinks.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        active = thinks[row, chosen]
-        anchors = torch.where(active, self._column(self.lengths) - 1 + chosen, -1)
-        thinker = model._thinker(self.cache, anchors, self.position_ids, 0, self.key_start, self.thought_states)
-        tokens = thinker.sample(model.config.thought_temperature, model.config.thought_token_ids, None)
+        config = self.model.config
+        tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
         thought_hidden = thinker.finish(tokens)
+        row = torch.arange(len(thinks), device=thinks.device)[:, None]
+        chosen = self._chosen(thinks, tokens.shape[1])
+        active = thinks[row, chosen]
         base_hidden = hidden[row, chosen]
-        weight = model.mixing_head(base_hidden, thought_hidden)
+        weight = self.model.mixing_head(base_hidden, thought_hidden)
         mixed = self._logits(torch.lerp(base_hidden, thought_hidden, weight[..., None]))
         logits = base_logits.clone()
         logits[row, chosen] = torch.where(active[..., None], mixed, logits[row, chosen])
-        thoughts = torch.full((batch, positions, tokens.shape[-1]), -1, device=device)
+        thoughts = torch.full((*thinks.shape, tokens.shape[-1]), -1, device=thinks.device)
         thoughts[row, chosen] = tokens.masked_fill(~active[..., None], -1)
-        weights = torch.zeros(batch, positions, device=device)
+        weights = torch.zeros(thinks.shape, device=thinks.device)
         weights[row, chosen] = weight.float().masked_fill(~active, 0)
-        return thinks, logits, (thoughts, weights)
+        return logits, (thoughts, weights)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in float32 as transformers' loops take them; the thought tokens are never text."""
-        logits = self.model.lm_head(hidden).float()
-        logits[..., list(self.model.config.thought_token_ids)] = -torch.inf
-        return logits
+        """Logits [..., V] in float32 as transformers' loops take them."""
+        return self.model._text_logits(hidden).float()
 
     def _process(self, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, V] of the tokens ``ahead`` columns behind the end of each row, through the logits processors.

@@ -344,15 +344,20 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             thought_tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
         thought_hidden = thinker.finish(thought_tokens)
         weight = self.mixing_head(base_hidden, thought_hidden)
-        logits = self.lm_head(torch.lerp(base_hidden, thought_hidden, weight[..., None]))
-        if suppress_thought_tokens:
-            logits[..., list(self.config.thought_token_ids)] = -torch.inf
+        mixed = torch.lerp(base_hidden, thought_hidden, weight[..., None])
         return QuietStarOutput(
-            logits=logits,
+            logits=self._text_logits(mixed) if suppress_thought_tokens else self.lm_head(mixed),
             past_key_values=past_key_values,
             thought_tokens=thought_tokens[:, None],
             mixing_weight=weight[:, None, :, None],
         )
+
+    def _text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]; −inf for the thought tokens, which are never text."""
+        logits = self.lm_head(hidden)
+        for token in self.config.thought_token_ids:
+            logits[..., token] = -torch.inf
+        return logits
 
     def _thinker(self, base, anchors, position_ids, offset, key_start, states=None) -> Thinker:
         """A thinker behind positions ``anchors`` [P] or [B, P] of the current tokens, ``offset`` keys into the base."""
