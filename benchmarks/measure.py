@@ -73,14 +73,19 @@ def own_peak_memory() -> int:
 def peak_memory(script: str, *arguments: str, run: Callable[[], object] | None = None) -> int:
     """``own_peak_memory()`` of ``script arguments`` in a process of its own; the script prints it on its last line.
 
-    If ``run`` is given, it does the same work in this process, and on a GPU no other is started: the peak is then what
-    ``run`` allocates, without what was there before, such as its inputs.
+    Measured once for the same arguments. If ``run`` is given, it does the same work in this process, and on a GPU no
+    other is started: the peak is then what ``run`` allocates, without what was there before, such as its inputs.
     """
     if run is not None and DEVICE == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return own_peak_memory() - before
+    return _peak_of_process(script, *arguments)
+
+
+@cache
+def _peak_of_process(script: str, *arguments: str) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, script, *arguments]
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
