@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from quietstar.models.padding import first_key
 from quietstar.ops import thought_attention
 
 ATTENTION_NAME = "quietstar"
@@ -61,10 +62,20 @@ class BaseStates:
         self.values: dict[int, Tensor] = {}
 
     def attend(self, module, query, key, value, _mask, **options) -> Tensor:
+        seen = self.keep(module.layer_idx, key, value)
+        return sdpa_attention_forward(module, query, *seen, self.mask, **options)[0]
+
+    @property
+    def end(self) -> int:
+        """How many keys a pass sees."""
+        return self.keys[0].shape[2]
+
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values of a layer; all that the pass sees."""
         if self.cache is not None:
-            key, value = self.cache.update(key, value, module.layer_idx)
-        self.keys[module.layer_idx], self.values[module.layer_idx] = key, value
-        return sdpa_attention_forward(module, query, key, value, self.mask, **options)[0]
+            key, value = self.cache.update(key, value, layer)
+        self.keys[layer], self.values[layer] = key, value
+        return key, value
 
 
 class TextCache:
@@ -92,7 +103,8 @@ class TextCache:
             end: host copy of the largest column + 1: no later key is read.
             mask: bool [B, 1, S, end], the keys each token sees; None is plain causal.
         """
-        self._columns, self._end, self._mask = columns, end, mask
+        self._columns, self.end, self.mask = columns, end, mask
+        self._row = torch.arange(len(columns), device=columns.device)[:, None]
         return self
 
     def visible(self, columns: Tensor, end: int) -> Tensor:
@@ -106,21 +118,25 @@ class TextCache:
         return visible[:, None, None]
 
     def attend(self, module, query, key, value, _mask, **options) -> Tensor:
-        layer = module.layer_idx
+        seen = self.keep(module.layer_idx, key, value)
+        return sdpa_attention_forward(module, query, *seen, self.mask, **options)[0]
+
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values of a layer; all that the pass sees."""
         if layer not in self.keys:
             shape = *key.shape[:2], self.capacity, key.shape[-1]
             # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
             self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        row = torch.arange(key.shape[0], device=key.device)[:, None]
-        seen = []
-        for states, new in ((self.keys[layer], key), (self.values[layer], value)):
-            states[row, :, self._columns] = new.transpose(1, 2)
-            seen.append(states[:, :, : self._end])
-        return sdpa_attention_forward(module, query, *seen, self._mask, **options)[0]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._row, :, self._columns] = key.transpose(1, 2)
+        values[self._row, :, self._columns] = value.transpose(1, 2)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
 
 class ThoughtStates:
-    """Room for the keys and values of thoughts, allocated at the first thought and reused by all that follow.
+    """What one thought leaves to the next in ``generate``: room for keys and values, and where the texts begin.
+
+    The room is allocated at the first thought and reused by all that follow.
 
     Args:
         max_anchors: thoughts per sequence that there will be at most; more of them make the room anew.
@@ -129,12 +145,20 @@ class ThoughtStates:
     def __init__(self, max_anchors: int = 1) -> None:
         self.max_anchors = max_anchors
         self._room: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first_key: tuple[Tensor | None] | None = None
 
-    def of_layer(self, layer: int, key: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new keys [B, Hkv, P, S, D]."""
-        batch, heads, num_anchors, _, head_size = key.shape
+    def first_key(self, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """``padding.first_key``; a mask [B, L] is looked at once, since texts only grow at their end."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return first_key(attention_mask, shape)
+        if self._first_key is None:
+            self._first_key = (first_key(attention_mask, shape),)
+        return self._first_key[0]
+
+    def of_layer(self, layer: int, key: Tensor, num_anchors: int, max_steps: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new keys [B, Hkv, ..., D]."""
         room = self._room.get(layer)
-        wanted = batch, heads, max(num_anchors, self.max_anchors), max_steps, head_size
+        wanted = *key.shape[:2], max(num_anchors, self.max_anchors), max_steps, key.shape[-1]
         if room is None or room[0].shape != wanted:
             room = self._room[layer] = _new_room(key, wanted)
         return room[0][:, :, :num_anchors], room[1][:, :, :num_anchors]
@@ -171,28 +195,27 @@ class ThoughtCache:
         self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
         self._states = ThoughtStates() if states is None else states
-        self._text_mask: Tensor | None = None
+        self._as_text: _ThoughtsAsText | None = None
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
         layer = module.layer_idx
         num_anchors = self.anchors.shape[-1]
+        if self.is_text(query):
+            return self.attend_as_text(layer, query, key, value, scaling, sliding_window)
         query, key, value = (x.unflatten(2, (num_anchors, -1)) for x in (query, key, value))
         total = self.steps + query.shape[3]
-        thought_key, thought_value = self._states.of_layer(layer, key, self.max_steps)
-        thought_key[:, :, :, self.steps : total] = key
-        thought_value[:, :, :, self.steps : total] = value
-        base_key, base_value = self.base.keys[layer], self.base.values[layer]
-        if self._fits_text(base_key):
-            return self._attend_as_text(
-                query, base_key, base_value, thought_key, thought_value, scaling, sliding_window
-            )
+        thought_key, thought_value = (
+            x[:, :, :, :total] for x in self._states.of_layer(layer, key, num_anchors, self.max_steps)
+        )
+        thought_key[:, :, :, self.steps :] = key
+        thought_value[:, :, :, self.steps :] = value
         output = thought_attention(
             query,
-            base_key,
-            base_value,
-            thought_key[:, :, :, :total],
-            thought_value[:, :, :, :total],
+            self.base.keys[layer],
+            self.base.values[layer],
+            thought_key,
+            thought_value,
             anchors=self.anchors,
             key_start=self.key_start,
             window=sliding_window,
@@ -200,61 +223,88 @@ class ThoughtCache:
         )
         return output.flatten(2, 3).transpose(1, 2)
 
-    def _fits_text(self, base_key: Tensor) -> bool:
-        """Whether thoughts are few enough to be attended to as text: on a CPU, where calls cost more than masked keys.
+    def is_text(self, query: Tensor) -> bool:
+        """Whether thoughts are few enough to be attended to as text, on a CPU, where calls cost more than masked keys.
 
         One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
         """
-        few = self.anchors.shape[-1] * self.max_steps <= max(self.max_steps, _TEXT_KEYS)
-        return few and base_key.device.type == "cpu" and not torch.compiler.is_compiling()
+        few = self.anchors.shape[-1] == 1 or self.anchors.shape[-1] * self.max_steps <= _TEXT_KEYS
+        return few and query.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def _attend_as_text(
-        self,
-        query: Tensor,
-        base_key: Tensor,
-        base_value: Tensor,
-        thought_key: Tensor,
-        thought_value: Tensor,
-        scaling: float,
-        window: int | None,
+    def attend_as_text(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        if self._text_mask is None:
-            self._text_mask = self._as_text(query, base_key, window)
-        end = self._text_mask.shape[-1] - self.anchors.shape[-1] * self.max_steps
-        key = torch.cat([base_key[:, :, :end], thought_key.flatten(2, 3)], dim=2)
-        value = torch.cat([base_value[:, :, :end], thought_value.flatten(2, 3)], dim=2)
-        batch, heads, num_anchors, steps, head_size = query.shape
-        mask = self._text_mask[:, :, :, :, self.steps : self.steps + steps]
+        """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
+        num_anchors = self.anchors.shape[-1]
+        base_key, base_value = self.base.keys[layer], self.base.values[layer]
+        if self._as_text is None:
+            self._as_text = _ThoughtsAsText(self, base_key, window)
+        end, columns, mask = self._as_text.layout(query, key)
+        seen = []
+        for base, room, new in zip(
+            (base_key, base_value),
+            self._states.of_layer(layer, key, num_anchors, self.max_steps),
+            (key, value),
+            strict=True,
+        ):
+            thought = room.flatten(2, 3)
+            thought.index_copy_(2, columns, new)
+            seen.append(torch.cat([base[:, :, :end], thought], dim=2))
         # The heads of a group are rows of one head: keys and values need not be repeated.
-        group = heads // key.shape[1]
-        mask = mask.expand(-1, -1, group, -1, -1, -1).reshape(mask.shape[0], 1, group * num_anchors * steps, -1)
-        output = F.scaled_dot_product_attention(
-            query.reshape(batch, -1, group * num_anchors * steps, head_size), key, value, attn_mask=mask, scale=scaling
-        )
-        return output.reshape(batch, heads, num_anchors * steps, head_size).transpose(1, 2)
+        packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(packed, *seen, attn_mask=mask, scale=scaling)
+        return output.view(query.shape).transpose(1, 2)
 
-    def _as_text(self, query: Tensor, base_key: Tensor, window: int | None) -> Tensor:
-        """Layout of the thoughts as text behind the base keys, all steps there will be; made once for all passes.
 
-        Returns:
-            0 for the keys each step sees and −inf for others, [B or 1, 1, 1, P, T, end + P·T]; no base key from
-            ``end`` on is seen.
-        """
-        anchors = self.anchors.expand(base_key.shape[0], -1)[:, :, None]
-        end = int(anchors.max()) + 1
-        column = torch.arange(end, device=anchors.device)
+class _ThoughtsAsText:
+    """Thoughts laid out as text behind the base keys, all steps there will be; the keys of those to come are masked.
+
+    Made once per thought, and what a pass needs once for all its layers.
+    """
+
+    def __init__(self, cache: ThoughtCache, base_key: Tensor, window: int | None):
+        self.cache, self.steps = cache, -1
+        anchors = cache.anchors.expand(base_key.shape[0], -1)[:, :, None]
+        self.end = cache.base.end
+        column = torch.arange(self.end, device=anchors.device)
         visible = column <= anchors
         if window is not None:
             visible &= anchors - column < window
-        if self.key_start is not None:
-            visible &= column >= self.key_start[:, None, None]
-        num_anchors, steps = anchors.shape[1], self.max_steps
+        if cache.key_start is not None:
+            visible &= column >= cache.key_start[:, None, None]
+        num_anchors, steps = anchors.shape[1], cache.max_steps
         own = torch.ones(steps, steps, dtype=torch.bool, device=anchors.device).tril()
         own = torch.eye(num_anchors, dtype=torch.bool, device=anchors.device)[:, None, :, None] & own[:, None]
         shape = len(anchors), num_anchors, steps, -1
         visible = torch.cat([visible[:, :, None].expand(shape), own.flatten(2).expand(shape)], dim=-1)
-        mask = query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-        return mask[:, None, None]
+        self.mask = _additive(visible, base_key)  # [B, P, T, end + P·T]
+
+    def layout(self, query: Tensor, key: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Of the pass over ``query`` [B, Hq, rows, D] and ``key`` [B, Hkv, P·S, D], a base row in front or not.
+
+        Returns:
+            How many base keys are seen; where the new keys stand among those of thoughts, int64 [P·S]; and 0 for the
+            keys each row sees and −inf for others, [B, 1, Hq / Hkv · rows, end + P·T].
+        """
+        if self.steps != self.cache.steps:
+            self.steps = self.cache.steps
+            num_anchors, max_steps = self.mask.shape[1:3]
+            new = slice(self.steps, self.steps + key.shape[2] // num_anchors)
+            self.columns = torch.arange(num_anchors * max_steps).view(num_anchors, max_steps)[:, new].flatten()
+            mask = self.mask[:, :, new].flatten(1, 2)
+            if query.shape[2] > key.shape[2]:
+                base = mask.new_full((len(mask), 1, mask.shape[2]), -torch.inf)
+                base[:, :, : self.end] = (
+                    0 if self.cache.base.mask is None else _additive(self.cache.base.mask[:, 0], mask)
+                )
+                mask = torch.cat([base, mask], dim=1)
+            self.rows = mask.repeat(1, query.shape[1] // key.shape[1], 1)[:, None]
+        return self.end, self.columns, self.rows
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    """0 where ``visible``, else −inf."""
+    return like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
 class BaseAndThoughts:
@@ -263,11 +313,16 @@ class BaseAndThoughts:
     def __init__(self, base: BaseStates | TextCache, base_rows: int, thoughts: ThoughtCache):
         self.base, self.base_rows, self.thoughts = base, base_rows, thoughts
 
-    def attend(self, module, query, key, value, _mask, **options) -> Tensor:
+    def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **options) -> Tensor:
         rows = [self.base_rows, query.shape[2] - self.base_rows]
-        base, thoughts = zip(*(x.split(rows, dim=2) for x in (query, key, value)), strict=True)
-        base_output = self.base.attend(module, *base, None, **options)
-        return torch.cat([base_output, self.thoughts.attend(module, *thoughts, None, **options)], dim=1)
+        (base_key, key), (base_value, value) = (x.split(rows, dim=2) for x in (key, value))
+        if self.base_rows == 1 and self.thoughts.is_text(query):
+            self.base.keep(module.layer_idx, base_key, base_value)
+            return self.thoughts.attend_as_text(module.layer_idx, query, key, value, scaling, sliding_window)
+        options = {"scaling": scaling, "sliding_window": sliding_window} | options
+        base_query, query = query.split(rows, dim=2)
+        base_output = self.base.attend(module, base_query, base_key, base_value, None, **options)
+        return torch.cat([base_output, self.thoughts.attend(module, query, key, value, None, **options)], dim=1)
 
 
 class ThoughtTree:

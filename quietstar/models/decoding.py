@@ -46,9 +46,12 @@ def decode(
         raise ValueError(f"{names} must be left out with draft_length, think or return_thoughts")
     if isinstance(streamer, ThoughtStreamer) and len(input_ids) > 1:
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
-    loop = _Loop(model, input_ids, attention_mask, position_ids, generation_config, thinking)
-    loop.processors, loop.criteria, loop.streamer = logits_processor, stopping_criteria, streamer
-    output = loop.run()
+    with torch.inference_mode():  # calls cost less in it
+        loop = _Loop(model, input_ids, attention_mask, position_ids, generation_config, thinking)
+        loop.processors, loop.criteria, loop.streamer = logits_processor, stopping_criteria, streamer
+        output = loop.run()
+    # Copies, which may be trained on.
+    output = type(output)(**{key: x.clone() if isinstance(x, Tensor) else x for key, x in output.items()})
     if streamer is not None:
         streamer.end()
     return output if thinking.return_thoughts or generation_config.return_dict_in_generate else output.sequences

@@ -87,6 +87,7 @@ class ThinkingGeneration:
             return  # transformers says what is wrong with it
         if prompt.shape[1] == 0:
             raise ValueError(f"input_ids must hold at least one token per prompt, got shape {list(prompt.shape)}")
+        self._check_tokens("input_ids", prompt, self.config.vocab_size)
         positions = self.config.max_position_embeddings
         if prompt.shape[1] > positions:
             longest = prompt.shape[1] if attention_mask is None else int(attention_mask.sum(dim=-1).max())

@@ -1,5 +1,6 @@
 """The model: Mistral that thinks before every token, for transformers."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -194,13 +195,14 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             output_thought_logprobs: with labels: give ``thought_logprobs``; a training step is a few per cent faster
                 without, because thoughts that did not help then need no logits.
             suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
-            thought_states: inference only: room for the thoughts' keys and values that ``generate`` reuses.
+            thought_states: inference only: what ``generate`` keeps from one thought to the next.
 
         Raises:
             TypeError, ValueError: a bad argument, named.
         """
         Dims().bind("input_ids", input_ids, "B L")
-        self._check_tokens("input_ids", input_ids, self.config.vocab_size)
+        if thought_states is None:  # ``generate`` has looked at its prompt
+            self._check_tokens("input_ids", input_ids, self.config.vocab_size)
         if labels is None:
             return self._predict(
                 input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
@@ -322,7 +324,8 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):  # a static cache counts on its device, in place
             past = past.clone()
-        key_start = first_key(attention_mask, (batch, past + length))
+        find_first_key = first_key if thought_states is None else thought_states.first_key
+        key_start = find_first_key(attention_mask, (batch, past + length))
         position_ids = self._positions(position_ids, input_ids, past)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
@@ -340,9 +343,12 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
         thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
         base_hidden = thinker.read(text, position_ids, thought_tokens)[:, kept]
-        if thought_tokens is None:
-            thought_tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
-        thought_hidden = thinker.finish(thought_tokens)
+        # Calls cost less in inference mode; what is made there must not reach those who may train on it.
+        quick = thought_states is not None and not torch.compiler.is_compiling()
+        with torch.inference_mode() if quick else nullcontext():
+            if thought_tokens is None:
+                thought_tokens = thinker.sample(self.config.thought_temperature, self.config.thought_token_ids, None)
+            thought_hidden = thinker.finish(thought_tokens)
         weight = self.mixing_head(base_hidden, thought_hidden)
         mixed = torch.lerp(base_hidden, thought_hidden, weight[..., None])
         return QuietStarOutput(
