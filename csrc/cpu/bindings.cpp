@@ -259,6 +259,67 @@ Steps<T> steps(const char* name, const Tensor& tensor) {
   return optional_steps<T>(name, tensor);
 }
 
+BaseShape base_shape(const std::vector<Size>& sizes, float scale, int threads, Address first, Address last) {
+  if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, L, D", static_cast<Size>(sizes.size()));
+  for (Size size : sizes) at_least("sizes", 1, size);
+  const Size anchors = sizes[0] * sizes[3];
+  const BaseShape shape{sizes[0],
+                        sizes[1],
+                        sizes[2],
+                        sizes[3],
+                        sizes[4],
+                        sizes[5],
+                        sizes[6],
+                        scale,
+                        static_cast<int>(at_least("threads", 1, threads)),
+                        pointer<const Size>("first", first, anchors),
+                        pointer<const Size>("last", last, anchors)};
+  if (shape.query_heads % shape.kv_heads) refuse("Hq", "be a multiple of Hkv", shape.query_heads);
+  for (Size place = 0; place < anchors; ++place) {
+    at_least("first", 0, shape.first[place]);
+    if (shape.last[place] > shape.length) refuse("last", "be at most L", shape.last[place]);
+  }
+  return shape;
+}
+
+void base_forward(int dtype, const std::vector<Size>& sizes, float scale, int threads, Address first, Address last,
+                  const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+                  const Tensor& lse) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const BaseForward<T> arguments{base_shape(sizes, scale, threads, first, last),
+                                   steps<const T>("query", query),
+                                   steps<const T>("key", key),
+                                   steps<const T>("value", value),
+                                   steps<float>("output", output),
+                                   steps<float>("lse", lse)};
+    py::gil_scoped_release released;
+    kernels.base_forward(arguments);
+  });
+}
+
+void base_backward(int dtype, const std::vector<Size>& sizes, float scale, int threads, Address first, Address last,
+                   const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+                   const Tensor& grad_output, const Tensor& lse, const Tensor& grad_lse, const Tensor& grad_query,
+                   const Tensor& grad_key, const Tensor& grad_value) {
+  with_dtype(dtype, [&](const auto& kernels, auto example) {
+    using T = decltype(example);
+    const BaseBackward<T> arguments{base_shape(sizes, scale, threads, first, last),
+                                    steps<const T>("query", query),
+                                    steps<const T>("key", key),
+                                    steps<const T>("value", value),
+                                    steps<const T>("output", output),
+                                    steps<const T>("grad_output", grad_output),
+                                    steps<const float>("lse", lse),
+                                    optional_steps<const float>("grad_lse", grad_lse),
+                                    steps<float>("grad_query", grad_query),
+                                    steps<float>("grad_key", grad_key),
+                                    steps<float>("grad_value", grad_value)};
+    py::gil_scoped_release released;
+    kernels.base_backward(arguments);
+  });
+}
+
 ThoughtShape thought_shape(const std::vector<Size>& sizes, float scale, int threads) {
   if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, T, D", static_cast<Size>(sizes.size()));
   for (Size size : sizes) at_least("sizes", 1, size);
@@ -338,6 +399,8 @@ void bind(py::module_& module) {
   module.def("cross_entropy_rows", &cross_entropy_rows);
   module.def("sample_rows", &sample_rows);
   module.def("linear_sample", &linear_sample);
+  module.def("base_forward", &base_forward);
+  module.def("base_backward", &base_backward);
   module.def("thought_forward", &thought_forward);
   module.def("thought_backward", &thought_backward);
 }

@@ -22,7 +22,9 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
                                     mixed_cross_entropy_backward<T>,
                                     thought_forward<T>,
                                     thought_backward<T>,
-                                    linear_sample<T>};
+                                    linear_sample<T>,
+                                    base_forward<T>,
+                                    base_backward<T>};
 
 #define QUIETSTAR_TEXT(name) #name
 #define QUIETSTAR_NAME(name) QUIETSTAR_TEXT(name)

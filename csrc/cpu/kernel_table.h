@@ -19,6 +19,10 @@ template <class T>
 void thought_backward(const ThoughtBackward<T>&);
 template <class T>
 void linear_sample(const LinearSample<T>&);
+template <class T>
+void base_forward(const BaseForward<T>&);
+template <class T>
+void base_backward(const BaseBackward<T>&);
 void cross_entropy_rows(const CrossEntropyRows&);
 void sample_rows(const SampleRows&);
 

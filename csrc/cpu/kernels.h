@@ -105,6 +105,30 @@ struct Steps {
   }
 };
 
+// Sizes of the base part; the key/value tensors have the base positions for steps. Anchor p of batch b sees the base
+// keys first[b, p] <= l < last[b, p].
+struct BaseShape {
+  std::int64_t batch, query_heads, kv_heads, anchors, steps, length, head_size;
+  float scale;
+  int threads;
+  const std::int64_t *first, *last;
+};
+
+// Of a lse, D = 1; it is −∞, and the output 0, where an anchor sees no key.
+template <class T>
+struct BaseForward : BaseShape {
+  Steps<const T> query, key, value;
+  Steps<float> output, lse;
+};
+
+// What reaches queries, keys and values through the base keys, given the output and lse over all keys.
+template <class T>
+struct BaseBackward : BaseShape {
+  Steps<const T> query, key, value, output, grad_output;
+  Steps<const float> lse, grad_lse;  // the data of grad_lse may be null
+  Steps<float> grad_query, grad_key, grad_value;
+};
+
 struct ThoughtShape {
   std::int64_t batch, query_heads, kv_heads, anchors, steps, thought_steps, head_size;
   float scale;
@@ -139,6 +163,8 @@ struct TypedKernels {
   void (*thought_forward)(const ThoughtForward<T>&);
   void (*thought_backward)(const ThoughtBackward<T>&);
   void (*linear_sample)(const LinearSample<T>&);
+  void (*base_forward)(const BaseForward<T>&);
+  void (*base_backward)(const BaseBackward<T>&);
 };
 
 struct Kernels {

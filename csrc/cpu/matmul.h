@@ -6,19 +6,15 @@
 #pragma once
 
 #include "parallel.h"
+#include "tile.h"
 
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with two vectors of columns they fill the registers
-constexpr int kTileColumns = 2 * kLanes;
 constexpr int64_t kDepth = 256;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-// Rows of a matrix of `columns` columns in panels of `Width` rows, a panel column by column, with zeros behind the last.
+// Rows of a matrix of `columns` columns in panels of `Width` rows, a panel column by column, with zeros behind the
+// last.
 template <int Width>
 class Panels {
  public:
@@ -30,7 +26,7 @@ class Panels {
       float* to = memory_.of_thread(0) + panel * Width * columns_;
       for (int64_t row = 0; row < Width; ++row) {
         const int64_t number = panel * Width + row;
-        const T* from = matrix.row(first_row + number);
+        const T* from = matrix.row(first_row + smaller(number, rows - 1));
         for (int64_t k = 0; k < columns_; ++k) to[k * Width + row] = number < rows ? load_one(from + k) : 0.0f;
       }
     });
@@ -49,25 +45,6 @@ class Panels {
 using LeftPanels = Panels<kTileRows>;
 using RightPanels = Panels<kTileColumns>;
 
-inline void multiply_tile(const float* left, const float* right, int64_t depth, float* result, int64_t stride, bool add) {
-  Vec sums[kTileRows][2] = {};
-  for (int64_t k = 0; k < depth; ++k, left += kTileRows, right += kTileColumns) {
-    const Vec first = load(right, Whole{}), second = load(right + kLanes, Whole{});
-#pragma GCC unroll 12
-    for (int row = 0; row < kTileRows; ++row) {
-      sums[row][0] += splat(left[row]) * first;
-      sums[row][1] += splat(left[row]) * second;
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kTileRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      float* to = result + row * stride + half * kLanes;
-      store(to, add ? load(to, Whole{}) + sums[row][half] : sums[row][half], Whole{});
-    }
-  }
-}
-
 // result[i, j] = left row i · right row j, for rows that begin a panel. The result has room for whole tiles.
 inline void multiply(const LeftPanels& left, int64_t left_row, int64_t rows, const RightPanels& right,
                      int64_t right_row, int64_t columns, float* result, int64_t stride) {
@@ -75,8 +52,8 @@ inline void multiply(const LeftPanels& left, int64_t left_row, int64_t rows, con
     const int64_t depth = smaller(kDepth, left.columns() - begin);
     for (int64_t j = 0; j < columns; j += kTileColumns) {
       for (int64_t i = 0; i < rows; i += kTileRows) {
-        multiply_tile(left.at(left_row + i, begin), right.at(right_row + j, begin), depth, result + i * stride + j,
-                      stride, begin > 0);
+        multiply_tile<kTileRows, 2>({left.at(left_row + i, begin), 1, kTileRows}, right.at(right_row + j, begin),
+                                    kTileColumns, depth, {result + i * stride + j, stride}, begin > 0);
       }
     }
   }

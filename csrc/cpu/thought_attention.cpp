@@ -8,60 +8,12 @@
 
 #include "kernel_table.h"
 #include "parallel.h"
+#include "tile.h"
 
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
-
-// An element a(i, k) of a small matrix or of its transpose.
-struct Operand {
-  const float* data;
-  int64_t row_stride, column_stride;
-
-  const float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
-};
-
-// Rows · vectors of the result that are held in registers while the products are summed.
-template <int kRows, int kVectors>
-void multiply_block(Operand a, const float* b, float* c, int64_t width, int64_t depth) {
-  Vec sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int i = 0; i < kRows; ++i) {
-      const float factor = *a.at(i, k);
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += factor * load(b + k * width + j * kLanes, Whole{});
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) store(c + i * width + j * kLanes, sums[i][j], Whole{});
-  }
-}
-
-template <int kRows>
-void multiply_rows(Operand a, const float* b, float* c, int64_t width, int64_t depth) {
-  int64_t column = 0;
-  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
-    multiply_block<kRows, 2>(a, b + column, c + column, width, depth);
-  }
-  if (column < width) multiply_block<kRows, 1>(a, b + column, c + column, width, depth);
-}
-
-// c [rows, width] = a [rows, depth] · b [depth, width]; width in whole vectors.
-void multiply(Operand a, const float* b, float* c, int64_t rows, int64_t width, int64_t depth) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    multiply_rows<4>({a.at(row, 0), a.row_stride, a.column_stride}, b, c + row * width, width, depth);
-  }
-  for (; row < rows; ++row) {
-    multiply_rows<1>({a.at(row, 0), a.row_stride, a.column_stride}, b, c + row * width, width, depth);
-  }
-}
-
-// One row of `size` elements in float32, with zeros behind it.
-template <class T>
-void gather(const T* from, float* to, int64_t size) {
-  for_vectors(0, size, [&](int64_t d, auto extent) { store(to + d, load(from + d, extent), Whole{}); });
-}
+int64_t padded(int64_t size) { return rounded_up(size, kLanes); }
 
 // An anchor of one text, and a key/value head.
 struct Place {
@@ -142,7 +94,7 @@ void thought_forward(const ThoughtForward<T>& a) {
     task.gather_rows(a.query, place, queries);
     task.transpose_keys(a.thought_key, place, keys);
     task.gather_keys(a.thought_value, place, values);
-    multiply({queries, task.width, 1}, keys, scores, task.rows, task.keys, a.head_size);
+    multiply({queries, task.width, 1}, keys, task.keys, task.rows, task.keys, a.head_size, {scores, task.keys});
 
     float* base_shares = queries;  // one per row; the queries have been used
     for (int64_t row = 0; row < task.rows; ++row) {
@@ -170,7 +122,7 @@ void thought_forward(const ThoughtForward<T>& a) {
       base_shares[row] = base / sum;
     }
 
-    multiply({scores, task.keys, 1}, values, outputs, task.rows, task.width, a.thought_steps);
+    multiply({scores, task.keys, 1}, values, task.width, task.rows, task.width, a.thought_steps, {outputs, task.width});
     for (int64_t row = 0; row < task.rows; ++row) {
       const float *own = outputs + row * task.width, *base = task.row_of(a.base_output, place, row);
       T* output = task.row_of(a.output, place, row);
@@ -203,8 +155,8 @@ void thought_backward(const ThoughtBackward<T>& a) {
     task.transpose_keys(a.thought_key, place, keys);
     task.transpose_keys(a.thought_value, place, values);
     task.gather_keys(a.thought_key, place, key_rows);
-    multiply({queries, task.width, 1}, keys, probabilities, task.rows, task.keys, a.head_size);
-    multiply({grads, task.width, 1}, values, grad_scores, task.rows, task.keys, a.head_size);
+    multiply({queries, task.width, 1}, keys, task.keys, task.rows, task.keys, a.head_size, {probabilities, task.keys});
+    multiply({grads, task.width, 1}, values, task.keys, task.rows, task.keys, a.head_size, {grad_scores, task.keys});
 
     for (int64_t row = 0; row < task.rows; ++row) {
       float *probability = probabilities + row * task.keys, *grad_score = grad_scores + row * task.keys;
@@ -230,7 +182,8 @@ void thought_backward(const ThoughtBackward<T>& a) {
     }
 
     const auto write_keys = [&](const Steps<T>& gradient, const float* weights, const float* rows) {
-      multiply({weights, 1, task.keys}, rows, grad_keys, a.thought_steps, task.width, task.rows);
+      multiply({weights, 1, task.keys}, rows, task.width, a.thought_steps, task.width, task.rows,
+               {grad_keys, task.width});
       T* first = gradient.at(place.batch, place.kv_head, place.anchor);
       for (int64_t t = 0; t < a.thought_steps; ++t) {
         for_vectors(0, a.head_size, [&](int64_t d, auto extent) {
@@ -241,7 +194,8 @@ void thought_backward(const ThoughtBackward<T>& a) {
     write_keys(a.grad_thought_key, grad_scores, queries);
     write_keys(a.grad_thought_value, probabilities, grads);
 
-    multiply({grad_scores, task.keys, 1}, key_rows, grad_queries, task.rows, task.width, a.thought_steps);
+    multiply({grad_scores, task.keys, 1}, key_rows, task.width, task.rows, task.width, a.thought_steps,
+             {grad_queries, task.width});
     for (int64_t row = 0; row < task.rows; ++row) {
       const float *own = grad_queries + row * task.width, *base = task.row_of(a.base_grad_query, place, row);
       T* to = task.row_of(a.grad_query, place, row);

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cross_entropy_problem import CASES, Problem, assert_problem_solved
+from thought_attention_cases import CASES as CASES_OF_ATTENTION
 from thought_attention_cases import case
 from tolerances import assert_as_accurate
 from torch import Tensor
@@ -124,11 +125,25 @@ def test_linear_sample_crosses_every_block(rows, vocabulary, size, dtype):
     assert torch.equal(actual, expected)
 
 
+# More anchors than a task has, more base keys than a block has; both end inside one.
+LONG = {
+    "all keys": ({"length": 70, "steps": 9}, {}),
+    "few anchors of many keys": ({"length": 200, "num_anchors": 2, "steps": 1, "kv_heads": 1}, {"anchors": [199, 63]}),
+    "window, padding, any order": (
+        {"length": 100, "num_anchors": 75},
+        {"anchors": [(37 * i) % 101 - 1 for i in range(75)], "window": 45, "key_start": [0, 40]},
+    ),
+    "head size of whole vectors": ({"length": 40, "head": 32, "query_heads": 2}, {"window": 33}),
+}
+
+
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("name", ["long thoughts (T = 40)", "unsorted, repeated, inactive", "odd head size, scale"])
+@pytest.mark.parametrize(
+    "name", ["long thoughts (T = 40)", "unsorted, repeated, inactive", "odd head size, scale", *LONG]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thought_attention_with_every_instruction_set(dtype, name):
-    inputs, options = case(name, dtype)
+    inputs, options = case(name, dtype, cases=CASES_OF_ATTENTION | LONG)
     actual, eager, oracle = (
         values_and_gradients(lambda *x, b=backend: thought_attention(*x, backend=b, **options), *given)
         for backend, given in (
@@ -137,6 +152,22 @@ def test_thought_attention_with_every_instruction_set(dtype, name):
     )  # fmt: skip
     for values in zip(actual, eager, oracle, strict=True):
         assert_as_accurate(*values)
+
+
+def test_gradients_of_base_keys_are_sums_of_all_chains():
+    """However many threads add up the gradients of the base keys."""
+    inputs, options = case("all keys", cases=LONG)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 7, 50):
+            torch.set_num_threads(count)
+            results.append(values_and_gradients(lambda *x: thought_attention(*x, backend="cpu", **options), *inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_change_nothing():
@@ -227,6 +258,7 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
     memory = torch.zeros(64)
     place = memory.data_ptr()
     steps = place, (8, 8, 8, 8)
+    three = torch.tensor([3])
     mix = [place, 8, place, 8, place]
     for function, arguments, message in (
         (cpu.mix, (2, *mix, place, 1, 8, 1), "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
@@ -243,6 +275,14 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
         (
             cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 1, 1, 0, 1),
             "size must be at least 1, got 0",
+        ),
+        (
+            cpu.base_forward, (0, [1, 1, 1, 1, 1, 2, 8], 1.0, 1, *[three.data_ptr()] * 2, *[steps] * 5),
+            "last must be at most L, got 3",
+        ),
+        (
+            cpu.base_backward, (0, [1, 1, 1, 1, 1, 8], 1.0, 1, 0, 0, *[steps] * 10),
+            "sizes must be B, Hq, Hkv, P, S, L, D, got 6",
         ),
         (
             cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 7),

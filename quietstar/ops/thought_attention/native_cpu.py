@@ -1,14 +1,13 @@
-"""The ``cpu`` backend: library flash attention on the base keys, in float32, merged with the diagonal part in one pass.
+"""The ``cpu`` backend: compiled kernels for the base keys and, merged with what these gave, for the thought keys.
 
-Base and diagonal part are those of ``library.py``. Half precision is widened for the base part, because without
-bf16 instructions the library's half-precision products are many times slower than those of float32.
+Whatever the dtype, they multiply in float32: without bf16 instructions the library's half-precision products are many
+times slower.
 """
 
 import torch
 from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
-from quietstar.ops._precision import widen
 from quietstar.ops.thought_attention import library
 
 
@@ -24,12 +23,21 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
-    base_output, base_lse = library.base_forward(*map(widen, (query, key, value)), anchors, key_start, window, scale)
-    output, lse = _room_for_result(base_output, query.dtype), _room_for_result(base_lse, torch.float32)
-    if output.numel():
-        given = (query, thought_key, thought_value, base_output, base_lse[..., None], output, lse[..., None])
-        given = [unit_columns(x) for x in given]
-        _C.cpu.thought_forward(*_shape(query, thought_key, scale), *map(_steps, given))
+    output, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[:-1])
+    if not output.numel():
+        return output, lse
+    query, key, value, thought_key, thought_value = map(unit_columns, (query, key, value, thought_key, thought_value))
+    # The merged output goes over that of the base part if it fits, which spares the memory and its page faults.
+    base_output = output if output.dtype == torch.float32 else torch.empty(query.shape)
+    first, last = _visible_keys(query, key, anchors, key_start, window)
+    _C.cpu.base_forward(
+        *_shape(query, key, scale), address(first), address(last), _steps(query), _base(key), _base(value),
+        _steps(base_output), _column(lse),
+    )  # fmt: skip
+    _C.cpu.thought_forward(
+        *_shape(query, thought_key, scale), _steps(query), _steps(thought_key), _steps(thought_value),
+        _steps(base_output), _column(lse), _steps(output), _column(lse),
+    )  # fmt: skip
     library.blank_inactive(anchors, output, lse)
     return output, lse
 
@@ -50,32 +58,58 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, thought_key and thought_value, in that order."""
-    base_grad_query, grad_key, grad_value = library.base_backward(
-        widen(grad_output), grad_lse, *map(widen, (query, key, value, output)), lse, anchors, key_start, window, scale
-    )
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (thought_key, thought_value)]
-    grads.insert(0, _room_for_result(base_grad_query, query.dtype))
-    if query.numel():
-        lse, grad_lse = lse[..., None], None if grad_lse is None else grad_lse[..., None]
-        given = (query, thought_key, thought_value, output, grad_output, base_grad_query, lse, grad_lse, *grads)
-        given = [None if x is None else unit_columns(x) for x in given]
-        _C.cpu.thought_backward(*_shape(query, thought_key, scale), *map(_steps, given))
-    return grads[0], grad_key.to(key.dtype), grad_value.to(value.dtype), *grads[1:]
+    if not query.numel():
+        return tuple(torch.zeros_like(x) for x in (query, key, value, thought_key, thought_value))
+    grad_output, output = unit_columns(grad_output), unit_columns(output)
+    query, key, value, thought_key, thought_value = map(unit_columns, (query, key, value, thought_key, thought_value))
+    base_grad_query, grad_key, grad_value = (torch.empty(x.shape) for x in (query, key, value))
+    grad_thought_key, grad_thought_value = (torch.empty(x.shape, dtype=x.dtype) for x in (thought_key, thought_value))
+    grad_query = base_grad_query if query.dtype == torch.float32 else torch.empty(query.shape, dtype=query.dtype)
+    first, last = _visible_keys(query, key, anchors, key_start, window)
+    _C.cpu.base_backward(
+        *_shape(query, key, scale), address(first), address(last), _steps(query), _base(key), _base(value),
+        _steps(output), _steps(grad_output), _column(lse), _column(grad_lse), _steps(base_grad_query),
+        _base(grad_key), _base(grad_value),
+    )  # fmt: skip
+    _C.cpu.thought_backward(
+        *_shape(query, thought_key, scale), _steps(query), _steps(thought_key), _steps(thought_value), _steps(output),
+        _steps(grad_output), _steps(base_grad_query), _column(lse), _column(grad_lse), _steps(grad_query),
+        _steps(grad_thought_key), _steps(grad_thought_value),
+    )  # fmt: skip
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_thought_key, grad_thought_value
 
 
-def _room_for_result(base: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the merged result goes: over the base part if it fits, which spares the memory and its page faults."""
-    return base if base.dtype == dtype and base.is_contiguous() else torch.empty(base.shape, dtype=dtype)
+def _visible_keys(
+    query: Tensor, key: Tensor, anchors: Tensor | None, key_start: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The base keys that each anchor sees, first <= l < last: two int64 [B, P]."""
+    if anchors is None:
+        anchors = torch.arange(key.shape[2])
+    last = (anchors.to(torch.int64) + 1).expand(query.shape[0], -1).contiguous()
+    first = torch.zeros_like(last) if window is None else (last - window).clamp_min_(0)
+    if key_start is not None:
+        first = torch.maximum(first, key_start[:, None])
+    return first, last
 
 
-def _shape(query: Tensor, thought_key: Tensor, scale: float) -> tuple[int, list[int], float, int]:
-    """Dtype, sizes B, Hq, Hkv, P, S, T, D, scale and threads."""
+def _shape(query: Tensor, keys: Tensor, scale: float) -> tuple[int, list[int], float, int]:
+    """Dtype, sizes B, Hq, Hkv, P, S, L or T, D, scale and threads."""
     batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, thought_steps = thought_key.shape[1], thought_key.shape[3]
-    sizes = [batch, query_heads, kv_heads, num_anchors, steps, thought_steps, head_size]
+    sizes = [batch, query_heads, keys.shape[1], num_anchors, steps, keys.shape[-2], head_size]
     return DTYPE_CODES[query.dtype], sizes, scale, torch.get_num_threads()
 
 
-def _steps(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Address and strides of a tensor [B, heads, P, steps, D]; address 0 for one that is absent."""
-    return (0, (0,) * 4) if tensor is None else (address(tensor), tensor.stride()[:4])
+def _steps(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of a tensor [B, heads, P, steps, D]."""
+    return address(tensor), tensor.stride()[:4]
+
+
+def _base(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Base keys or values [B, heads, L, D] as if every anchor had the L base positions for steps."""
+    batch, head, step, _ = tensor.stride()
+    return address(tensor), (batch, head, 0, step)
+
+
+def _column(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """A tensor [B, heads, P, steps] as one with D = 1; address 0 if it is absent."""
+    return (0, (0,) * 4) if tensor is None else (address(tensor), tensor.stride())
