@@ -1,102 +1,187 @@
 """All that a CUDA machine can tell, in one command and without a network: ``make gpu-check``.
 
-Each part runs in processes of its own, with a time limit, whatever became of the parts before it:
+Each part runs in processes of its own, whatever became of the parts before it:
 
-- build       ``pip install .`` with CUDA required
+- build       ``pip install`` of this checkout with CUDA required, for this GPU, into a folder of the output
 - tests       every backend and dtype on the device, against the specification
 - sanitizer   memcheck and racecheck of the compiled kernels
-- benchmarks  ours and every installed peer, op by op
+- benchmarks  the key ones: ours and every installed peer, the most telling first
 - training    Mistral-7B's shape with random weights: tokens/s, model-FLOP utilisation, memory, against the baseline
 
+Every part has its share of the time, and of what the parts before it have left. Shortly before a share ends its
+processes begin nothing new, and say what they leave out; at its end they are interrupted and what they have is kept.
+Without the build, what is tested is the checkout.
+
 Output: ``gpu-check.json`` (what ran, how it ended, how long it took, what it measured) and ``gpu-check.log``.
-The exit code is 0 unless something failed; what cannot run here is said and is no failure.
+The exit code is 0 unless something failed; what cannot run here, or finds no time, is said and is no failure.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from measure import machine
+from time_limit import OUT_OF_TIME
 
-FORMAT = 1
+FORMAT = 2
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # where quietstar is not installed
+SITE = "site"  # of the output folder: what is built
+FINISHING = 25  # seconds that a test or a batch in progress may take when a share ends, at most a third of it
+DYING = 5  # seconds after the interrupt
+PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "time_limit"]  # -P: not the checkout, if there is a build
+KERNEL_TESTS = ["tests/ops/test_native_cuda.py", "tests/ops/test_native_cuda_attention.py"]
+KEY_BENCHMARKS = [
+    "bench_thought_attention.py::bench_thought_attention[triton-forward+backward]",
+    "bench_linear_cross_entropy.py::bench_cross_entropy[triton-mixed_linear-2048]",
+    "bench_linear_sample.py::bench_linear_sample[triton-16384]",
+    "bench_mixing.py::bench_mixing[triton-mixed_cross_entropy-16384]",
+    "bench_thought_attention.py::bench_thought_attention[triton-sampling step]",
+    "bench_thought_attention.py::bench_thought_attention[cuda-sampling step]",
+    "bench_linear_cross_entropy.py::bench_cross_entropy[triton-linear-16384]",
+    "bench_linear_cross_entropy.py::bench_cross_entropy[triton-mixed_linear-16384]",
+    "bench_thought_attention.py::bench_thought_attention[triton-decoding]",
+    "bench_thought_attention.py::bench_thought_attention[cuda-decoding]",
+    "bench_thought_attention.py::bench_thought_attention[triton-forward]",
+    "bench_mixing.py::bench_mixing[cuda-mixed_cross_entropy-16384]",
+    "bench_linear_sample.py::bench_linear_sample[cuda-16384]",
+]
 
 
 class Step(NamedTuple):
     """One process of a part."""
 
     command: list[str]
-    limit: int
-    """Seconds after which it is killed; what it had written by then is kept."""
     result: Path | None = None
     """JSON that it writes."""
 
 
-def build(folder: Path) -> list[Step]:
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
-    return [Step([*pip, "-C", "cmake.define.QUIETSTAR_CUDA=ON", str(ROOT)], limit=300)]
+def build(folder: Path, seconds: float) -> list[Step]:
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}{minor}{'a' if major >= 9 else ''}-real"
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--upgrade"]
+    options = ["QUIETSTAR_CUDA=ON", f"CMAKE_CUDA_ARCHITECTURES={architecture}"]
+    defines = [word for option in options for word in ("-C", f"cmake.define.{option}")]
+    return [Step([*pip, "--target", str(folder / SITE), *defines, str(ROOT)])]
 
 
-def tests(folder: Path) -> list[Step]:
-    # The Triton tests run on the device where there is one and in the interpreter elsewhere, so they have no marker.
-    pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", "-k", "gpu or triton", "tests"]
-    return [Step(pytest, limit=240)]
+def tests(folder: Path, seconds: float) -> list[Step]:
+    # Those of the kernels run on the device where there is one and elsewhere without, so they have no marker.
+    kernels = [*KERNEL_TESTS, *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/ops/*_triton.py"))]
+    return [
+        Step([*PYTEST, f"--seconds={seconds}", *each]) for each in (["-m", "gpu", "tests"], *([k] for k in kernels))
+    ]
 
 
-def sanitizer(folder: Path) -> list[Step]:
-    kernels = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops/test_native_cuda.py"]
+def sanitizer(folder: Path, seconds: float) -> list[Step]:
     options = ["--error-exitcode", "1", "--target-processes", "all"]
-    return [Step(["compute-sanitizer", "--tool", tool, *options, *kernels], 90) for tool in ("memcheck", "racecheck")]
+    return [
+        Step(["compute-sanitizer", "--tool", tool, *options, *PYTEST, f"--seconds={seconds}", kernels])
+        for tool in ("memcheck", "racecheck")
+        for kernels in KERNEL_TESTS
+    ]
 
 
-def benchmarks(folder: Path) -> list[Step]:
+def benchmarks(folder: Path, seconds: float) -> list[Step]:
     result = folder / "benchmarks.json"
-    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={result}"]
-    return [Step(command, 240, result)]
+    options = ["--benchmark-only", f"--benchmark-json={result}", f"--seconds={seconds}"]
+    return [Step([*PYTEST, *options, *(f"benchmarks/{name}" for name in KEY_BENCHMARKS)], result)]
 
 
-def training(folder: Path) -> list[Step]:
+def training(folder: Path, seconds: float) -> list[Step]:
     result = folder / "training.json"
-    return [Step([sys.executable, "benchmarks/training_7b.py", "--json", str(result)], 150, result)]
+    options = ["--json", str(result), "--seconds", str(seconds)]
+    return [Step([sys.executable, "benchmarks/training_7b.py", *options], result)]
 
 
-PARTS: dict[str, Callable[[Path], list[Step]]] = {
-    part.__name__: part for part in (build, tests, sanitizer, benchmarks, training)
+class Part(NamedTuple):
+    share: int
+    """Of the time; parts that do not run leave theirs to the others."""
+    steps: Callable[[Path, float], list[Step]]
+    """Given the output folder and the seconds after which to begin nothing new. They run at the same time."""
+
+
+PARTS = {
+    "build": Part(100, build),
+    "tests": Part(80, tests),
+    "sanitizer": Part(40, sanitizer),
+    "benchmarks": Part(135, benchmarks),
+    "training": Part(110, training),
 }
 
 
-def run(step: Step, log) -> dict:
-    """Run one process, its output into ``log``; how it ended."""
-    ended = {"command": step.command, "limit_s": step.limit}
-    if shutil.which(step.command[0]) is None:
-        return ended | {"not_run": f"{step.command[0]} is not on PATH"}
-    print("$", *step.command, file=log, flush=True)
-    start = time.perf_counter()
+def run(steps: Sequence[Step], folder: Path, seconds: float, log) -> list[dict]:
+    """Run processes at the same time, one's output after the other's into ``log``; how they ended."""
+    paths = [str(folder / SITE), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    start, running, ended = time.monotonic(), {}, {}
+    for number, step in enumerate(steps):
+        ended[number] = {"command": step.command}
+        if shutil.which(step.command[0]) is None:
+            ended[number]["not_run"] = f"{step.command[0]} is not on PATH"
+            continue
+        if step.result is not None:
+            step.result.unlink(missing_ok=True)  # of an earlier run
+        with (folder / f"{number}.log").open("w") as output:
+            running[number] = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
     try:
-        exit_code = subprocess.run(
-            step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=step.limit
-        ).returncode
-    except subprocess.TimeoutExpired:
-        exit_code = None
-    ended |= {"seconds": round(time.perf_counter() - start, 1), "exit_code": exit_code}
-    if step.result is not None and step.result.exists():
-        ended["result"] = json.loads(step.result.read_text())
-    return ended
+        while running and time.monotonic() < start + seconds:
+            for number in [number for number, process in running.items() if process.poll() is not None]:
+                ended[number] |= {"seconds": time.monotonic() - start, "exit_code": running.pop(number).returncode}
+            time.sleep(0.1)
+    finally:
+        stop(running.values())
+    for number in running:
+        ended[number] |= {"seconds": time.monotonic() - start, "exit_code": None}
+    for number, step in enumerate(steps):
+        output = folder / f"{number}.log"
+        if output.exists():
+            log.write(f"$ {' '.join(step.command)}\n{output.read_text(errors='replace')}\n{verdict(ended[number])}\n\n")
+            output.unlink()
+        if step.result is not None and step.result.exists():
+            ended[number]["result"] = read(step.result)
+    log.flush()
+    return list(ended.values())
+
+
+def stop(processes: Collection[subprocess.Popen]) -> None:
+    """Interrupt what still runs, so that it writes what it has, then kill it, with all that it has started."""
+    for how in (signal.SIGINT, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # all gone
+                os.killpg(process.pid, how)
+        end = time.monotonic() + DYING
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        return f"{path} is not JSON: {error}"
 
 
 def verdict(step: dict) -> str:
     if "not_run" in step:
         return f"not run: {step['not_run']}"
     if step["exit_code"] is None:
-        return f"FAILED: killed after {step['limit_s']} s"
+        return f"FAILED: interrupted after {step['seconds']:.0f} s"
+    if step["exit_code"] == OUT_OF_TIME:
+        return f"ok as far as it came in {step['seconds']:.0f} s, the log says what was not begun"
     return f"{'ok' if step['exit_code'] == 0 else 'FAILED'} in {step['seconds']:.0f} s"
 
 
@@ -107,29 +192,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these only")
     parser.add_argument("--output_dir", type=Path, default=Path("gpu-check"), help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=7.75, help="for all parts (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
     if not torch.cuda.is_available():
         print("gpu_check.py: no CUDA device here, nothing was run")
         return 0
+    end = time.monotonic() + 60 * options.minutes
     folder = options.output_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "gpu-check.log").open("w")
+    except OSError as error:
+        parser.error(f"--output_dir {options.output_dir}: {error.strerror}")
     report = {
         "format": FORMAT,
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["python", "benchmarks/gpu_check.py", "--parts", *options.parts],
+        "command": ["python", "benchmarks/gpu_check.py", *(sys.argv[1:] if arguments is None else arguments)],
         "parts": {},
     }
     failed = False
-    with (folder / "gpu-check.log").open("w") as log:
-        for part in options.parts:
-            steps = []
-            for step in PARTS[part](folder):
-                steps.append(run(step, log))
-                print(f"{part:<11} {verdict(steps[-1])}", flush=True)
-                failed |= steps[-1].get("exit_code", 0) != 0
-                report["parts"][part] = steps
-                (folder / "gpu-check.json").write_text(json.dumps(report, indent=1))  # kept if this is cut short
+    with log:
+        for i, name in enumerate(options.parts):
+            share = PARTS[name].share / sum(PARTS[other].share for other in options.parts[i:])
+            seconds = share * (end - time.monotonic()) - DYING
+            begin = round(seconds - min(FINISHING, seconds / 3), 1)
+            report["parts"][name] = run(PARTS[name].steps(folder, begin), folder, seconds, log)
+            for step in report["parts"][name]:
+                of = f" ({step['command'][-1]})" if len(report["parts"][name]) > 1 else ""
+                print(f"{name:<11} {verdict(step)}{of}", flush=True)
+                failed |= step.get("exit_code", 0) not in (0, OUT_OF_TIME)
+            (folder / "gpu-check.json").write_text(json.dumps(report, indent=1))  # kept if this is cut short
     print(f"{folder / 'gpu-check.json'}, {folder / 'gpu-check.log'}")
     return int(failed)
 

@@ -4,7 +4,9 @@ Random weights, bfloat16 (float32 on a CPU), AdamW, gradient checkpointing for o
 the authors' code does. Tokens are tokens of text. Model-FLOP utilisation counts what the objective needs once, forward
 and backward: neither what checkpointing computes again nor what a program computes in vain.
 
-    python benchmarks/training_7b.py [--shape 7b|tiny] [--length 256] [--json FILE]
+    python benchmarks/training_7b.py [--shape 7b|tiny] [--length 256] [--seconds 600] [--json FILE]
+
+The exit code is 0 unless something failed; that there is no GPU for the large shape, or no time, is said.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +39,8 @@ SHAPES = {
     },
 }  # fmt: skip
 TIMED_STEPS = 3
+LONG = 2.0  # seconds after which a step is timed only once
+OURS_SHARE = 2 / 3  # of the time
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
@@ -68,7 +73,9 @@ def measured(model, optimizer, loss_of: Callable[..., Tensor], batch: int, lengt
         torch.cuda.reset_peak_memory_stats()
     try:
         step()  # allocates the optimizer's states and compiles kernels
-        median = statistics.median(seconds(step) for _ in range(TIMED_STEPS))
+        times = [seconds(step)]
+        while times[0] < LONG and len(times) < TIMED_STEPS:
+            times.append(seconds(step))
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -76,20 +83,34 @@ def measured(model, optimizer, loss_of: Callable[..., Tensor], batch: int, lengt
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
+    median = statistics.median(times)
     flops = model_flops(TrainingStep(model.config, batch, length, DTYPE, device=DEVICE))
     return {
         "batch": batch,
         "seconds_per_step": median,
+        "timed_steps": len(times),
         "tokens_per_s": batch * length / median,
         "model_flops_per_s": flops / median,
         "peak_gib": own_peak_memory() / 2**30,
     }
 
 
-def sweep(model, optimizer, loss_of, length: int, most: int) -> list[dict]:
-    """Batches of 1, 2, 4 and so on, until one does not fit."""
-    batches = itertools.takewhile(lambda batch: batch <= most, (2**i for i in itertools.count()))
-    return list(itertools.takewhile(bool, (measured(model, optimizer, loss_of, batch, length) for batch in batches)))
+def sweep(model, optimizer, loss_of, length: int, most: int, end: float, row_done: Callable[[dict], None]) -> str:
+    """Batches of 1, 2, 4 and so on, each row handed on when it is measured; returns why it went no further.
+
+    ``end`` on ``time.monotonic`` is when all should be over: no batch is begun that will take longer.
+    """
+    expected = 0.0
+    for batch in (2**i for i in itertools.count()):
+        if batch > most:
+            return f"batch {batch} was not asked for"
+        if time.monotonic() + expected > end:
+            return f"no time for batch {batch}"
+        row = measured(model, optimizer, loss_of, batch, length)
+        if row is None:
+            return f"no memory for batch {batch}"
+        row_done(row)
+        expected = 2 * row["seconds_per_step"] * (1 + row["timed_steps"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,25 +118,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--most", type=int, default=256, help="largest batch to try (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results there as well")
+    parser.add_argument("--seconds", type=float, default=600, help="for all of it (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results there as well, batch by batch")
     options = parser.parse_args(arguments)
+    shortest = QuietStarConfig().lookahead + 2
+    for name, least in (("length", shortest), ("most", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: {options.json.parent} is no folder")
+    if options.shape == "7b" and DEVICE != "cuda":
+        print("training_7b.py: no CUDA device here for the shape 7b, nothing was run; --shape tiny runs anywhere")
+        return
+
+    begin = time.monotonic()
+
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1))
 
     model = random_model(options.shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     result = {"machine": machine(), "shape": options.shape, "length": options.length}
     result["matmul_peak_flops_per_s"] = peak = matmul_peak(DTYPE)
-    for name, loss_of in (("ours", ours), ("sequential baseline", sequential)):
-        result[name] = sweep(model, optimizer, loss_of, options.length, options.most)
-        for row in result[name]:
+    result["ended"] = {}
+    for name, loss_of, share in (("ours", ours, OURS_SHARE), ("sequential baseline", sequential, 1)):
+        rows = result[name] = []
+
+        def row_done(row: dict, name=name, rows=rows) -> None:
             row["model_flop_utilisation"] = row["model_flops_per_s"] / peak
             print(
                 f"{name:<20} batch {row['batch']:>3}: {row['tokens_per_s']:8.1f} tokens/s, {row['peak_gib']:.1f} GiB, "
-                f"{row['model_flop_utilisation']:.1%} of the matmul peak"
+                f"{row['model_flop_utilisation']:.1%} of the matmul peak",
+                flush=True,
             )
-        if not result[name]:
-            print(f"{name:<20} does not fit with one sequence")
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1))
+            rows.append(row)
+            write()
+
+        end = begin + share * options.seconds
+        result["ended"][name] = why = sweep(model, optimizer, loss_of, options.length, options.most, end, row_done)
+        print(f"{name:<20} ends: {why}", flush=True)
+        write()
 
 
 if __name__ == "__main__":
