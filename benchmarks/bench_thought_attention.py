@@ -1,4 +1,4 @@
-"""``thought_attention`` in each backend against library attention over the whole thought tree.
+"""``thought_attention`` in each fused backend against library attention over the whole thought tree.
 
 The peers are what a tree pass costs without an op for it: base and thought keys in one sequence of L + P*T, queries of
 all P*S thought tokens, and a mask of [P*S, L + P*T]: as a tensor for scaled-dot-product attention, as a block mask for
@@ -234,7 +234,7 @@ def memory(name: str, backend: str, runs: Mapping[str, Callable[[], object]]) ->
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which is a dense mask too
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("reference", "torch")])  # peers, both
 def bench_thought_attention(backend, name, compare):
     task = TASKS[name]
     inputs = random_inputs(task)
@@ -245,7 +245,7 @@ def bench_thought_attention(backend, name, compare):
         pytest.skip(str(unavailable))
     check = assert_right(task, inputs)
     check(backend)
-    peers, missing = present([peer for peer in PEERS if (backend, peer) != ("torch", LIBRARY)], check)
+    peers, missing = present(PEERS, check)
     gradient = torch.randn_like(inputs.query)
     runs = {OURS: prepared(task, backend, inputs, gradient)}
     runs |= {peer: prepared(task, peer, inputs, gradient) for peer in peers}
@@ -256,7 +256,7 @@ def bench_thought_attention(backend, name, compare):
         runs.pop(OURS),
         runs,
         rounds=task.rounds,
-        promised=SHAPE.target if (backend, name) == ("torch", "forward") else None,
+        promised=SHAPE.target if name == "forward" else None,
         memory=peak,
         flops=sum(each.flops for each in passes),
         dtype=task.shape.dtype,

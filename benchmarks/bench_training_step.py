@@ -1,6 +1,7 @@
 """A whole training step of ``QuietStarForCausalLM``, forward and backward, against the authors' sequential program.
 
-Both sample their own thoughts when they are timed; the answers are compared on the same thoughts.
+Both sample their own thoughts when they are timed; the answers are compared on the same thoughts. The base model, which
+only reads the text, shows what thinking costs. FLOPs counted are those that the objective needs once.
 """
 
 import sys
@@ -8,14 +9,19 @@ from collections.abc import Callable
 
 import torch
 from baselines import SequentialStep, model_weights, sequential_training_step
+from bench_generation import mistral_inside
 from measure import DEVICE, own_peak_memory, peak_memory
 from shapes import TRAINING_STEP
 from torch import Tensor
+from transformers import MistralForCausalLM
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
+from quietstar.estimate.flops import model_flops
+from quietstar.estimate.step import TrainingStep
 
 SHAPE = TRAINING_STEP[DEVICE]
 SEQUENTIAL = "sequential baseline"
+BASE = "base model, no thoughts"
 
 
 def random_model() -> QuietStarForCausalLM:
@@ -59,15 +65,23 @@ def sequential(model: QuietStarForCausalLM, text: Tensor, thoughts: Tensor | Non
     return step
 
 
+def base(model: MistralForCausalLM, text: Tensor) -> Tensor:
+    loss = model(text, labels=text).loss
+    loss.backward()
+    return loss.detach()
+
+
 CANDIDATES = {"ours": ours, SEQUENTIAL: sequential}
+TIMED = CANDIDATES | {BASE: base}
 
 
-def repeatable(step: Callable[..., object], model: QuietStarForCausalLM, text: Tensor) -> Callable[[], None]:
+def repeatable(name: str, model: QuietStarForCausalLM, text: Tensor) -> Callable[[], None]:
     """The step without what it leaves behind: gradients would be added up, and the result holds on to memory."""
+    stepping = mistral_inside(model).train() if name == BASE else model
 
     def run() -> None:
-        model.zero_grad()
-        step(model, text)
+        stepping.zero_grad()
+        TIMED[name](stepping, text)
 
     return run
 
@@ -87,6 +101,7 @@ def assert_same(model: QuietStarForCausalLM, text: Tensor) -> None:
         results[name] = result.loss.detach(), result.talk_nll.detach(), gradients
     (loss, talk_nll, gradients), (wanted_loss, wanted_nll, wanted_gradients) = results["ours"], results[SEQUENTIAL]
 
+    torch.testing.assert_close(base(mistral_inside(model), text), result.base_nll.mean())
     rounding = 2 * SHAPE.lookahead * torch.finfo(torch.float32).eps * result.base_nll.max() / result.reward.std()
     rounding = rounding.item()
     torch.testing.assert_close(talk_nll.flatten(0, 1), wanted_nll, rtol=0, atol=2e-5)
@@ -100,16 +115,21 @@ def bench_training_step(compare):
     model, text = random_model(), random_text()
     assert_same(model, text)
     model.to(SHAPE.dtype)
-    runs = {name: repeatable(step, model, text) for name, step in CANDIDATES.items()}
+    runs = {name: repeatable(name, model, text) for name in TIMED}
+    flops = model_flops(TrainingStep(model.config, SHAPE.batch, SHAPE.length, SHAPE.dtype, device=DEVICE))
     compare(
         runs.pop("ours"),
         runs,
         rounds=3,
         promised=SHAPE.target,
-        memory={name: peak_memory(__file__, name) for name in CANDIDATES},
+        memory={name: peak_memory(__file__, name) for name in TIMED},
+        flops=flops,
+        dtype=SHAPE.dtype,
+        shape=SHAPE,
+        less_work=[BASE],
     )
 
 
 if __name__ == "__main__":
-    repeatable(CANDIDATES[sys.argv[1]], random_model().to(SHAPE.dtype), random_text())()
+    repeatable(sys.argv[1], random_model().to(SHAPE.dtype), random_text())()
     print(own_peak_memory())
