@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 FORMAT = 1  # of the JSON; raise it when a reader of the last one would misunderstand
+KEYS = "machine_info", "commit_info", "datetime", "command", "not_run", "benchmarks"
 LEGEND = (
     "Medians ± half the interquartile range, all candidates in turn in one run. A ratio is the time of the peer over "
     "ours; peaks are the machine's own large matrix product and large copy in the same run; peak memory is that of "
@@ -39,12 +40,17 @@ def load(path: Path) -> dict:
     if version != FORMAT:
         found = f"its format is {version}" if version is not None else "it has no format number"
         raise ReportError(f"{path}: results of format {FORMAT} expected, {found}: measure again with these benchmarks")
+    if lacking := [key for key in KEYS if key not in results]:
+        raise ReportError(f"{path}: not all results of a run, it has no {', '.join(lacking)}")
     return results
 
 
 def document(files: Mapping[str, dict]) -> str:
-    """Markdown of several runs, by the name under which a file is referred to."""
-    return "\n\n".join([LEGEND, *(section(results, source) for source, results in files.items())])
+    """Markdown of several runs, by the name under which a file is referred to; those of a device stand together."""
+    devices: dict[str, list[str]] = {}
+    for source, results in files.items():
+        devices.setdefault(device(results), []).append(section(results, source))
+    return "\n\n".join([LEGEND, *(part for name, parts in devices.items() for part in (f"### {name}", *parts))])
 
 
 def section(results: dict, source: str) -> str:
@@ -53,7 +59,7 @@ def section(results: dict, source: str) -> str:
     compared = {name: found for name, found in benchmarks.items() if "candidates" in found}
     sweeps = {name: found for name, found in benchmarks.items() if "sweep" in found}
     blocks = [
-        headline(results, source),
+        origin(results, source),
         table(OVERVIEW, (overview_row(name, found) for name, found in compared.items())),
         table(GROWTH, (row for name, found in sweeps.items() for row in growth_rows(name, found))),
         left_out(benchmarks, results["not_run"]),
@@ -62,14 +68,19 @@ def section(results: dict, source: str) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def headline(results: dict, source: str) -> str:
+def device(results: dict) -> str:
+    machine = results["machine_info"]
+    return f"{machine['device']}, {machine['threads']} threads" if machine["kind"] == "cpu" else machine["device"]
+
+
+def origin(results: dict, source: str) -> str:
+    """Versions, date, commit and command."""
     machine, commit = results["machine_info"], results["commit_info"]
-    device = f"{machine['device']}, {machine['threads']} threads" if machine["kind"] == "cpu" else machine["device"]
     versions = [f"{name} {machine[name]}" for name in ("quietstar", "torch", "triton", "transformers") if machine[name]]
     state = " with uncommitted changes" if commit.get("dirty") else ""
     made = f"commit {commit['id'][:8]}{state}" if commit.get("id") else "no commit"
     return (
-        f"### {device}\n\n{', '.join(versions)}, Python {machine['python']}; {results['datetime'][:10]}, {made}; "
+        f"{', '.join(versions)}, Python {machine['python']}; {results['datetime'][:10]}, {made}; "
         f"`{results['command']}`; [JSON]({source})."
     )
 

@@ -89,6 +89,15 @@ def test_every_number_stands_in_its_row():
         assert line in text.splitlines(), text
 
 
+def test_runs_of_a_device_stand_under_one_heading():
+    other = copy.deepcopy(RESULTS)
+    other["machine_info"]["device"] = "Another"
+    text = report.document({"a.json": RESULTS, "b.json": other, "c.json": RESULTS})
+    marks = "### A Processor, 2 threads", "[JSON](a.json)", "[JSON](c.json)", "### Another, 2 threads", "[JSON](b.json)"
+    assert [text.count(mark) for mark in marks] == [1] * 5
+    assert sorted(marks, key=text.index) == list(marks)
+
+
 def test_bars_do_not_cut_cells_and_empty_columns_go():
     assert report.table(("a", "b", "c"), [("x|y", "", "1"), ("", "", "2")]) == (
         "| a | c |\n| --- | --- |\n| x\\|y | 1 |\n|  | 2 |"
@@ -107,6 +116,10 @@ def test_gpus_have_no_threads_and_changes_are_said():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            json.dumps({"format": report.FORMAT, "benchmarks": []}),
+            "it has no machine_info, commit_info, datetime, command",
+        ),
         (json.dumps({"benchmarks": []}), "it has no format number: measure again"),
         (json.dumps(RESULTS | {"format": report.FORMAT + 1}), f"its format is {report.FORMAT + 1}: measure again"),
         ("[]", "it has no format number"),
