@@ -165,8 +165,7 @@ class ThoughtStates:
 
 
 def _new_room(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
-    room = like.new_zeros(shape), like.new_zeros(shape)
+    room = like.new_empty(shape), like.new_empty(shape)
     if not torch.compiler.is_compiling():
         for states in room:
             torch._dynamo.mark_static_address(states)  # CUDA graphs write into it
@@ -235,71 +234,70 @@ class ThoughtCache:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
-        num_anchors = self.anchors.shape[-1]
-        base_key, base_value = self.base.keys[layer], self.base.values[layer]
         if self._as_text is None:
-            self._as_text = _ThoughtsAsText(self, base_key, window)
-        end, columns, mask = self._as_text.layout(query, key)
-        seen = []
-        for base, room, new in zip(
-            (base_key, base_value),
-            self._states.of_layer(layer, key, num_anchors, self.max_steps),
-            (key, value),
-            strict=True,
-        ):
-            thought = room.flatten(2, 3)
-            thought.index_copy_(2, columns, new)
-            seen.append(torch.cat([base[:, :, :end], thought], dim=2))
+            self._as_text = _ThoughtsAsText(self, key, window)
+        text_key, text_value = self._as_text.extend(layer, key, value)
         # The heads of a group are rows of one head: keys and values need not be repeated.
         packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-        output = F.scaled_dot_product_attention(packed, *seen, attn_mask=mask, scale=scaling)
-        return output.view(query.shape).transpose(1, 2)
+        output = F.scaled_dot_product_attention(
+            packed, text_key, text_value, attn_mask=self._as_text.mask(query, key), scale=scaling
+        )
+        return output.reshape(query.shape).transpose(1, 2)
 
 
 class _ThoughtsAsText:
     """Thoughts laid out as text behind the base keys, all steps there will be; the keys of those to come are masked.
 
-    Made once per thought, and what a pass needs once for all its layers.
+    Made once per thought; what a pass needs, once for all its layers.
     """
 
-    def __init__(self, cache: ThoughtCache, base_key: Tensor, window: int | None):
-        self.cache, self.steps = cache, -1
-        anchors = cache.anchors.expand(base_key.shape[0], -1)[:, :, None]
-        self.end = cache.base.end
-        column = torch.arange(self.end, device=anchors.device)
+    def __init__(self, cache: ThoughtCache, key: Tensor, window: int | None):
+        self.cache, self.end, self.steps = cache, cache.base.end, -1
+        self.text: dict[int, tuple[Tensor, Tensor]] = {}
+        anchors = cache.anchors.expand(len(key), -1)[:, :, None]
+        num_anchors, steps = anchors.shape[1], cache.max_steps
+        # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
+        self.room = key.new_zeros(*key.shape[:2], num_anchors * steps, key.shape[3])
+        column = torch.arange(self.end)
         visible = column <= anchors
         if window is not None:
             visible &= anchors - column < window
         if cache.key_start is not None:
             visible &= column >= cache.key_start[:, None, None]
-        num_anchors, steps = anchors.shape[1], cache.max_steps
-        own = torch.ones(steps, steps, dtype=torch.bool, device=anchors.device).tril()
-        own = torch.eye(num_anchors, dtype=torch.bool, device=anchors.device)[:, None, :, None] & own[:, None]
+        own = torch.ones(steps, steps, dtype=torch.bool).tril()
+        own = torch.eye(num_anchors, dtype=torch.bool)[:, None, :, None] & own[:, None]
         shape = len(anchors), num_anchors, steps, -1
         visible = torch.cat([visible[:, :, None].expand(shape), own.flatten(2).expand(shape)], dim=-1)
-        self.mask = _additive(visible, base_key)  # [B, P, T, end + P·T]
+        self.whole_mask = _additive(visible, key)  # [B, P, T, end + P·T]
 
-    def layout(self, query: Tensor, key: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Of the pass over ``query`` [B, Hq, rows, D] and ``key`` [B, Hkv, P·S, D], a base row in front or not.
-
-        Returns:
-            How many base keys are seen; where the new keys stand among those of thoughts, int64 [P·S]; and 0 for the
-            keys each row sees and −inf for others, [B, 1, Hq / Hkv · rows, end + P·T].
-        """
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, end + P·T, D] of a layer, with the new ones [B, Hkv, P·S, D] in their places."""
+        if layer not in self.text:
+            base = self.cache.base.keys[layer], self.cache.base.values[layer]
+            self.text[layer] = tuple(torch.cat([states[:, :, : self.end], self.room], dim=2) for states in base)
         if self.steps != self.cache.steps:
-            self.steps = self.cache.steps
-            num_anchors, max_steps = self.mask.shape[1:3]
-            new = slice(self.steps, self.steps + key.shape[2] // num_anchors)
-            self.columns = torch.arange(num_anchors * max_steps).view(num_anchors, max_steps)[:, new].flatten()
-            mask = self.mask[:, :, new].flatten(1, 2)
+            self.steps, self.rows = self.cache.steps, None
+            self.columns = torch.arange(self.end, self.whole_mask.shape[3]).view(self.whole_mask.shape[1:3])
+            self.columns = self.columns[:, self._new(key)].flatten()
+        for states, new in zip(self.text[layer], (key, value), strict=True):
+            states.index_copy_(2, self.columns, new)
+        return self.text[layer]
+
+    def mask(self, query: Tensor, key: Tensor) -> Tensor:
+        """0 for the keys that rows of ``query`` [B, Hq, rows, D] see, else −inf: [B, 1, Hq / Hkv · rows, end + P·T]."""
+        if self.rows is None:
+            mask = self.whole_mask[:, :, self._new(key)].flatten(1, 2)
             if query.shape[2] > key.shape[2]:
                 base = mask.new_full((len(mask), 1, mask.shape[2]), -torch.inf)
-                base[:, :, : self.end] = (
-                    0 if self.cache.base.mask is None else _additive(self.cache.base.mask[:, 0], mask)
-                )
+                seen = self.cache.base.mask
+                base[:, :, : self.end] = 0 if seen is None else _additive(seen[:, 0], mask)
                 mask = torch.cat([base, mask], dim=1)
             self.rows = mask.repeat(1, query.shape[1] // key.shape[1], 1)[:, None]
-        return self.end, self.columns, self.rows
+        return self.rows
+
+    def _new(self, key: Tensor) -> slice:
+        """The steps of new keys [B, Hkv, P·S, D]."""
+        return slice(self.steps, self.steps + key.shape[2] // self.whole_mask.shape[1])
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,13 @@ def recompute(model, text, count):
     return text
 
 
+@pytest.fixture(params=[False, True], ids=["", "op"])
+def op_attends(request, monkeypatch):
+    """Also attend by the op where a CPU would take thoughts for text, as every other device does."""
+    if request.param:
+        monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
+
+
 def greedy(model, text, count=10, **options):
     with torch.no_grad():
         return model.generate(text, attention_mask=options.pop("attention_mask", torch.ones_like(text)),
@@ -26,16 +33,46 @@ def greedy(model, text, count=10, **options):
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("window", [None, 6, 14])
-def test_greedy_equals_recomputing_everything(make_model, text, window, options):
+def test_greedy_equals_recomputing_everything(make_model, text, op_attends, window, options):
     model = make_model(thought_temperature=0.0, sliding_window=window)
     with torch.no_grad():
         wanted = recompute(model, text, 10)
     assert torch.equal(greedy(model, text, **options), wanted)
 
 
+@pytest.mark.parametrize("window", [None, 6, 14])
+def test_few_thoughts_are_text_on_a_cpu(make_model, text, monkeypatch, window):
+    """Attention to thoughts as if they were text gives what the op gives, also with padding and inactive anchors."""
+    mask = torch.ones_like(text)
+    mask[1, :5] = 0
+    model = make_model(thought_temperature=0.0, sliding_window=window)
+    anchors = torch.tensor([[3, 11, 7], [6, -1, 11]])
+
+    def outputs():
+        with torch.no_grad():
+            predicted = model(text, attention_mask=mask, logits_to_keep=torch.tensor([6, 11]))
+            return predicted.logits, predicted.thought_tokens, model.sample_thoughts(text, mask, anchors)
+
+    as_text = outputs()
+    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
+    for ours, wanted in zip(as_text, outputs(), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("thought_length", [0, 1, 3])
+def test_a_token_takes_one_pass_more_than_its_thought_has_tokens(make_model, text, thought_length):
+    model = make_model(thought_length=thought_length)
+    passes = []
+    model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    for options in ({}, {"return_thoughts": True}):
+        passes.clear()
+        model.generate(text, max_new_tokens=8, **options)
+        assert len(passes) == 8 * (max(thought_length, 1) + 1)
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"draft_length": 3}], ids=str)
 @pytest.mark.parametrize("window", [None, 6, 14])
-def test_left_padded_rows_equal_the_prompt_alone(make_model, text, window, options):
+def test_left_padded_rows_equal_the_prompt_alone(make_model, text, op_attends, window, options):
     model = make_model(thought_temperature=0.0, sliding_window=window)
     alone = greedy(model, text[1:, 5:])[:, 7:]
     batch = text.clone()
@@ -147,6 +184,7 @@ def test_skipped_positions_cost_one_base_pass(make_model, text, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"draft_length": 3}, {"draft_length": 3, "think": 2.5}], ids=str)
 def test_room_for_thoughts_is_made_once(make_model, text, monkeypatch, options):
     made = []
+    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
     monkeypatch.setattr(attention, "_new_room", lambda *a, make=attention._new_room: made.append(1) or make(*a))
     make_model().generate(text, max_new_tokens=12, **options)
     assert len(made) == 2  # one per layer
