@@ -105,6 +105,15 @@ def test_peak_memory(monkeypatch, fields, options, checkpointing):
     assert step_memory(step).peak == pytest.approx(measured, rel=MEMORY_ERROR)
 
 
+@pytest.mark.slow
+def test_peak_memory_of_the_benchmark(monkeypatch):
+    """The training step that is timed on a CPU, as large as it is there."""
+    monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
+    shape = TRAINING_STEP["cpu"]
+    step = training_step({name: getattr(shape, name) for name in SMALL}, shape.batch, shape.length)
+    assert step_memory(step).peak == pytest.approx(measured_peak(step, model_of(step), peak_bytes), rel=MEMORY_ERROR)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_memory_of_a_gpu(checkpointing):

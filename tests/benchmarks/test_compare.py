@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import bench_linear_cross_entropy as head
+import bench_linear_sample as sampling
+import bench_mixing as mixing
 import bench_thought_attention as attention
 import comparison
 import pytest
 import torch
 from comparison import Case
 from report import FORMAT
-from shapes import HeadShape, ThoughtAttentionShape
+from shapes import HeadShape, LogitsShape, ThoughtAttentionShape
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ThoughtAttentionShape(2, 12, 3, 4, 2, 16, torch.float32, target=None)
@@ -172,6 +174,32 @@ def test_linear_cross_entropy_gate():
 
     with pytest.raises(AssertionError, match="exceeds"):
         check.ours(wrong)
+
+
+@pytest.mark.parametrize("op", mixing.BYTES_PER_LOGIT)
+def test_mixing_gate(op, monkeypatch):
+    inputs = mixing.random_inputs(LogitsShape(40, 50, torch.float32))
+    check = mixing.assert_right(op, inputs, mixing.random_gradient(op, inputs))
+    check("torch")
+    right, plain = mixing.ours, mixing.candidate(op, mixing.PLAIN)
+    monkeypatch.setattr(mixing, "ours", lambda *arguments: right(*arguments) * (1 + 1e-5))
+    with pytest.raises(AssertionError, match="exceeds"):
+        check("torch")
+    check(mixing.PLAIN)
+    monkeypatch.setattr(mixing, "candidate", lambda op, name: lambda *arguments: plain(*arguments) * 1.1)
+    with pytest.raises(AssertionError, match=r"result is off by 1\.0e-01 of its norm"):
+        check("a peer")
+
+
+def test_linear_sample_gate(monkeypatch):
+    inputs = sampling.random_inputs(HeadShape(40, 16, 50, torch.float32))
+    sampling.assert_right("torch", *inputs)
+    right = sampling.candidate
+    monkeypatch.setattr(
+        sampling, "candidate", lambda name: right("reference" if name == "reference" else "plain PyTorch")
+    )
+    with pytest.raises(AssertionError):
+        sampling.assert_right("torch", *inputs)
 
 
 BENCHMARKS = """
