@@ -90,6 +90,7 @@ def bench_linear_sample(backend, shape, compare):
         moved=sum(x.nbytes for x in inputs),
         missing=missing,
         shape=shape,
+        less_work=peers.keys() & {MATMUL},
     )
 
 

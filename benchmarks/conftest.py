@@ -167,6 +167,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.skipped:
         reason = report.longrepr[2].removeprefix("Skipped: ").replace(f"{item.config.rootpath}/", "")
+        if "cannot run" in reason:  # of a backend: only why, so that the same is said once for all ops
+            reason = reason.partition(" here: ")[2].partition("; usable here: ")[0]
         item.config.stash[NOT_RUN][_short(item)] = reason
     elif report.failed:
         item.config.stash[NOT_RUN][_short(item)] = "FAILED"
