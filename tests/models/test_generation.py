@@ -229,8 +229,9 @@ def test_streamed_thoughts_are_those_returned(make_model, text):
 
 
 @pytest.mark.slow
-def test_decode_step_compiles_to_one_graph(make_model, text):
+def test_decode_step_compiles_to_one_graph(make_model, text, monkeypatch):
     """What transformers compiles for a static cache on a GPU: no break, and no graph anew for every length."""
+    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)  # as on a GPU
     model = make_model(thought_temperature=0.0)
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
