@@ -5,9 +5,9 @@ current directory, or in the folder that the environment variable QUICKSTART_MOD
 random weights in bfloat16, whose fresh mixing head gives thoughts no weight: all drafts are accepted there, which is
 the most that drafts can give.
 
-A generated token takes one pass of the base model and k + 1 of the thought behind it, and a pass reads all weights. The
-bytes that are counted are those of one pass per token, the floor of the base model; thinking token by token cannot get
-beyond 1 / (k + 2) of that, n drafts of which all are accepted not beyond (n + 1) / (n + k + 2).
+A generated token takes one pass of the base model, in which its thought starts, and k more; a pass reads all weights.
+The bytes that are counted are those of one pass per token, the floor of the base model; thinking token by token cannot
+get beyond 1 / (k + 1) of that, n drafts of which all are accepted not beyond (n + 1) / (n + k + 1).
 """
 
 import argparse
