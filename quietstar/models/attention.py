@@ -23,7 +23,7 @@ from quietstar.ops import thought_attention
 
 ATTENTION_NAME = "quietstar"
 
-_TEXT_KEYS = 256  # the most keys of thoughts that a CPU attends to as if they were text
+_TEXT_KEYS = 256  # the most keys of thoughts that ``generate`` attends to as if they were text, on a CPU
 
 
 def quietstar_attention(
@@ -193,6 +193,7 @@ class ThoughtCache:
     ):
         self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
+        self._generates = states is not None
         self._states = ThoughtStates() if states is None else states
         self._as_text: _ThoughtsAsText | None = None
 
@@ -223,11 +224,12 @@ class ThoughtCache:
         return output.flatten(2, 3).transpose(1, 2)
 
     def is_text(self, query: Tensor) -> bool:
-        """Whether thoughts are few enough to be attended to as text, on a CPU, where calls cost more than masked keys.
+        """Whether ``generate`` has so few thoughts that they are text: on a CPU calls cost more than masked keys.
 
         One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
         """
-        few = self.anchors.shape[-1] == 1 or self.anchors.shape[-1] * self.max_steps <= _TEXT_KEYS
+        num_anchors = self.anchors.shape[-1]
+        few = num_anchors == 1 or (self._generates and num_anchors * self.max_steps <= _TEXT_KEYS)
         return few and query.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def attend_as_text(

@@ -42,16 +42,16 @@ def test_greedy_equals_recomputing_everything(make_model, text, op_attends, wind
 
 @pytest.mark.parametrize("window", [None, 6, 14])
 def test_few_thoughts_are_text_on_a_cpu(make_model, text, monkeypatch, window):
-    """Attention to thoughts as if they were text gives what the op gives, also with padding and inactive anchors."""
+    """Attention to thoughts as if they were text gives what the op gives, also with padding."""
     mask = torch.ones_like(text)
     mask[1, :5] = 0
     model = make_model(thought_temperature=0.0, sliding_window=window)
-    anchors = torch.tensor([[3, 11, 7], [6, -1, 11]])
+    kept = torch.tensor([6, 11])
 
     def outputs():
         with torch.no_grad():
-            predicted = model(text, attention_mask=mask, logits_to_keep=torch.tensor([6, 11]))
-            return predicted.logits, predicted.thought_tokens, model.sample_thoughts(text, mask, anchors)
+            predicted = model(text, attention_mask=mask, logits_to_keep=kept, thought_states=attention.ThoughtStates())
+            return predicted.logits, predicted.thought_tokens
 
     as_text = outputs()
     monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
