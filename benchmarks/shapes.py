@@ -72,7 +72,7 @@ THOUGHT_ATTENTION = {
     "cuda": ThoughtAttentionShape(1, 2048, 14, 32, 8, 128, torch.bfloat16, target=None),
 }
 LINEAR_CROSS_ENTROPY = {
-    "cpu": [HeadShape(2048, 512, 32002, torch.float32)],
+    "cpu": [HeadShape(4096, 512, 32002, torch.float32)],
     "cuda": [HeadShape(2048, 4096, 32000, torch.bfloat16), HeadShape(16384, 4096, 32000, torch.bfloat16)],
 }
 MIXED_LINEAR_CROSS_ENTROPY = LINEAR_CROSS_ENTROPY | {"cpu": [HeadShape(1024, 512, 32002, torch.float32)]}
@@ -82,7 +82,7 @@ LINEAR_SAMPLE = {
     "cuda": [HeadShape(rows, 4096, 32000, torch.bfloat16) for rows in (8, 128, 2048, 16384)],
 }
 MIXING = {
-    "cpu": [LogitsShape(1024, 32002, torch.float32)],
+    "cpu": [LogitsShape(2048, 32002, torch.float32)],
     "cuda": [LogitsShape(2048, 32000, torch.bfloat16), LogitsShape(16384, 32002, torch.bfloat16)],
 }
 SCALING = {

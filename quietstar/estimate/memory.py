@@ -88,8 +88,7 @@ class _Walk:
         self.row = step.config.hidden_size * step.element  # bytes of a row of hidden states
         self.wide_row = step.config.hidden_size * step.wide
         self.is_half = step.element < step.wide
-        # The compiled attention hands half precision to the library in float32.
-        self.widens = self.on_cpu and self.is_half and cpu_unavailable(torch.empty(0, dtype=step.dtype)) is None
+        self.is_compiled = self.on_cpu and cpu_unavailable(torch.empty(0, dtype=step.dtype)) is None
         self.layers = step.config.num_hidden_layers
         self.workspace = 0  # of logits: a CPU keeps it from call to call
 
@@ -133,10 +132,9 @@ class _Walk:
         """Most bytes held within a layer's forward besides its input, normalised rows and what is kept."""
         step = self.step
         query, keys = step.query_width * step.element, 2 * step.key_width * step.element
-        # Query, key and value; while one of the first two is rotated, three more of its size. Attention takes no more
-        # (query and output, both also in the order of a CPU's library), unless it widens all of them.
-        rotation, widened = max(3 * query, query + 3 * keys // 2), 3 * step.query_width * step.wide
-        attention = query + keys + (max(rotation, widened) if self.widens else rotation)
+        # Query, key and value; while one of the first two is rotated, three more of its size. Attention takes no more:
+        # query and output, both also in the order of a CPU's library, or an output in the dtype and one in float32.
+        attention = query + keys + max(3 * query, query + 3 * keys // 2)
         # The states after attention; the activated gate, up and their product.
         mlp = self.row + 3 * step.config.intermediate_size * step.element
         return rows * max(attention, mlp)
@@ -284,14 +282,14 @@ class _Walk:
         """What the gradients of the slots' attention take; the one that comes in has the place of its output."""
         step = self.step
         query, keys = step.query_width * step.element, 2 * step.key_width * step.element
-        if not self.on_cpu:
-            return step.slot_rows * (query + keys)
-        # The library takes query and incoming gradient in an order of its own, and gives a gradient of key and value
-        # for every query row. Keys and values of the text are repeated for every query head, and so their gradients.
-        copies = 5 * step.slot_rows + 4 * step.text_rows
-        if self.widens:  # query, output and incoming gradient before they are put in order
-            return (copies + 3 * step.slot_rows) * step.query_width * step.wide
-        return copies * query
+        if self.on_cpu and not self.is_compiled:
+            # The library takes query and incoming gradient in an order of its own, and gives a gradient of key and
+            # value for every query row. Keys and values of the text are repeated for every query head, and so their
+            # gradients.
+            return (5 * step.slot_rows + 4 * step.text_rows) * query
+        # Compiled for a CPU, those of the query through the text, and of the text, are in float32.
+        wide = step.slot_rows * step.query_width * step.wide if self.is_compiled and self.is_half else 0
+        return step.slot_rows * (query + keys) + wide
 
     def backward_embeddings(self) -> None:
         step, memory = self.step, self.memory
