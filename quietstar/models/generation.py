@@ -16,6 +16,10 @@ from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtS
 from quietstar.models.speculation import Thinking
 
 
+# Arguments of transformers' ``generate`` with which the caller, or the model from call to call, may keep a cache.
+_MAY_KEEP_A_CACHE = ("past_key_values", "cache_implementation", "generation_config", "return_dict_in_generate")
+
+
 class ThinkingGeneration:
     """Mixin in front of a transformers model: the options of :meth:`generate`."""
 
@@ -52,7 +56,11 @@ class ThinkingGeneration:
         if isinstance(kwargs.get("streamer"), ThoughtStreamer) and not return_thoughts:
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         if thinking.plain:
-            return super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
+            # Calls cost less in inference mode, but a cache made in it could not be used outside of it.
+            kept = args or any(kwargs.get(name) is not None for name in _MAY_KEEP_A_CACHE)
+            with torch.inference_mode(not kept and not self.generation_config.return_dict_in_generate):
+                output = super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
+            return output.clone() if isinstance(output, Tensor) and output.is_inference() else output
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
                 "past_key_values must be None with draft_length, think or return_thoughts, "
