@@ -17,7 +17,15 @@ import pytest
 import torch
 from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
-from peers import LINEAR_CROSS_ENTROPY, UNTOLD_MEMORY, assert_same_task, plain_cross_entropy, present
+from peers import (
+    FUSED,
+    LINEAR_CROSS_ENTROPY,
+    OUR_TORCH,
+    UNTOLD_MEMORY,
+    assert_same_task,
+    plain_cross_entropy,
+    present,
+)
 from shapes import LINEAR_CROSS_ENTROPY as LINEAR_SHAPES
 from shapes import MIXED_LINEAR_CROSS_ENTROPY as MIXED_SHAPES
 from shapes import HeadShape
@@ -70,8 +78,8 @@ def ours(backend: str, inputs: Inputs, target: Tensor) -> Tensor:
 
 
 def candidate(name: str) -> Step:
-    if name in BACKENDS:
-        return partial(ours, name)
+    if name in BACKENDS or name == OUR_TORCH:
+        return partial(ours, "torch" if name == OUR_TORCH else name)
     return partial(written_out, LINEAR_CROSS_ENTROPY[name]())
 
 
@@ -112,13 +120,15 @@ class Check:
 
     def peer(self, name: str) -> Step:
         step = candidate(name)
+        if name == OUR_TORCH:
+            self.ours(step)
         for quantity, (theirs, truth) in self._answer(step).items():
             assert_same_task(quantity, theirs, truth)
         return step
 
 
 @pytest.mark.parametrize(("op", "shape"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which is plain PyTorch
+@pytest.mark.parametrize("backend", FUSED)
 def bench_cross_entropy(backend, op, shape, compare):
     inputs, target = random_inputs(op, shape)
     try:
@@ -127,7 +137,7 @@ def bench_cross_entropy(backend, op, shape, compare):
         pytest.skip(str(unavailable))
     check = Check(inputs, target)
     check.ours(candidate(backend))
-    peers, missing = present(LINEAR_CROSS_ENTROPY, check.peer)
+    peers, missing = present((*LINEAR_CROSS_ENTROPY, OUR_TORCH), check.peer)
     runs = {
         name: partial(forward_and_backward, step, inputs, target)
         for name, step in (peers | {OURS: candidate(backend)}).items()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
-from peers import COMPILED, PLAIN, UNTOLD_MEMORY, compiled, present
+from peers import COMPILED, FUSED, OUR_TORCH, PLAIN, UNTOLD_MEMORY, compiled, present
 from shapes import LINEAR_SAMPLE, HeadShape
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,8 +44,9 @@ def plain(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def candidate(name: str) -> Sampler:
-    if name in BACKENDS:
-        return partial(linear_sample, temperature=TEMPERATURE, suppress=SUPPRESSED, seed=SEED, backend=name)
+    backend = "torch" if name == OUR_TORCH else name
+    if backend in BACKENDS:
+        return partial(linear_sample, temperature=TEMPERATURE, suppress=SUPPRESSED, seed=SEED, backend=backend)
     return compiled(plain) if name == COMPILED else {MATMUL: F.linear, PLAIN: plain}[name]
 
 
@@ -58,13 +59,15 @@ def assert_right(backend: str, hidden: Tensor, weight: Tensor) -> None:
 def runs_at_all(name: str, hidden: Tensor, weight: Tensor) -> Sampler:
     """A peer's tokens are its own, but none is suppressed."""
     sampler = candidate(name)
+    if name == OUR_TORCH:
+        assert_right(name, hidden, weight)
     result = sampler(hidden, weight)
     assert name == MATMUL or not torch.isin(result, torch.tensor(SUPPRESSED, device=DEVICE)).any()
     return sampler
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", FUSED)
 def bench_linear_sample(backend, shape, compare):
     inputs = random_inputs(shape)
     try:
@@ -72,7 +75,7 @@ def bench_linear_sample(backend, shape, compare):
     except ValueError as unavailable:
         pytest.skip(str(unavailable))
     assert_right(backend, *inputs)
-    peers, missing = present((MATMUL, PLAIN, COMPILED), lambda name: runs_at_all(name, *inputs))
+    peers, missing = present((MATMUL, PLAIN, COMPILED, OUR_TORCH), lambda name: runs_at_all(name, *inputs))
     runs = {name: partial(sampler, *inputs) for name, sampler in ({OURS: candidate(backend)} | peers).items()}
     memory = {
         name: peak_memory(__file__, backend if name == OURS else name, str(shape.rows), run=run)

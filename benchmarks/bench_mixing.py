@@ -15,7 +15,7 @@ import pytest
 import torch
 from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
-from peers import COMPILED, PLAIN, UNTOLD_MEMORY, assert_same_task, compiled, present
+from peers import COMPILED, FUSED, OUR_TORCH, PLAIN, UNTOLD_MEMORY, assert_same_task, compiled, present
 from shapes import MIXING, LogitsShape
 from tolerances import assert_as_accurate
 from torch import Tensor
@@ -58,7 +58,7 @@ def candidate(op: str, name: str) -> Function:
     plain = plain_mix if op == "mix_logits" else plain_cross_entropy
     if name == COMPILED:
         return compiled(plain)
-    return plain if name == PLAIN else partial(ours, op, name)
+    return plain if name == PLAIN else partial(ours, op, "torch" if name == OUR_TORCH else name)
 
 
 def forward_and_backward(function: Function, inputs: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tensor, ...]:
@@ -94,7 +94,7 @@ def assert_right(op: str, inputs: tuple[Tensor, ...], incoming: Tensor) -> Calla
     def check(name: str) -> Function:
         function = candidate(op, name)
         for quantity, mine, other, truth in zip(NAMES, answer(function), eager, oracle, strict=True):
-            if name in BACKENDS:
+            if name in (*BACKENDS, OUR_TORCH):
                 assert_as_accurate(mine, other, truth, unit=inputs[0].dtype, name=quantity)
             else:
                 assert_same_task(quantity, mine, truth)
@@ -105,7 +105,7 @@ def assert_right(op: str, inputs: tuple[Tensor, ...], incoming: Tensor) -> Calla
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("op", BYTES_PER_LOGIT)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which is plain PyTorch
+@pytest.mark.parametrize("backend", FUSED)
 def bench_mixing(backend, op, shape, compare):
     inputs = random_inputs(shape)
     try:
@@ -115,7 +115,7 @@ def bench_mixing(backend, op, shape, compare):
     incoming = random_gradient(op, inputs)
     check = assert_right(op, inputs, incoming)
     functions = {OURS: check(backend)}
-    peers, missing = present((PLAIN, COMPILED), check)
+    peers, missing = present((PLAIN, COMPILED, OUR_TORCH), check)
     runs = {name: partial(forward_and_backward, f, inputs, incoming) for name, f in (functions | peers).items()}
     memory = {
         name: peak_memory(__file__, op, backend if name == OURS else name, str(shape.rows), run=run)

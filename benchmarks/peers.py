@@ -13,11 +13,15 @@ from measure import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 
+from quietstar.ops._backend import BACKENDS
+
 Result = TypeVar("Result")
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PLAIN = "plain PyTorch"
 COMPILED = "torch.compile of plain"
+OUR_TORCH = "our torch backend"  # library calls: a peer of the backends with kernels
+FUSED = [name for name in BACKENDS if name not in ("reference", "torch")]
 UNTOLD_MEMORY = () if DEVICE == "cuda" else (COMPILED,)  # a process that compiles shows the compiler's memory
 
 
