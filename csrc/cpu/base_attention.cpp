@@ -13,7 +13,7 @@ namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
 constexpr int64_t kKeys = 32;          // of a block
-constexpr int64_t kRowsOfATask = 128; // about; a task has at least one anchor
+constexpr int64_t kRowsOfATask = 128;  // about; a task has at least one anchor
 
 // The base keys or values of all heads in float32, with whole vectors in a row: as they are, or else a copy.
 class BaseRows {
@@ -55,7 +55,8 @@ struct Tasks {
   const BaseShape& shape;
   const int64_t group = shape.query_heads / shape.kv_heads;
   const int64_t rows_of_an_anchor = group * shape.steps;
-  const int64_t most_anchors = kRowsOfATask > rows_of_an_anchor ? kRowsOfATask / rows_of_an_anchor : 1;
+  const int64_t wanted = kRowsOfATask > rows_of_an_anchor ? kRowsOfATask / rows_of_an_anchor : 1;
+  const int64_t most_anchors = smaller(wanted, shape.anchors);
   const int64_t most_rows = rounded_up(most_anchors * rows_of_an_anchor, kLanes);
   const int64_t blocks = (shape.anchors + most_anchors - 1) / most_anchors;  // of anchors
   const int64_t heads = shape.batch * shape.kv_heads;
@@ -67,6 +68,7 @@ struct Range {
   int64_t first, last;
 };
 
+// The rows of one task, and where they lie in the tensors.
 class Task {
  public:
   Task(const Tasks& tasks, int64_t head, int64_t block)
@@ -101,9 +103,11 @@ class Task {
     return tensor.at(batch_, kv_head_ * tasks_.group + head, anchor_ + anchor) + step * tensor.step_stride;
   }
 
+  // As rows [most_rows, width].
   template <class T>
   void gather_rows(const Steps<const T>& from, float* to) const {
-    for (int64_t row = 0; row < rows_; ++row) gather(row_of(from, row), to + row * tasks_.width, tasks_.shape.head_size);
+    for (int64_t row = 0; row < rows_; ++row)
+      gather(row_of(from, row), to + row * tasks_.width, tasks_.shape.head_size);
   }
 
   // As columns [D, most_rows], with zeros behind the last.
@@ -116,6 +120,7 @@ class Task {
     }
   }
 
+  // The inverse of gather_rows.
   void scatter_rows(const float* from, const Steps<float>& to) const {
     for (int64_t row = 0; row < rows_; ++row) {
       float* place = row_of(to, row);
@@ -202,9 +207,11 @@ void base_forward(const BaseForward<T>& a) {
       for (int64_t row = 0; row < rows; ++row) {
         float* output = outputs + row * width;
         if (shrinks[row] == 1) continue;
-        for (int64_t d = 0; d < width; d += kLanes) store(output + d, load(output + d, Whole{}) * shrinks[row], Whole{});
+        for (int64_t d = 0; d < width; d += kLanes)
+          store(output + d, load(output + d, Whole{}) * shrinks[row], Whole{});
       }
-      multiply({scores, 1, most}, values.row(head, block), values.stride(), rows, width, inside, {outputs, width}, true);
+      multiply({scores, 1, most}, values.row(head, block), values.stride(), rows, width, inside, {outputs, width},
+               true);
     }
 
     for (int64_t row = 0; row < rows; ++row) {
@@ -284,7 +291,8 @@ void base_backward(const BaseBackward<T>& a) {
           }
         }
         multiply({grad_scores, most, 1}, queries, width, inside, width, rows, {grad_keys + block * width, width}, true);
-        multiply({probabilities, most, 1}, grads, width, inside, width, rows, {grad_values + block * width, width}, true);
+        multiply({probabilities, most, 1}, grads, width, inside, width, rows, {grad_values + block * width, width},
+                 true);
         multiply({grad_scores, 1, most}, key_rows, keys.stride(), rows, width, inside, {grad_queries, width}, true);
       }
       task.scatter_rows(grad_queries, a.grad_query);

@@ -1,4 +1,5 @@
-// Products of small matrices that lie in the cache: a tile of the result stays in registers while its products are added.
+// Products of small matrices that lie in the cache: a tile of the result stays in registers while its products are
+// added.
 #pragma once
 
 #include "vector.h"
