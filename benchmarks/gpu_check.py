@@ -135,8 +135,9 @@ def run(steps: Sequence[Step], folder: Path, seconds: float, log) -> list[dict]:
             step.result.unlink(missing_ok=True)  # of an earlier run
         with (folder / f"{number}.log").open("w") as output:
             running[number] = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
+                step.command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=heed_interrupts,
+            )  # fmt: skip
     try:
         while running and time.monotonic() < start + seconds:
             for number in [number for number, process in running.items() if process.poll() is not None]:
@@ -155,6 +156,11 @@ def run(steps: Sequence[Step], folder: Path, seconds: float, log) -> list[dict]:
             ended[number]["result"] = read(step.result)
     log.flush()
     return list(ended.values())
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(processes: Collection[subprocess.Popen]) -> None:
