@@ -15,7 +15,6 @@ from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
 
-
 # Arguments of transformers' ``generate`` with which the caller, or the model from call to call, may keep a cache.
 _MAY_KEEP_A_CACHE = ("past_key_values", "cache_implementation", "generation_config", "return_dict_in_generate")
 
