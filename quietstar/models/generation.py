@@ -56,8 +56,11 @@ class ThinkingGeneration:
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         if thinking.plain:
             # Calls cost less in inference mode, but a cache made in it could not be used outside of it.
-            kept = args or any(kwargs.get(name) is not None for name in _MAY_KEEP_A_CACHE)
-            with torch.inference_mode(not kept and not self.generation_config.return_dict_in_generate):
+            kept = any(
+                kwargs.get(name) is not None or getattr(self.generation_config, name, None)
+                for name in _MAY_KEEP_A_CACHE
+            )
+            with torch.inference_mode(not args and not kept):
                 output = super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
             return output.clone() if isinstance(output, Tensor) and output.is_inference() else output
         if kwargs.get("past_key_values") is not None:

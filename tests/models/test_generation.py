@@ -70,6 +70,19 @@ def test_a_token_takes_one_pass_more_than_its_thought_has_tokens(make_model, tex
         assert len(passes) == 8 * (max(thought_length, 1) + 1)
 
 
+def test_what_generate_leaves_is_not_bound_to_inference_mode(make_model, text):
+    """The text, a returned cache, and a static cache, which transformers keeps for the next call."""
+    model = make_model(thought_temperature=0.0)
+    wanted = greedy(model, text, 3)
+    assert not wanted.is_inference()
+    assert not greedy(model, text, 3, return_dict_in_generate=True).past_key_values.layers[0].keys.is_inference()
+    model.generation_config.cache_implementation = "static"
+    for options in ({}, {"return_dict_in_generate": True}):
+        output = greedy(model, text, 3, **options)
+    assert torch.equal(output.sequences, wanted)
+    assert not output.past_key_values.layers[0].keys.is_inference()
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"draft_length": 3}], ids=str)
 @pytest.mark.parametrize("window", [None, 6, 14])
 def test_left_padded_rows_equal_the_prompt_alone(make_model, text, op_attends, window, options):
