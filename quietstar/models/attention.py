@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from quietstar.models.cache import GrowingLayer
 from quietstar.models.padding import first_key
 from quietstar.models.thoughts_as_text import ThoughtsAsText
 from quietstar.ops import thought_attention
@@ -78,6 +79,12 @@ class BaseStates:
         self.keys[layer], self.values[layer] = key, value
         return key, value
 
+    def with_room(self, layer: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [B, Hkv, L + steps, D], the last of them to be written to."""
+        if self.cache is not None and isinstance(self.cache.layers[layer], GrowingLayer):
+            return self.cache.layers[layer].with_room(steps)
+        return tuple(_padded(states[layer], steps) for states in (self.keys, self.values))
+
 
 class TextCache:
     """Base keys and values of texts that grow each at its own pace, and may be cut back.
@@ -133,9 +140,22 @@ class TextCache:
         values[self._row, :, self._columns] = value.transpose(1, 2)
         return keys[:, :, : self.end], values[:, :, : self.end]
 
+    def with_room(self, layer: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that a pass sees and ``steps`` behind them, to be written to until texts grow."""
+        for states in (self.keys, self.values):
+            if states[layer].shape[2] < self.end + steps:
+                states[layer] = _padded(states[layer], steps)
+        return tuple(states[layer][:, :, : self.end + steps] for states in (self.keys, self.values))
+
+
+def _padded(states: Tensor, steps: int) -> Tensor:
+    """Keys or values [B, Hkv, L, D] and room for ``steps`` more."""
+    # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
+    return F.pad(states, (0, 0, 0, steps))
+
 
 class ThoughtStates:
-    """What one thought leaves to the next in ``generate``: room for keys and values, and where the texts begin.
+    """What one thought leaves to the next in ``generate``: room for keys and values, masks, and where the texts begin.
 
     The room is allocated at the first thought and reused by all that follow.
 
@@ -145,6 +165,7 @@ class ThoughtStates:
 
     def __init__(self, max_anchors: int = 1) -> None:
         self.max_anchors = max_anchors
+        self.masks: dict[tuple, Tensor] = {}  # of ``ThoughtsAsText``
         self._room: dict[int, tuple[Tensor, Tensor]] = {}
         self._first_key: tuple[Tensor | None] | None = None
 
@@ -195,7 +216,7 @@ class ThoughtCache:
         self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
         self.steps = 0
         self._generates = states is not None
-        self._states = ThoughtStates() if states is None else states
+        self.states = ThoughtStates() if states is None else states
         self._as_text: ThoughtsAsText | None = None
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
@@ -207,7 +228,7 @@ class ThoughtCache:
         query, key, value = (x.unflatten(2, (num_anchors, -1)) for x in (query, key, value))
         total = self.steps + query.shape[3]
         thought_key, thought_value = (
-            x[:, :, :, :total] for x in self._states.of_layer(layer, key, num_anchors, self.max_steps)
+            x[:, :, :, :total] for x in self.states.of_layer(layer, key, num_anchors, self.max_steps)
         )
         thought_key[:, :, :, self.steps :] = key
         thought_value[:, :, :, self.steps :] = value
@@ -238,7 +259,7 @@ class ThoughtCache:
     ) -> Tensor:
         """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
         if self._as_text is None:
-            self._as_text = ThoughtsAsText(self, key, window)
+            self._as_text = ThoughtsAsText(self, window)
         text_key, text_value = self._as_text.extend(layer, key, value)
         # The heads of a group are rows of one head: keys and values need not be repeated.
         packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])

@@ -189,7 +189,8 @@ class _Loop:
         """
         chosen = self._chosen(thinks, most)
         anchors = torch.where(thinks.gather(1, chosen), self._column(self.lengths) - 1 + chosen, -1)
-        return self.model._thinker(self.cache, anchors, self.position_ids, 0, self.key_start, self.thought_states)
+        positions = self.position_ids.gather(1, anchors.clamp_min(0))
+        return self.model._thinker(self.cache, anchors, positions, self.key_start, self.thought_states)
 
     @staticmethod
     def _chosen(thinks: Tensor, most: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quietstar.models.attention import ThoughtStates
+from quietstar.models.cache import grow_in_place
 from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
@@ -73,6 +74,12 @@ class ThinkingGeneration:
     def prepare_inputs_for_generation(self, *args, thinking: Thinking | None = None, **kwargs):
         """As in transformers; the thought tokens are never generated."""
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if given is None and (cache := model_kwargs.get("past_key_values")) is not None:
+            grow_in_place(cache)
 
     def _sample(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
         if thinking is None:

@@ -242,13 +242,14 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         position_ids = self._positions(position_ids, input_ids)
         text = self.model.embed_tokens(input_ids)
         base = BaseStates(self._base_mask(text, attention_mask, key_start))
-        thinker = self._thinker(base, anchors, position_ids, 0, key_start)
+        anchors = anchors.expand(batch, -1).clamp_min(-1)
+        thinker = self._thinker(base, anchors, position_ids.gather(1, anchors.clamp_min(0)), key_start)
         thinker.read(text, position_ids)
         temperature = self.config.thought_temperature if temperature is None else temperature
         tokens = thinker.sample(temperature, self.config.thought_token_ids, generator)
         if every:
             return tokens.unflatten(1, (length, -1)).transpose(1, 2)
-        return tokens.masked_fill(anchors.expand(batch, -1)[..., None] < 0, -1)
+        return tokens.masked_fill(anchors[..., None] < 0, -1)
 
     def _train(
         self, input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs
@@ -336,12 +337,12 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
             key_start = (key_start - dropped).clamp_min(0)
 
-        kept = torch.arange(length, device=device)
-        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        anchors = torch.arange(length, device=device)[kept] + (past - dropped)
         if thought_tokens is not None:
-            shape = batch, 1, len(kept), self.config.thought_length
+            shape = batch, 1, len(anchors), self.config.thought_length
             thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
-        thinker = self._thinker(base, kept, position_ids, past - dropped, key_start, thought_states)
+        thinker = self._thinker(base, anchors.expand(batch, -1), position_ids[:, kept], key_start, thought_states)
         base_hidden = thinker.read(text, position_ids, thought_tokens)[:, kept]
         # Calls cost less in inference mode; what is made there must not reach those who may train on it.
         quick = thought_states is not None and not torch.compiler.is_compiling()
@@ -365,21 +366,22 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             logits[..., token] = -torch.inf
         return logits
 
-    def _thinker(self, base, anchors, position_ids, offset, key_start, states=None) -> Thinker:
-        """A thinker behind positions ``anchors`` [P] or [B, P] of the current tokens, ``offset`` keys into the base."""
-        anchors = anchors.expand(len(position_ids), -1)
-        anchor_positions = position_ids.gather(1, anchors.clamp_min(0))
+    def _thinker(self, base, anchors, anchor_positions, key_start, states=None) -> Thinker:
+        """A thinker behind ``anchors`` [B, P], indices into the base keys, at ``anchor_positions`` [B, P]."""
         return Thinker(
-            self.model, self.lm_head.weight, base, torch.where(anchors < 0, -1, anchors + offset), anchor_positions,
-            self.start_embedding(), self.end_embedding(), self.config.thought_length, key_start,
-            states,
+            self.model, self.lm_head.weight, base, anchors, anchor_positions, self.start_embedding(),
+            self.end_embedding(), self.config.thought_length, key_start, states,
         )  # fmt: skip
 
     def _base_mask(
         self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None, cache: Cache | None = None
     ) -> Tensor | None:
         """Mask [B, 1, L, keys] of the base rows as transformers makes it; None is plain causal."""
-        make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        window = self.config.sliding_window
+        growing = text.shape[1] == 1 and key_start is None and isinstance(cache, DynamicCache)
+        if growing and (window is None or cache.get_seq_length() < window):
+            return None  # a token sees all that the cache holds
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
         return make(
             config=self.config, inputs_embeds=text, attention_mask=None if key_start is None else attention_mask,
             past_key_values=cache,

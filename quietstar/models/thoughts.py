@@ -63,9 +63,11 @@ class Thinker:
         states: ThoughtStates | None = None,
     ):
         self.model, self.lm_head = model, lm_head
-        self.thought_length, self.anchor_positions = thought_length, anchor_positions
-        self.start, self.end = (x.expand(*anchor_positions.shape, 1, -1) for x in (start, end))
-        self.cache = ThoughtCache(base, anchors, thought_length + 2, key_start, states)
+        self.thought_length, max_steps = thought_length, thought_length + 2
+        self.start, self.end = (x.expand(*anchors.shape, 1, -1) for x in (start, end))
+        self.cache = ThoughtCache(base, anchors, max_steps, key_start, states)
+        steps = torch.arange(1, max_steps + 1, device=anchors.device)
+        self.positions = anchor_positions[:, :, None] + steps  # [B, P, T]
         self.hidden: Tensor | None = None  # [B, P, H], behind the last step so far
 
     def read(self, text: Tensor, position_ids: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -83,15 +85,15 @@ class Thinker:
 
     def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""
-        device = self.anchor_positions.device
-        tokens = torch.empty(*self.anchor_positions.shape, self.thought_length, dtype=torch.int64, device=device)
+        anchors, device = self.cache.anchors.shape, self.cache.anchors.device
+        tokens = torch.empty(*anchors, self.thought_length, dtype=torch.int64, device=device)
         seeds = torch.randint(2**62, (self.thought_length,), device=device, generator=generator)
         for j in range(self.thought_length):
             if self.cache.steps == j:
                 self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[:, :, j - 1 : j]))
             tokens[:, :, j] = linear_sample(
                 self.hidden.flatten(0, 1), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
-            ).view(self.anchor_positions.shape)
+            ).view(anchors)
         return tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -115,8 +117,7 @@ class Thinker:
             Hidden states [B, L, H] behind the text, L = 0 without.
         """
         count = steps.shape[2]
-        offsets = torch.arange(1, count + 1, device=steps.device) + self.cache.steps
-        positions = (self.anchor_positions[:, :, None] + offsets).flatten(1)
+        positions = self.positions[:, :, self.cache.steps : self.cache.steps + count].flatten(1)
         rows, length, layout = steps.flatten(1, 2), 0, self.cache
         if text is not None:
             length = text.shape[1]

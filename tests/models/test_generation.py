@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, TextStreamer
 
-from quietstar.models import attention
+from quietstar.models import attention, thoughts_as_text
 from quietstar.models.generation_output import ThoughtStreamer
 
 
@@ -57,6 +57,23 @@ def test_few_thoughts_are_text_on_a_cpu(make_model, text, monkeypatch, window):
     monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
     for ours, wanted in zip(as_text, outputs(), strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_cache_may_hold_more_than_the_window(make_model, text, op_attends, window):
+    model = make_model(thought_temperature=0.0, sliding_window=window)
+    with torch.no_grad():
+        wanted = recompute(model, text, 4)
+    assert torch.equal(greedy(model, text, 4, past_key_values=DynamicCache()), wanted)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_masks_made_once_are_made_anew_for_longer_texts(make_model, text, monkeypatch, window):
+    monkeypatch.setattr(thoughts_as_text, "_MASKED_AHEAD", 2)
+    model = make_model(thought_temperature=0.0, sliding_window=window)
+    with torch.no_grad():
+        wanted = recompute(model, text, 10)
+    assert torch.equal(greedy(model, text), wanted)
 
 
 @pytest.mark.parametrize("thought_length", [0, 1, 3])
