@@ -89,8 +89,9 @@ class BaseStates:
 class TextCache:
     """Base keys and values of texts that grow each at its own pace, and may be cut back.
 
-    ``keys[layer]`` and ``values[layer]`` are [B, Hkv, capacity, D], allocated once; key j of row b belongs to column j
-    of that row's text. What lies behind the end of a text is never looked at: to cut a text back is to forget its end.
+    ``keys[layer]`` and ``values[layer]`` are [B, Hkv, capacity, D] (thoughts laid out as text make room for themselves
+    behind that); key j of row b belongs to column j of that row's text. What lies behind the end of a text is never
+    looked at: to cut a text back is to forget its end.
 
     Args:
         capacity: columns of the longest text.
