@@ -22,6 +22,7 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
                                     mixed_cross_entropy_backward<T>,
                                     thought_forward<T>,
                                     thought_backward<T>,
+                                    linear_cross_entropy<T>,
                                     linear_sample<T>,
                                     base_forward<T>,
                                     base_backward<T>};
@@ -31,12 +32,7 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
 
 }  // namespace
 
-extern const Kernels kernels = {QUIETSTAR_NAME(QUIETSTAR_ISA),
-                                kTyped<float>,
-                                kTyped<BFloat16>,
-                                cross_entropy_rows,
-                                sample_rows,
-                                exponential,
-                                logarithm};
+extern const Kernels kernels = {
+    QUIETSTAR_NAME(QUIETSTAR_ISA), kTyped<float>, kTyped<BFloat16>, sample_rows, exponential, logarithm};
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

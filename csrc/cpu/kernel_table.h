@@ -18,12 +18,13 @@ void thought_forward(const ThoughtForward<T>&);
 template <class T>
 void thought_backward(const ThoughtBackward<T>&);
 template <class T>
+void linear_cross_entropy(const LinearCrossEntropy<T>&);
+template <class T>
 void linear_sample(const LinearSample<T>&);
 template <class T>
 void base_forward(const BaseForward<T>&);
 template <class T>
 void base_backward(const BaseBackward<T>&);
-void cross_entropy_rows(const CrossEntropyRows&);
 void sample_rows(const SampleRows&);
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

@@ -54,16 +54,21 @@ struct MixedCrossEntropyBackward : Mix<T> {
   T *d_base, *d_thought;  // contiguous, or null
 };
 
-// Logits [rows, vocabulary], overwritten with the gradient of sum(scale · nll) if there is a scale.
-struct CrossEntropyRows {
-  Matrix<float> logits;
+// Nll of the rows of softmax(hidden · weightᵀ / temperature), with hidden and weight of `size` columns, and the
+// gradients of sum(scale · nll).
+template <class T>
+struct LinearCrossEntropy {
+  Matrix<const T> hidden, weight;
   const std::int64_t* target;
-  const float* scale;  // or null
-  float* nll;
+  const float* scale;  // or null, if there is no gradient
   const std::int64_t* suppressed;
   std::int64_t suppressed_count;
   float temperature;
-  std::int64_t rows, vocabulary;
+  float* room;  // for [rows, vocabulary rounded up to 64]
+  float* nll;
+  float *d_hidden, *d_weight;  // contiguous, or null
+  bool add;                    // d_weight to what is there
+  std::int64_t rows, vocabulary, size;
   int threads;
 };
 
@@ -162,6 +167,7 @@ struct TypedKernels {
   void (*mixed_cross_entropy_backward)(const MixedCrossEntropyBackward<T>&);
   void (*thought_forward)(const ThoughtForward<T>&);
   void (*thought_backward)(const ThoughtBackward<T>&);
+  void (*linear_cross_entropy)(const LinearCrossEntropy<T>&);
   void (*linear_sample)(const LinearSample<T>&);
   void (*base_forward)(const BaseForward<T>&);
   void (*base_backward)(const BaseBackward<T>&);
@@ -171,7 +177,6 @@ struct Kernels {
   const char* name;
   TypedKernels<float> float32;
   TypedKernels<BFloat16> bfloat16;
-  void (*cross_entropy_rows)(const CrossEntropyRows&);
   void (*sample_rows)(const SampleRows&);
   void (*exponential)(const float* x, float* result, std::int64_t count);
   void (*logarithm)(const float* x, float* result, std::int64_t count);

@@ -1,45 +1,204 @@
-// The row kernel of the linear cross-entropies: nll of softmax(logits / temperature), and the gradient in their place.
+// The linear cross-entropies: nll of softmax(hidden · weightᵀ / temperature), and the gradients of sum(scale · nll).
 //
-// From memory a row is read once and written once. Its 128 KB (V = 32,002) then stay in the L2 cache, where two of the
-// three passes find them: maximum, exponentials with their sum, scaling. Without a gradient nothing is written.
+// Twice over the vocabulary, in blocks of tokens shared among threads. First the logits of a block are made, tile by
+// tile, and turned in the L1 cache into exponentials over the largest of their row and block; with those sums the nll
+// is known. Then, with a gradient, the exponentials come back from memory once, are scaled to d logits in the L2 cache,
+// and go into both products with them: d hidden += d logits · weight and d weight = d logitsᵀ · hidden.
 
 #include "kernel_table.h"
-#include "parallel.h"
+#include "matmul.h"
 
 namespace quietstar::cpu::QUIETSTAR_ISA {
+namespace {
 
-void cross_entropy_rows(const CrossEntropyRows& a) {
-  const float inverse = 1 / a.temperature;
-  for_rows(a.rows, useful_threads(a.rows, 2 * a.vocabulary, a.threads), [&](int64_t row, int) {
-    float* logits = a.logits.row(row);
-    for (int64_t i = 0; i < a.suppressed_count; ++i) logits[a.suppressed[i]] = -kInfinity;
-    Vec highest = splat(kLowest);
-    for_vectors(0, a.vocabulary, [&](int64_t v, auto extent) {
+// Blocks of this many tokens meet as many rows at a time, both in whole tiles: d logits, and at usual sizes a block's
+// part of the weight or its gradient, then stay in the L2 cache.
+constexpr int64_t kSide = 192;
+static_assert(kSide % kTileRows == 0 && kSide % kTileColumns == 0);
+
+struct Block {
+  int64_t number, first, tokens;
+};
+
+template <class T>
+class Chunk {
+ public:
+  explicit Chunk(const LinearCrossEntropy<T>& arguments)
+      : a(arguments),
+        blocks_(rounded_up(a.vocabulary, kSide) / kSide),
+        width_(rounded_up(a.size, kTileColumns)),
+        padded_rows_(rounded_up(a.rows, kTileRows)),
+        largest_(blocks_ * a.rows, 1),
+        total_(blocks_ * a.rows, 1),
+        at_target_(a.rows, 1) {}
+
+  void run() {
+    make_exponentials();
+    for_rows(a.rows, useful_threads(a.rows, blocks_, a.threads), [&](int64_t row, int) { reduce(row); });
+    if (a.scale) make_gradients();
+  }
+
+ private:
+  Block block(int64_t number) const {
+    const int64_t first = number * kSide;
+    return {number, first, smaller(kSide, a.vocabulary - first)};
+  }
+
+  // Where the exponentials of a block are kept, from a row on: in whole tiles.
+  Rows exponentials(const Block& block, int64_t row) const {
+    const int64_t stride = rounded_up(block.tokens, kTileColumns);
+    return {a.room + block.first * padded_rows_ + row * stride, stride};
+  }
+
+  // Indexed by row and block.
+  float& largest(int64_t row, int64_t block) const { return largest_.of_thread(0)[row * blocks_ + block]; }
+  float& total(int64_t row, int64_t block) const { return total_.of_thread(0)[row * blocks_ + block]; }
+  float& at_target(int64_t row) const { return at_target_.of_thread(0)[row]; }
+
+  void make_exponentials() {
+    const Scratch left(LeftPanels::size(a.rows, a.size), 1), right(kSide * a.size, a.threads);
+    const Scratch unkept(kSide * kSide, a.threads);
+    LeftPanels hidden(left.of_thread(0), a.size);
+    hidden.pack(a.hidden, 0, a.rows, a.threads);
+    for_rows(blocks_, a.threads, [&](int64_t number, int thread) {
+      const Block tokens = block(number);
+      RightPanels weight(right.of_thread(thread), a.size);
+      weight.pack(a.weight, tokens.first, tokens.tokens, 1);
+      for (int64_t row = 0; row < a.rows; row += kSide) {
+        const int64_t rows = smaller(kSide, a.rows - row);
+        const Rows to = a.scale ? exponentials(tokens, row) : Rows{unkept.of_thread(thread), kSide};
+        multiply(hidden, row, rows, weight, 0, tokens.tokens, to.data, to.stride);
+        for (int64_t i = 0; i < rows; ++i) exponentiate(tokens, row + i, to.data + i * to.stride);
+      }
+    });
+  }
+
+  void exponentiate(const Block& block, int64_t row, float* logits) {
+    const float inverse = 1 / a.temperature;
+    for (int64_t i = 0; i < a.suppressed_count; ++i) {
+      const int64_t place = a.suppressed[i] - block.first;
+      if (place >= 0 && place < block.tokens) logits[place] = -kInfinity;
+    }
+    const int64_t target = a.target[row] - block.first;
+    if (target >= 0 && target < block.tokens) at_target(row) = logits[target];
+    Vec highest = splat(kLowest), sum{};
+    for_vectors(0, block.tokens, [&](int64_t v, auto extent) {
       highest = larger(inside_or(load(logits + v, extent), kLowest, extent), highest);
     });
     const float top = largest_of(highest);
-    const int64_t target = a.target[row];
-    const float at_target = (logits[target] - top) * inverse;
-
-    double total = 0;
-    for_blocks(a.vocabulary, [&](int64_t begin, int64_t end) {
-      Vec sum{};
-      for_vectors(begin, end, [&](int64_t v, auto extent) {
-        const Vec e = exp((inside_or(load(logits + v, extent), -kInfinity, extent) - top) * inverse);
-        sum += e;
-        if (a.scale) store(logits + v, e, extent);
-      });
-      total += sum_of(sum);
+    for_vectors(0, block.tokens, [&](int64_t v, auto extent) {
+      const Vec e = exp((inside_or(load(logits + v, extent), -kInfinity, extent) - top) * inverse);
+      sum += e;
+      if (a.scale) store(logits + v, e, extent);
     });
-    const float sum = (float)total;
-    a.nll[row] = logf(sum) - at_target;
-    if (!a.scale) return;
+    largest(row, block.number) = top;
+    total(row, block.number) = sum_of(sum);
+  }
 
-    const float scale = a.scale[row] * inverse, factor = scale / sum;
-    for_vectors(0, a.vocabulary,
-                [&](int64_t v, auto extent) { store(logits + v, load(logits + v, extent) * factor, extent); });
-    logits[target] -= scale;  // p − 1
-  });
+  // The nll, and in the place of the totals what makes d logits of the exponentials.
+  void reduce(int64_t row) {
+    const float inverse = 1 / a.temperature;
+    float top = kLowest;
+    for (int64_t i = 0; i < blocks_; ++i) top = largest(row, i) > top ? largest(row, i) : top;
+    double sum = 0;
+    for (int64_t i = 0; i < blocks_; ++i) sum += (double)total(row, i) * exp((largest(row, i) - top) * inverse);
+    a.nll[row] = logf((float)sum) - (at_target(row) - top) * inverse;
+    if (!a.scale) return;
+    const float factor = a.scale[row] * inverse / (float)sum;
+    for (int64_t i = 0; i < blocks_; ++i) total(row, i) = factor * exp((largest(row, i) - top) * inverse);
+  }
+
+  void make_gradients() {
+    const int64_t segments = smaller(2 * a.threads, blocks_);
+    const Scratch hidden(a.rows * width_, 1), d_logits(kSide * kSide, a.threads), weight(kSide * width_, a.threads),
+        d_weight(kSide * width_, a.threads), d_hidden(a.d_hidden ? padded_rows_ * width_ : 0, (int)segments);
+    const int64_t parts = rounded_up(a.rows, kSide) / kSide;
+    for_rows(parts, a.threads, [&](int64_t part, int) {
+      const int64_t row = part * kSide, rows = smaller(kSide, a.rows - row);
+      pack_columns(a.hidden, row, rows, hidden.of_thread(0) + row * width_);
+    });
+    // Every segment of the vocabulary has its own sum for d hidden: which thread took it makes no difference.
+    for_rows(segments, a.threads, [&](int64_t segment, int thread) {
+      const int64_t begin = segment * blocks_ / segments, end = (segment + 1) * blocks_ / segments;
+      float* p = d_logits.of_thread(thread);
+      for (int64_t number = begin; number < end; ++number) {
+        const Block tokens = block(number);
+        if (a.d_hidden) pack_columns(a.weight, tokens.first, tokens.tokens, weight.of_thread(thread));
+        for (int64_t row = 0; row < a.rows; row += kSide) {
+          const int64_t rows = smaller(kSide, a.rows - row);
+          for (int64_t i = 0; i < rows; ++i) scale_exponentials(tokens, row + i, p + i * kSide);
+          if (a.d_hidden) {
+            multiply_columns({p, kSide, 1}, rows, weight.of_thread(thread), tokens.tokens,
+                             d_hidden.of_thread((int)segment) + row * width_, number > begin);
+          }
+          if (a.d_weight) {
+            multiply_columns({p, 1, kSide}, tokens.tokens, hidden.of_thread(0) + row * width_, rows,
+                             d_weight.of_thread(thread), row > 0);
+          }
+        }
+        for (int64_t i = 0; a.d_weight && i < tokens.tokens; ++i) {
+          put(d_weight.of_thread(thread) + i * width_, a.d_weight + (tokens.first + i) * a.size, a.add);
+        }
+      }
+    });
+    for_rows(a.d_hidden ? a.rows : 0, useful_threads(a.rows, segments * a.size, a.threads), [&](int64_t row, int) {
+      for (int segment = 0; segment < segments; ++segment) {
+        put(d_hidden.of_thread(segment) + row * width_, a.d_hidden + row * a.size, segment > 0);
+      }
+    });
+  }
+
+  // Rows of a matrix in panels of kTileColumns columns, a panel row by row, with zeros behind the last column.
+  void pack_columns(const Matrix<const T>& matrix, int64_t first, int64_t rows, float* to) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < width_; column += kLanes) {
+        const int64_t left = a.size - column;
+        const T* from = matrix.row(first + row) + column;
+        const Vec v = left >= kLanes ? load(from, Whole{}) : left > 0 ? load(from, Part{(int)left}) : Vec{};
+        store(to + column / kTileColumns * kTileColumns * rows + row * kTileColumns + column % kTileColumns, v,
+              Whole{});
+      }
+    }
+  }
+
+  void multiply_columns(Operand left, int64_t rows, const float* right, int64_t depth, float* result, bool add) {
+    for (int64_t j = 0; j < width_; j += kTileColumns) {
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        multiply_tile<kTileRows, 2>({left.at(i, 0), left.row_stride, left.column_stride}, right + j * depth,
+                                    kTileColumns, depth, {result + i * width_ + j, width_}, add);
+      }
+    }
+  }
+
+  void scale_exponentials(const Block& block, int64_t row, float* d_logits) {
+    const float* from = exponentials(block, row).data;
+    const float factor = total(row, block.number);
+    for_vectors(0, block.tokens,
+                [&](int64_t v, auto extent) { store(d_logits + v, load(from + v, extent) * factor, extent); });
+    const int64_t target = a.target[row] - block.first;
+    if (target >= 0 && target < block.tokens) d_logits[target] -= a.scale[row] / a.temperature;
+  }
+
+  void put(const float* from, float* to, bool add) {
+    for_vectors(0, a.size, [&](int64_t i, auto extent) {
+      const Vec v = load(from + i, extent);
+      store(to + i, add ? load(to + i, extent) + v : v, extent);
+    });
+  }
+
+  const LinearCrossEntropy<T>& a;
+  const int64_t blocks_, width_, padded_rows_;
+  const Scratch largest_, total_, at_target_;
+};
+
+}  // namespace
+
+template <class T>
+void linear_cross_entropy(const LinearCrossEntropy<T>& a) {
+  Chunk<T>(a).run();
 }
+
+template void linear_cross_entropy(const LinearCrossEntropy<float>&);
+template void linear_cross_entropy(const LinearCrossEntropy<BFloat16>&);
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

@@ -204,8 +204,9 @@ void linear_sample(const LinearSample<T>& a) {
   const int64_t packed = smaller(most, even * kGroup), down = rounded_up(a.rows, kRowsOfABlock) / kRowsOfABlock;
   const int64_t width = smaller(rounded_up(packed * down / (2 * a.threads) + 1, 2 * kGroup), kMostTokensOfABlock);
   const Scratch blocks(kRowsOfABlock * width, a.threads);
-  LeftPanels hidden(a.rows, a.size);
-  RightPanels weight(packed, a.size);
+  const Scratch left(LeftPanels::size(a.rows, a.size), 1), right(RightPanels::size(packed, a.size), 1);
+  LeftPanels hidden(left.of_thread(0), a.size);
+  RightPanels weight(right.of_thread(0), a.size);
   hidden.pack(a.hidden, 0, a.rows, a.threads);
   for (int64_t first = 0; first < a.vocabulary; first += packed) {
     const int64_t tokens = smaller(packed, a.vocabulary - first), across = rounded_up(tokens, width) / width;

@@ -14,16 +14,18 @@ namespace {
 constexpr int64_t kDepth = 256;
 
 // Rows of a matrix of `columns` columns in panels of `Width` rows, a panel column by column, with zeros behind the
-// last.
+// last. They lie in memory of the given size.
 template <int Width>
 class Panels {
  public:
-  Panels(int64_t most_rows, int64_t columns) : columns_(columns), memory_(rounded_up(most_rows, Width) * columns, 1) {}
+  Panels(float* memory, int64_t columns) : memory_(memory), columns_(columns) {}
+
+  static int64_t size(int64_t rows, int64_t columns) { return rounded_up(rows, Width) * columns; }
 
   template <class T>
   void pack(const Matrix<const T>& matrix, int64_t first_row, int64_t rows, int threads) {
     for_rows(rounded_up(rows, Width) / Width, threads, [&](int64_t panel, int) {
-      float* to = memory_.of_thread(0) + panel * Width * columns_;
+      float* to = memory_ + panel * Width * columns_;
       for (int64_t row = 0; row < Width; ++row) {
         const int64_t number = panel * Width + row;
         const T* from = matrix.row(first_row + smaller(number, rows - 1));
@@ -33,13 +35,13 @@ class Panels {
   }
 
   // Of the panel that begins with the given row, the part from a column on.
-  const float* at(int64_t row, int64_t column) const { return memory_.of_thread(0) + row * columns_ + column * Width; }
+  const float* at(int64_t row, int64_t column) const { return memory_ + row * columns_ + column * Width; }
 
   int64_t columns() const { return columns_; }
 
  private:
+  float* memory_;
   int64_t columns_;
-  Scratch memory_;
 };
 
 using LeftPanels = Panels<kTileRows>;

@@ -12,7 +12,7 @@ from memory import peak_bytes
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
-from quietstar.ops.linear_cross_entropy import chunks
+from quietstar.ops.linear_cross_entropy import autograd, chunks
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -122,20 +122,23 @@ def test_each_subset_of_gradients(mixed, reduction, default_backend):
 
 
 def count_work(monkeypatch):
-    """Rows that go through each of the three matmuls."""
+    """Rows whose logits, and gradients of hidden and of weight, are asked of the chunk kernel."""
     work = Counter()
-    for name, rows_of in [
-        ("logits_into", lambda out, *_: out.shape[0]),
-        ("hidden_gradient", lambda d_logits, _: d_logits.shape[0]),
-        ("add_weight_gradient", lambda out, d_logits, _: d_logits.shape[0]),
-    ]:
-        function = getattr(chunks, name)
+    choose = autograd._chunk_kernel
 
-        def counted(*args, name=name, function=function, rows_of=rows_of):
-            work[name] += rows_of(*args)
-            return function(*args)
+    def counting(backend):
+        def kernel(hidden, *others):
+            *_, needs_hidden, needs_weight = others
+            for name, needed in (("logits", True), ("d_hidden", needs_hidden), ("d_weight", needs_weight)):
+                if needed:
+                    work[name] += hidden.shape[0]
+            results = choose(backend)(hidden, *others)
+            assert (results[1] is not None) == needs_hidden
+            return results
 
-        monkeypatch.setattr(chunks, name, counted)
+        return kernel
+
+    monkeypatch.setattr(autograd, "_chunk_kernel", counting)
     return work
 
 
@@ -157,7 +160,7 @@ def count_work(monkeypatch):
 def test_no_needless_matmul(options, expected, monkeypatch, default_backend):
     work = count_work(monkeypatch)
     Problem(**options).ours(default_backend)
-    assert (work["logits_into"], work["hidden_gradient"], work["add_weight_gradient"]) == expected
+    assert (work["logits"], work["d_hidden"], work["d_weight"]) == expected
 
 
 @pytest.mark.parametrize(("return_nll", "rows"), [(False, 4), (True, 11)])
@@ -169,14 +172,14 @@ def test_rows_of_weight_zero_cost_nothing(return_nll, rows, monkeypatch):
     linear_cross_entropy(
         hidden, weight, torch.randint(77, (11,)), reduction="sum", row_weight=row_weight, return_nll=return_nll
     )
-    assert work == {"logits_into": rows, "hidden_gradient": 4, "add_weight_gradient": 4}
+    assert work == {"logits": rows, "d_hidden": 4, "d_weight": 4}
 
 
 def test_no_gradients_are_made_without_grad_mode(monkeypatch):
     work = count_work(monkeypatch)
     with torch.no_grad():
         linear_cross_entropy(torch.randn(5, 6, requires_grad=True), torch.randn(77, 6), torch.randint(77, (5,)))
-    assert work == {"logits_into": 5}
+    assert work == {"logits": 5}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -192,6 +195,24 @@ def test_second_backward_and_second_run_are_bitwise_equal(mixed, reduction, defa
     for a, b, c in zip(first, second, again, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.usefixtures("default_backend")
+def test_gradients_of_a_loss_that_is_not_scaled_can_be_made_again():
+    """They are handed out as they were kept; who adds to them must add to a copy."""
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(77, 6, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.randint(77, (5,)))
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    once = [x.clone() for x in once]
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for leaf, gradient in zip((hidden, weight), once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * gradient)
+
+
+@pytest.mark.parametrize(("rows", "most", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (4, 4, [4]), (0, 4, [])])
+def test_chunks_are_about_even(rows, most, sizes):
+    assert [part.stop - part.start for part in chunks._even_slices(rows, most)] == sizes
 
 
 def test_small_gradients_of_a_mean_survive_float16():

@@ -104,6 +104,18 @@ def test_linear_cross_entropy_with_every_instruction_set(dtype, name):
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary", "hidden_size"), [(200, 1400, 300), (193, 385, 17), (3, 191, 1)])
+def test_linear_cross_entropy_crosses_every_block(rows, vocabulary, hidden_size, dtype):
+    """More rows, tokens and columns than a block has; all three end inside one."""
+    problem = Problem(
+        rows=rows, vocabulary=vocabulary, hidden_size=hidden_size, dtype=dtype, suppress=(0, vocabulary - 2),
+        ignored=(0, 7 % rows), temperature=0.7, size=hidden_size**-0.5,
+    )  # fmt: skip
+    assert_problem_solved(problem, problem.ours("cpu"))
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.3, "suppress": (1, 900)}, {"top_k": 20}, {"top_k": 300, "top_p": 0.7}], ids=str
 )
@@ -227,31 +239,38 @@ def test_gradients_of_one_number_for_all_rows():
 
 # The contract of the native functions. What is reached through the ops is checked there; these are called directly.
 
-LOGITS = torch.randn(2, 8)
-IDS, ROWS = torch.tensor([0, 7]), torch.empty(2)
+HIDDEN, HEAD, IDS, ROWS = torch.randn(2, 4), torch.randn(8, 4), torch.tensor([0, 7]), torch.empty(2)
+VALID = {
+    "dtype": 0, "hidden": HIDDEN.data_ptr(), "hidden_stride": 4, "weight": HEAD.data_ptr(), "weight_stride": 4,
+    "target": IDS.data_ptr(), "scale": 0, "suppressed": 0, "suppressed_count": 0, "temperature": 1.0,
+    "room": 0, "nll": ROWS.data_ptr(), "d_hidden": 0, "d_weight": 0, "add": False,
+    "rows": 2, "vocabulary": 8, "size": 4, "threads": 1,
+}  # fmt: skip
 WRONG = {
-    "null logits": (lambda p: [0, *p[1:]], "logits must not be null"),
-    "misaligned logits": (lambda p: [p[0] + 2, *p[1:]], "logits must be aligned to 4 bytes, got"),
-    "negative stride": (lambda p: [p[0], -8, *p[2:]], "stride must be at least 0, got -8"),
-    "null target": (lambda p: [*p[:2], 0, *p[3:]], "target must not be null"),
-    "target out of range": (lambda p: [*p[:-2], 7, p[-1]], "target must be in [0, 7), got 7"),
-    "misaligned scale": (lambda p: [*p[:3], 1, *p[4:]], "scale must be aligned to 4 bytes, got 1"),
-    "null suppressed": (lambda p: [*p[:6], 3, *p[7:]], "suppressed must not be null"),
-    "negative rows": (lambda p: [*p[:-3], -1, *p[-2:]], "rows must be at least 0, got -1"),
-    "no vocabulary": (lambda p: [*p[:-2], 0, p[-1]], "vocabulary must be at least 1, got 0"),
-    "no threads": (lambda p: [*p[:-1], 0], "threads must be at least 1, got 0"),
+    "dtype": ({"dtype": 2}, "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
+    "null hidden": ({"hidden": 0}, "hidden must not be null"),
+    "misaligned hidden": ({"hidden": HIDDEN.data_ptr() + 2}, "hidden must be aligned to 4 bytes, got"),
+    "negative stride": ({"weight_stride": -4}, "stride must be at least 0, got -4"),
+    "null target": ({"target": 0}, "target must not be null"),
+    "target out of range": ({"vocabulary": 7}, "target must be in [0, 7), got 7"),
+    "misaligned scale": ({"scale": 1}, "scale must be aligned to 4 bytes, got 1"),
+    "no room": ({"scale": ROWS.data_ptr()}, "room must not be null"),
+    "null suppressed": ({"suppressed_count": 3}, "suppressed must not be null"),
+    "negative rows": ({"rows": -1}, "rows must be at least 0, got -1"),
+    "no vocabulary": ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
+    "no columns": ({"size": 0}, "size must be at least 1, got 0"),
+    "no threads": ({"threads": 0}, "threads must be at least 1, got 0"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_pointers_and_sizes_are_refused(name):
-    valid = [LOGITS.clone().data_ptr(), 8, IDS.data_ptr(), 0, ROWS.data_ptr(), 0, 0, 1.0, 2, 8, 1]
-    kept = LOGITS.clone()
-    valid[0] = kept.data_ptr()
-    cpu.cross_entropy_rows(*valid)
-    spoil, message = WRONG[name]
+    cpu.linear_cross_entropy(*VALID.values())
+    expected = torch.nn.functional.cross_entropy(HIDDEN @ HEAD.t(), IDS, reduction="none")
+    torch.testing.assert_close(ROWS, expected)
+    wrong, message = WRONG[name]
     with pytest.raises(ValueError, match=re.escape(message)):
-        cpu.cross_entropy_rows(*spoil(valid))
+        cpu.linear_cross_entropy(*{**VALID, **wrong}.values())
 
 
 def test_wrong_calls_of_the_other_kernels_are_refused():

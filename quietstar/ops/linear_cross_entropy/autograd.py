@@ -1,9 +1,11 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes the nll and, if asked, all gradients at once. A backend is a row kernel
-(:class:`.chunks.RowKernel`) and a way to mix hidden states (:class:`.hidden.MixedHidden`).
+The op computes the nll and, if asked, all gradients at once. A backend is a kernel for chunks of rows
+(:class:`.chunks.ChunkKernel`), made of a row kernel and library matmuls if it has none of its own, and a way to mix
+hidden states (:class:`.hidden.MixedHidden`).
 """
 
+from functools import partial
 from pkgutil import resolve_name
 
 import torch
@@ -14,22 +16,29 @@ from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import weighted_sum
-from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
+from quietstar.ops.linear_cross_entropy.chunks import ChunkKernel, cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
+from quietstar.ops.linear_cross_entropy.matmuls import cross_entropy_chunk
 
 # Imported when they are first used: triton may be missing, and takes its time.
 _ROW_KERNELS = {
     "torch": "library:cross_entropy_rows",
     "triton": "triton_kernels:cross_entropy_rows",
     "cuda": "native_cuda:cross_entropy_rows",
-    "cpu": "native_cpu:cross_entropy_rows",
 }
+_CHUNK_KERNELS = {"cpu": "native_cpu:cross_entropy_chunk"}
 _MIXED_HIDDEN = {
     "torch": "hidden:MixedHidden",
     "triton": "triton_hidden:FusedMixedHidden",
     "cuda": "hidden:MixedHidden",
     "cpu": "hidden:MixedHidden",
 }
+
+
+def _chunk_kernel(backend: str) -> ChunkKernel:
+    if backend in _CHUNK_KERNELS:
+        return resolve_name(f"{__package__}.{_CHUNK_KERNELS[backend]}")
+    return partial(cross_entropy_chunk, resolve_name(f"{__package__}.{_ROW_KERNELS[backend]}"))
 
 
 def _cross_entropy(
@@ -42,9 +51,8 @@ def _cross_entropy(
     else:
         mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
         source = mixed(hidden, thought_hidden, mixing_weight, base_index, needs_hidden)
-    row_kernel = resolve_name(f"{__package__}.{_ROW_KERNELS[backend]}")
     nll, d_weight = cross_entropy_in_chunks(
-        row_kernel, source, weight, target, row_scale,
+        _chunk_kernel(backend), source, weight, target, row_scale,
         temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
     )  # fmt: skip
     return nll, *(weight.new_empty(0) if d is None else d for d in (*source.gradients(), d_weight))
@@ -97,6 +105,14 @@ _scaled_gradient_op = register_op(
 )
 
 
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient · factor; the gradient itself for a factor of 1, where that can be seen without waiting for a device."""
+    visible = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and gradient.dtype == dtype and factor == 1:
+        return gradient
+    return _scaled_gradient_op(gradient, factor, dtype)
+
+
 class ReducedCrossEntropy(torch.autograd.Function):
     """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all."""
 
@@ -106,10 +122,12 @@ class ReducedCrossEntropy(torch.autograd.Function):
         temperature, return_nll, needs, backend,
     ):  # fmt: skip
         *needs, needs_row_scale = needs
-        # Gradients are made for scales of at most 1 and brought to size in the backward, together with the incoming
-        # gradient: in float16, 1 / rows would otherwise push them below the smallest number.
-        peak = row_scale.abs().amax() if row_scale.shape[0] else row_scale.new_ones(())
-        peak = torch.where(peak == 0, 1, peak)
+        # In float16, gradients are made for scales of at most 1 and brought to size in the backward, together with the
+        # incoming gradient: 1 / rows would push them below the smallest number.
+        peak = row_scale.new_ones(())
+        if weight.dtype == torch.float16 and row_scale.shape[0]:
+            peak = row_scale.abs().amax()
+            peak = torch.where(peak == 0, 1, peak)
         nll, *gradients = _cross_entropy_op(
             hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
             row_scale / peak if any(needs) else row_scale, temperature,
@@ -128,7 +146,7 @@ class ReducedCrossEntropy(torch.autograd.Function):
         *needs, needs_row_scale = ctx.needs
         factor = grad_loss * peak
         wanted = (
-            _scaled_gradient_op(gradient, factor, dtype) if needed else None
+            _scaled(gradient, factor, dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
         )
         return *wanted, grad_loss * nll if needs_row_scale else None, *(None,) * 7

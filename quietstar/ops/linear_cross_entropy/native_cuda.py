@@ -15,7 +15,7 @@ def cross_entropy_rows(
     suppress: Tensor | None,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Nll of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
+    """Nll of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
     rows, vocabulary = logits.shape
     if suppress is not None:
         logits.index_fill_(1, suppress, float("-inf"))
