@@ -4,6 +4,7 @@ The walk mirrors the code it describes: ``quietstar.models`` and what autograd k
 Counted are bytes of tensors. What a process needs besides (CUDA context, fragments of the allocator, kernels) is not.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -89,6 +90,7 @@ class _Walk:
         self.wide_row = step.config.hidden_size * step.wide
         self.is_half = step.element < step.wide
         self.is_compiled = self.on_cpu and cpu_unavailable(torch.empty(0, dtype=step.dtype)) is None
+        self.is_scaled = self.is_half or not self.on_cpu  # the losses' gradients, in new tensors
         self.layers = step.config.num_hidden_layers
         self.workspace = 0  # of logits: a CPU keeps it from call to call
 
@@ -143,9 +145,7 @@ class _Walk:
 
     def forward_layers(self) -> None:
         step, memory = self.step, self.memory
-        # Text and slots, whose rows are the input of the layers once more; cosines, sines and positions.
-        self.inputs = (step.text_rows + step.slot_rows) * self.row
-        memory.hold(TEMPORARY, self.inputs)
+        # Cosines, sines and positions.
         memory.hold(KEPT, step.tree_rows * (2 * step.head_size * step.element + 8))
         memory.hold(KEPT, step.text_rows * step.length if step.is_windowed else 0)  # the mask of the text
         self.kept_by_layer = step.tree_rows * self.row if step.checkpointing else kept_by_layer(step)
@@ -186,18 +186,22 @@ class _Walk:
         if step.policy_rows:
             policy = step.policy_rows * self.row
             self.head_policy = policy + head * step.wide
-            self.linear_cross_entropy(phase, step.policy_rows, self.head_policy, inputs=policy, rows_held=2)
-        self.memory.hold(TEMPORARY, -self.inputs - (self.final if step.batch > 1 else 0))
+            # A CPU leaves out the last thoughts, which get no reward, and those that did not help, about half.
+            rewarded = (step.length - 1 - step.config.lookahead) / (step.length - 1)
+            rows = math.ceil(step.policy_rows * rewarded / 2) if self.on_cpu else step.policy_rows
+            self.linear_cross_entropy(phase, rows, self.head_policy, inputs=policy, rows_held=2)
+        self.memory.hold(TEMPORARY, -self.final if step.batch > 1 else 0)
 
     def linear_cross_entropy(self, phase: str, rows: int, gradients: int, inputs: int, rows_held: int) -> None:
         """One loss: ``gradients`` are kept; ``inputs`` and ``rows_held`` rows per logits row are held meanwhile."""
         step = self.step
         head = step.head_matrix * step.wide
         self.memory.hold(HEAD, gradients - head)
-        chunk_rows = self.chunk_rows(rows, step.config.vocab_size)
+        most = self.chunk_rows(rows, step.config.vocab_size)
+        chunk_rows = -(-rows // -(-rows // most))
         chunk = self.take_chunk(chunk_rows)
         self.memory.hold(HEAD, head)  # made by the first chunk
-        widened = _WIDENED_ROWS * self.wide_row if self.on_cpu and self.is_half else 0
+        widened = _WIDENED_ROWS * self.wide_row if self.on_cpu and self.is_half and not self.is_compiled else 0
         self.memory.moment(phase, inputs + rows_held * chunk_rows * self.wide_row + widened)
         self.give_back_chunk(chunk)
 
@@ -227,23 +231,29 @@ class _Walk:
         head = step.head_matrix * step.element
         slots, tree = step.slot_rows * self.row, step.tree_rows * self.row
         talk, text = step.talk_rows * self.row, step.text_rows * self.row
+        # The losses' gradients of the head are added up, and those of the rows they took are spread over all slots.
+        # Scaled, they are new tensors; otherwise the first of the head is what the others are added to.
         memory.moment(phase)
-        memory.hold(LOGITS, -self.workspace)
-
-        # Every loss brings its gradients to size in new tensors. Those of the head are added up, and those of the rows
-        # it took are spread over all slots.
         memory.hold(GRADIENTS, head)
+        if self.is_scaled:
+            memory.hold(LOGITS, -self.workspace)
+        else:
+            memory.hold(HEAD, -head)
+            if step.policy_rows:
+                self.head_policy -= head
+            else:
+                self.head_talk -= head
         if step.policy_rows:
             policy = step.policy_rows * self.row
-            memory.moment(phase, policy)
+            memory.moment(phase, policy * self.is_scaled)
             memory.hold(HEAD, -self.head_policy)
             memory.moment(phase, policy + slots)
             memory.hold(TEMPORARY, slots)
-        memory.moment(phase, text + talk + head)
+        memory.moment(phase, (text + talk + head) * self.is_scaled)
         memory.hold(HEAD, -self.head_talk)
         memory.moment(phase, text + talk + head + slots)
         memory.hold(TEMPORARY, text + (0 if step.policy_rows else slots))
-        memory.moment(phase, step.base_rows * self.row + head)
+        memory.moment(phase, (step.base_rows * self.row + head) * self.is_scaled)
         memory.hold(HEAD, -self.head_base)
 
         # The mixing head: gradients of a hidden layer and of its input, then spread over all slots.
@@ -251,11 +261,10 @@ class _Walk:
         memory.hold(KEPT, -self.kept_by_mixing)
         memory.hold(GRADIENTS, step.mixing_parameters * step.element)
 
-        # Gradients of text and slots become one of all rows, which goes through the last norm: its own gradient, and
-        # in float32 those of the two factors and of the square.
+        # Gradients of text and slots become one of all rows, which goes through the last norm.
         memory.moment(phase, 2 * tree)
         memory.hold(TEMPORARY, -text - slots)
-        memory.moment(phase, tree + 4 * step.tree_rows * self.wide_row)
+        memory.moment(phase, self.norm_backward_temporary())
         memory.hold(KEPT, -_kept_by_norm(step))
         memory.hold(TEMPORARY, tree)  # the gradient that goes down the layers
 
@@ -265,7 +274,7 @@ class _Walk:
         kept = kept_by_layer(step)
         if step.checkpointing and not self.is_half:  # the first norm keeps the layer's input, which is there already
             kept -= step.tree_rows * self.row
-        mlp = 4 * inner + _kept_by_norm(step) + step.tree_rows * self.row
+        mlp = 4 * inner + step.tree_rows * self.row
         for _ in range(self.layers):
             if step.checkpointing:  # computed once more; the states between attention and MLP are held, too
                 memory.hold(KEPT, kept)
@@ -273,10 +282,16 @@ class _Walk:
             # The gradient of the product, when the product itself is gone, and those of activated gate and up.
             memory.moment("backward of the layers", 2 * inner)
             memory.hold(KEPT, -mlp)
+            memory.moment("backward of the layers", self.norm_backward_temporary())
+            memory.hold(KEPT, -_kept_by_norm(step))
             memory.moment("backward of the layers", self.attention_backward_temporary())
-            memory.hold(KEPT, mlp - kept - (self.kept_by_layer if step.checkpointing else 0))
+            memory.hold(KEPT, mlp + _kept_by_norm(step) - kept - (self.kept_by_layer if step.checkpointing else 0))
             memory.hold(GRADIENTS, step.layer_parameters * step.element)
             memory.moment("backward of the layers", step.tree_rows * self.row)
+
+    def norm_backward_temporary(self) -> int:
+        """The gradient of what an RMSNorm gives, and in float32 those of its two factors and of the square."""
+        return self.step.tree_rows * (self.row + 4 * self.wide_row)
 
     def attention_backward_temporary(self) -> int:
         """What the gradients of the slots' attention take; the one that comes in has the place of its output."""
@@ -297,7 +312,7 @@ class _Walk:
         if not step.config.tie_word_embeddings:
             memory.hold(GRADIENTS, embedding)
         memory.hold(GRADIENTS, 3 * step.config.hidden_size * step.element)
-        memory.moment("backward of the embeddings", embedding)  # text and thoughts have one each
+        memory.moment("backward of the embeddings")
         memory.hold(TEMPORARY, -step.tree_rows * self.row)
         memory.held.pop(KEPT)
 

@@ -255,7 +255,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         self, input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs
     ) -> QuietStarOutput:
         """One pass over base text and thoughts (the thought tree), and the objective."""
-        config, model = self.config, self.model
+        config = self.config
         k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
         batch, length = input_ids.shape
         device = input_ids.device
@@ -275,31 +275,21 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, length, k))
         position_ids = self._positions(position_ids, input_ids)
 
-        # The last position has nothing to predict. Slots: start, k thought tokens, end, M−1 real tokens.
+        # The last position has nothing to predict.
         positions = length - 1
         anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
         own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
-        text = model.embed_tokens(input_ids)
-        start, end = self.start_embedding(), self.end_embedding()
-        following = (torch.arange(1, lookahead, device=device) + anchors[:, None]).clamp_max(positions)
-        slots = torch.cat(
-            [
-                start.expand(batch, len(anchors), 1, -1),
-                model.embed_tokens(own_tokens.flatten(1, 2)),
-                end.expand(batch, len(anchors), 1, -1),
-                text[:, following],
-            ],
-            dim=2,
-        )
-        steps = slots.shape[2]
+        embeddings = self._tree_embeddings(input_ids, own_tokens.flatten(1, 2), anchors)
+        steps = k + lookahead + 1
         slot_positions = position_ids[:, anchors, None] + torch.arange(1, steps + 1, device=device)
-        tree = ThoughtTree(length, anchors, self._base_mask(text, attention_mask, key_start), key_start)
+        mask = self._base_mask(embeddings[:, :length], attention_mask, key_start)
         hidden = run_layers(
-            model,
-            torch.cat([text, slots.flatten(1, 2)], dim=1),
+            self.model,
+            embeddings,
             torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
-            tree,
+            ThoughtTree(length, anchors, mask, key_start),
         )
+        del embeddings  # as large as the hidden states
         base_hidden = hidden[:, :length]
         thought_hidden = hidden[:, length:].unflatten(1, (positions, num_thoughts, steps))
 
@@ -314,6 +304,30 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         return QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
         )
+
+    def _tree_embeddings(self, input_ids: Tensor, thoughts: Tensor, anchors: Tensor) -> Tensor:
+        """Embeddings [B, L + P·S, H] of the text and of the slots: start, k thought tokens, end, M−1 real tokens.
+
+        Args:
+            input_ids: int64 [B, L].
+            thoughts: int64 [B, P, k].
+            anchors: int64 [P], the positions they stand behind.
+        """
+        batch, length = input_ids.shape
+        # In one call, as each makes a gradient of the size of the vocabulary.
+        embedded = self.model.embed_tokens(torch.cat([input_ids, thoughts.flatten(1)], dim=1))
+        text, inside = embedded.split([length, thoughts[0].numel()], dim=1)
+        following = anchors[:, None] + torch.arange(1, self.config.lookahead, device=anchors.device)
+        slots = torch.cat(
+            [
+                self.start_embedding().expand(batch, len(anchors), 1, -1),
+                inside.unflatten(1, thoughts.shape[1:]),
+                self.end_embedding().expand(batch, len(anchors), 1, -1),
+                text[:, following.clamp_max(length - 1)],
+            ],
+            dim=2,
+        )
+        return torch.cat([text, slots.flatten(1, 2)], dim=1)
 
     def _predict(
         self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,

@@ -51,8 +51,17 @@ def quiet_star_objective(
     positions = length - 1
     device = labels.device
 
+    # Every term comes out with its weight, so that the gradients made with it need no scaling.
+    next_tokens = labels[:, 1:].flatten()
+    base_count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
     base_loss, base_nll = linear_cross_entropy(
-        base_hidden[:, :-1].flatten(0, 1), lm_head, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, return_nll=True
+        base_hidden[:, :-1].flatten(0, 1),
+        lm_head,
+        next_tokens,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        row_weight=(config.base_loss_weight / base_count).expand(next_tokens.shape),
+        return_nll=True,
     )
     base_nll = base_nll.view(batch, positions)
 
@@ -73,7 +82,7 @@ def quiet_star_objective(
         base_index=base_index[:, :, None].expand(per_thought).flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
-        row_weight=(1 / (lookahead * counts.clamp_min(1))).expand(per_thought).flatten(),
+        row_weight=((1 - config.base_loss_weight) / (lookahead * counts.clamp_min(1))).expand(per_thought).flatten(),
         return_nll=True,
     )
     talk_nll = talk_nll.view(per_thought)
@@ -83,11 +92,13 @@ def quiet_star_objective(
     reward = (base_ahead - talk_nll)[:, :rewarded].sum(dim=-1)  # [B, L−1−M, N]
     advantage = reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward
 
+    loss = base_loss + talk_loss
     policy_loss = base_loss.new_zeros(())
     thought_nll = base_nll.new_zeros(batch, positions, num_thoughts, k)
     if k > 0:
+        policy_weight = config.policy_weight or 1.0  # a term without weight is reported all the same
         row_weight = torch.zeros_like(thought_nll)
-        row_weight[:, :rewarded] = advantage.clamp_min(0)[..., None] / (k * reward.numel())
+        row_weight[:, :rewarded] = advantage.clamp_min(0)[..., None] * (policy_weight / (k * reward.numel()))
         result = linear_cross_entropy(
             thought_hidden[:, :, :, :k].flatten(0, 3),
             lm_head,
@@ -98,18 +109,16 @@ def quiet_star_objective(
             row_weight=row_weight.flatten(),
             return_nll=output_thought_logprobs,
         )
-        if output_thought_logprobs:
-            policy_loss, thought_nll = result[0], result[1].view_as(thought_nll)
-        else:
-            policy_loss = result
+        policy_term, thought_nll = result if output_thought_logprobs else (result, thought_nll)
+        policy_loss = policy_term.detach() / policy_weight
+        if config.policy_weight:
+            loss = loss + policy_term
 
-    loss = config.base_loss_weight * base_loss + (1 - config.base_loss_weight) * talk_loss
-    loss = loss + config.policy_weight * policy_loss
     return Objective(
         loss,
         base_nll,
         talk_nll.transpose(1, 2),
         reward.transpose(1, 2),
-        policy_loss.detach(),
-        -thought_nll.transpose(1, 2) if output_thought_logprobs else None,
+        policy_loss,
+        -thought_nll.view(batch, positions, num_thoughts, k).transpose(1, 2) if output_thought_logprobs else None,
     )
