@@ -240,11 +240,15 @@ class _Loop:
         """
         if not self.processors:
             return logits
-        scores = torch.empty_like(logits)
+        processed = {}
         for length in set(self.lengths):
-            rows = [b for b, own in enumerate(self.lengths) if own == length]
-            scores[rows] = self.processors(self.ids[:, : length + ahead], logits.clone())[rows]
-        return scores
+            scores = logits.clone()
+            for processor in self.processors:  # calling the list would look at their signatures every time
+                scores = processor(self.ids[:, : length + ahead], scores)
+            processed[length] = scores
+        if len(processed) == 1:
+            return scores
+        return torch.stack([processed[length][b] for b, length in enumerate(self.lengths)])
 
     def _draw(self, scores: Tensor) -> Tensor:
         """A token [B, 1] from scores [B, V]."""
