@@ -136,4 +136,4 @@ def bench_thinking(compare):
     if DEVICE == "cpu":
         assert torch.equal(ours(), recompute(model, prompt, RECOMPUTED))
     peers = {"whole text for every token": lambda: recompute(model, prompt, RECOMPUTED)}
-    compare(ours, peers, rounds=3, promised=10, shape=RECOMPUTED)
+    compare(ours, peers, rounds=5, promised=10, shape=RECOMPUTED)

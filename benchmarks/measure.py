@@ -1,14 +1,18 @@
 """Time, memory and the machine's own speed: what every benchmark measures with."""
 
-import os
 import platform
 import resource
-import subprocess
+import runpy
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from functools import cache
 from importlib import metadata
+from io import StringIO
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -86,10 +90,25 @@ def peak_memory(script: str, *arguments: str, run: Callable[[], object] | None =
 
 @cache
 def _peak_of_process(script: str, *arguments: str) -> int:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, script, *arguments]
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(printed.splitlines()[-1])
+    with ProcessPoolExecutor(max_workers=1, mp_context=_fresh_processes()) as process:
+        return process.submit(_last_number_printed, script, arguments).result()
+
+
+@cache
+def _fresh_processes() -> BaseContext:
+    """How to start processes that have done nothing yet. On a CPU they have torch from a parent that does only that."""
+    if DEVICE == "cuda":  # what a driver has begun does not survive a fork
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def _last_number_printed(script: str, arguments: tuple[str, ...]) -> int:
+    sys.argv = [script, *arguments]
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(script, run_name="__main__")
+    return int(printed.getvalue().splitlines()[-1])
 
 
 def tensor_memory(function: Callable[[], object]) -> int:

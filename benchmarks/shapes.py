@@ -75,7 +75,7 @@ LINEAR_CROSS_ENTROPY = {
     "cpu": [HeadShape(4096, 512, 32002, torch.float32)],
     "cuda": [HeadShape(2048, 4096, 32000, torch.bfloat16), HeadShape(16384, 4096, 32000, torch.bfloat16)],
 }
-MIXED_LINEAR_CROSS_ENTROPY = LINEAR_CROSS_ENTROPY | {"cpu": [HeadShape(1024, 512, 32002, torch.float32)]}
+MIXED_LINEAR_CROSS_ENTROPY = LINEAR_CROSS_ENTROPY | {"cpu": [HeadShape(512, 512, 32002, torch.float32)]}
 # As many rows as one step of generation draws, and as one step of sampled thoughts.
 LINEAR_SAMPLE = {
     "cpu": [HeadShape(8, 512, 32002, torch.float32), HeadShape(512, 512, 32002, torch.float32)],
