@@ -10,7 +10,7 @@ reference   anything                       the specification: shortest readable 
 torch       anything                       library kernels, in blocks that keep memory small
 triton      CUDA (interpreter: for tests)  fused kernels
 cuda        CUDA, not float64              kernels of the compiled module; thought_attention forward only
-cpu         CPU, float32 and bfloat16      C++ where memory is the limit, library matmuls and attention
+cpu         CPU, float32 and bfloat16      C++ kernels of the compiled module
 =========== ============================== ==============================================================
 
 Values of index tensors (token ids, anchors) are checked on the CPU. On CUDA that would wait for the device: there they
