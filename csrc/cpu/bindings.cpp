@@ -98,7 +98,7 @@ Mix<T> mix_arguments(Address base, Size base_stride, Address thought, Size thoug
 template <class T>
 T* in_large_pages(T* data, [[maybe_unused]] Size count) {
 #ifdef __linux__
-  constexpr std::size_t kPage = 4096, kLarge = std::size_t{16} << 20;
+  constexpr std::size_t kPage = 4096, kLarge = std::size_t{16} << 20;  // where a few rounded pages cost nothing
   const std::size_t bytes = count * sizeof(T);
   if (data && bytes >= kLarge) {
     const Address address = reinterpret_cast<Address>(data), begin = (address + kPage - 1) / kPage * kPage;

@@ -64,7 +64,7 @@ struct LinearCrossEntropy {
   const std::int64_t* suppressed;
   std::int64_t suppressed_count;
   float temperature;
-  float* room;  // for [rows, vocabulary rounded up to 64]
+  float* room;  // for [rows rounded up to 12, vocabulary rounded up to 64]
   float* nll;
   float *d_hidden, *d_weight;  // contiguous, or null
   bool add;                    // d_weight to what is there

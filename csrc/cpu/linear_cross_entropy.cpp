@@ -15,6 +15,7 @@ namespace {
 // part of the weight or its gradient, then stay in the L2 cache.
 constexpr int64_t kSide = 192;
 static_assert(kSide % kTileRows == 0 && kSide % kTileColumns == 0);
+static_assert(12 % kTileRows == 0 && 64 % kTileColumns == 0, "the room in kernels.h is for whole tiles");
 
 struct Block {
   int64_t number, first, tokens;
@@ -115,7 +116,7 @@ class Chunk {
     const int64_t parts = rounded_up(a.rows, kSide) / kSide;
     for_rows(parts, a.threads, [&](int64_t part, int) {
       const int64_t row = part * kSide, rows = smaller(kSide, a.rows - row);
-      pack_columns(a.hidden, row, rows, hidden.of_thread(0) + row * width_);
+      pack_columns(a.hidden, row, rows, a.size, hidden.of_thread(0) + row * width_);
     });
     // Every segment of the vocabulary has its own sum for d hidden: which thread took it makes no difference.
     for_rows(segments, a.threads, [&](int64_t segment, int thread) {
@@ -123,17 +124,17 @@ class Chunk {
       float* p = d_logits.of_thread(thread);
       for (int64_t number = begin; number < end; ++number) {
         const Block tokens = block(number);
-        if (a.d_hidden) pack_columns(a.weight, tokens.first, tokens.tokens, weight.of_thread(thread));
+        if (a.d_hidden) pack_columns(a.weight, tokens.first, tokens.tokens, a.size, weight.of_thread(thread));
         for (int64_t row = 0; row < a.rows; row += kSide) {
           const int64_t rows = smaller(kSide, a.rows - row);
           for (int64_t i = 0; i < rows; ++i) scale_exponentials(tokens, row + i, p + i * kSide);
           if (a.d_hidden) {
             multiply_columns({p, kSide, 1}, rows, weight.of_thread(thread), tokens.tokens,
-                             d_hidden.of_thread((int)segment) + row * width_, number > begin);
+                             {d_hidden.of_thread((int)segment) + row * width_, width_}, number > begin);
           }
           if (a.d_weight) {
             multiply_columns({p, 1, kSide}, tokens.tokens, hidden.of_thread(0) + row * width_, rows,
-                             d_weight.of_thread(thread), row > 0);
+                             {d_weight.of_thread(thread), width_}, row > 0);
           }
         }
         for (int64_t i = 0; a.d_weight && i < tokens.tokens; ++i) {
@@ -146,28 +147,6 @@ class Chunk {
         put(d_hidden.of_thread(segment) + row * width_, a.d_hidden + row * a.size, segment > 0);
       }
     });
-  }
-
-  // Rows of a matrix in panels of kTileColumns columns, a panel row by row, with zeros behind the last column.
-  void pack_columns(const Matrix<const T>& matrix, int64_t first, int64_t rows, float* to) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < width_; column += kLanes) {
-        const int64_t left = a.size - column;
-        const T* from = matrix.row(first + row) + column;
-        const Vec v = left >= kLanes ? load(from, Whole{}) : left > 0 ? load(from, Part{(int)left}) : Vec{};
-        store(to + column / kTileColumns * kTileColumns * rows + row * kTileColumns + column % kTileColumns, v,
-              Whole{});
-      }
-    }
-  }
-
-  void multiply_columns(Operand left, int64_t rows, const float* right, int64_t depth, float* result, bool add) {
-    for (int64_t j = 0; j < width_; j += kTileColumns) {
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        multiply_tile<kTileRows, 2>({left.at(i, 0), left.row_stride, left.column_stride}, right + j * depth,
-                                    kTileColumns, depth, {result + i * width_ + j, width_}, add);
-      }
-    }
   }
 
   void scale_exponentials(const Block& block, int64_t row, float* d_logits) {

@@ -1,4 +1,5 @@
-// Products of the rows of two matrices, A Bᵀ, block by block, for kernels that use a block of the result at once.
+// Products of the rows of two matrices, A Bᵀ, and of a matrix with columns, A B, block by block, for kernels that make
+// or use a block at once.
 //
 // As in Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 2008): a tile of the result
 // stays in registers while up to kDepth products are added, the rows of B that it needs stay in the L1 cache while rows
@@ -57,6 +58,31 @@ inline void multiply(const LeftPanels& left, int64_t left_row, int64_t rows, con
         multiply_tile<kTileRows, 2>({left.at(left_row + i, begin), 1, kTileRows}, right.at(right_row + j, begin),
                                     kTileColumns, depth, {result + i * stride + j, stride}, begin > 0);
       }
+    }
+  }
+}
+
+// Rows of a matrix of `columns` columns in panels of kTileColumns columns, a panel row by row, with zeros behind the
+// last column: room for whole panels.
+template <class T>
+void pack_columns(const Matrix<const T>& matrix, int64_t first_row, int64_t rows, int64_t columns, float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < rounded_up(columns, kTileColumns); column += kLanes) {
+      const int64_t left = columns - column;
+      const T* from = matrix.row(first_row + row) + column;
+      const Vec v = left >= kLanes ? load(from, Whole{}) : left > 0 ? load(from, Part{(int)left}) : Vec{};
+      store(to + column / kTileColumns * kTileColumns * rows + row * kTileColumns + column % kTileColumns, v, Whole{});
+    }
+  }
+}
+
+// result (+)= left [rows, depth] · right [depth, columns], of which `right` is packed. The result has rows of whole
+// panels, and room for whole tiles.
+inline void multiply_columns(Operand left, int64_t rows, const float* right, int64_t depth, Rows result, bool add) {
+  for (int64_t j = 0; j < result.stride; j += kTileColumns) {
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      multiply_tile<kTileRows, 2>({left.at(i, 0), left.row_stride, left.column_stride}, right + j * depth, kTileColumns,
+                                  depth, {result.data + i * result.stride + j, result.stride}, add);
     }
   }
 }
