@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import ALL, ANY_DTYPE, with_dtypes
 from cross_entropy_problem import CASES, INPUTS, Problem, assert_problem_solved
-from memory import peak_bytes
+from memory import largest_allocation, peak_bytes
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
@@ -208,6 +208,14 @@ def test_gradients_of_a_loss_that_is_not_scaled_can_be_made_again():
         loss.backward(retain_graph=True)
     for leaf, gradient in zip((hidden, weight), once, strict=True):
         torch.testing.assert_close(leaf.grad, 3 * gradient)
+
+
+def test_gradients_of_a_loss_that_is_not_scaled_are_not_copied():
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(777, 6, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.randint(777, (5,)))
+    allocated = largest_allocation(lambda: torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+    assert allocated < hidden.nbytes
+    assert largest_allocation(lambda: torch.autograd.grad(loss * 3, (hidden, weight))) >= weight.nbytes
 
 
 @pytest.mark.parametrize(("rows", "most", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (4, 4, [4]), (0, 4, [])])

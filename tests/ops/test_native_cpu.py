@@ -22,6 +22,7 @@ from quietstar.ops import (
     thought_attention,
 )
 from quietstar.ops._backend import select_backend
+from quietstar.ops.linear_cross_entropy import native_cpu
 from quietstar.ops.mixing.native import Native
 
 if _native._C is None:
@@ -113,6 +114,24 @@ def test_linear_cross_entropy_crosses_every_block(rows, vocabulary, hidden_size,
         ignored=(0, 7 % rows), temperature=0.7, size=hidden_size**-0.5,
     )  # fmt: skip
     assert_problem_solved(problem, problem.ours("cpu"))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("rows", [1, 5, 193])
+def test_linear_cross_entropy_keeps_to_its_room(rows, monkeypatch):
+    """A vocabulary of whole blocks leaves no slack in a row, and the rows end inside a tile."""
+    rooms = []
+
+    def guarded_buffer(rows, vocabulary, dtype, device):
+        rooms.append(torch.full((rows * vocabulary + 12 * vocabulary,), 7.0))
+        rooms[-1][: rows * vocabulary] = torch.nan
+        return rooms[-1][: rows * vocabulary].view(rows, vocabulary)
+
+    monkeypatch.setattr(native_cpu, "logits_buffer", guarded_buffer)
+    problem = Problem(rows=rows, vocabulary=384)
+    assert_problem_solved(problem, problem.ours("cpu"))
+    (room,) = rooms
+    assert (room[-12 * 384 :] == 7).all()
 
 
 @pytest.mark.usefixtures("instruction_set")
