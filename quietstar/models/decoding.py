@@ -247,7 +247,7 @@ class _Loop:
                 scores = processor(self.ids[:, : length + ahead], scores)
             processed[length] = scores
         if len(processed) == 1:
-            return scores
+            return processed[self.lengths[0]]
         return torch.stack([processed[length][b] for b, length in enumerate(self.lengths)])
 
     def _draw(self, scores: Tensor) -> Tensor:
