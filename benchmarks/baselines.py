@@ -120,8 +120,7 @@ def sequential_training_step(
         previous_scores, scores = scores, None
         if step in (0, end_step - 1):
             token = config.start_thought_token_id if step == 0 else config.end_thought_token_id
-            choice = torch.zeros_like(next_logits)
-            choice[..., token] = 1
+            choice = _forced(token, next_logits)
         elif step < end_step - 1:
             scores = next_logits
             if thought_tokens is None:
@@ -132,12 +131,7 @@ def sequential_training_step(
         else:
             following = torch.cat([input_ids[:, ahead + 1 :], torch.zeros_like(input_ids[:, : ahead + 1])], dim=1)
             choice = _one_hot(following, embedding)
-        if choice[..., config.start_thought_token_id].sum() > 0:
-            inputs = start.repeat(*input_ids.shape, 1)
-        elif choice[..., config.end_thought_token_id].sum() > 0:
-            inputs = end.repeat(*input_ids.shape, 1)
-        else:
-            inputs = choice @ embedding
+        inputs = _embedded(choice, embedding, start, end, config)
         mask = torch.cat([mask, _diagonal(mask[..., :length])], dim=-1)
 
         nll.append(_shifted_nll(logits, labels, shift=ahead + 1))
@@ -152,12 +146,15 @@ def sequential_training_step(
 
 
 @torch.no_grad()
-def sequential_next_logits(weights: Mapping[str, Tensor], config: MistralConfig, input_ids: Tensor) -> Tensor:
+def sequential_next_logits(
+    weights: Mapping[str, Tensor], config: MistralConfig, input_ids: Tensor, *, greedy_thoughts: bool = False
+) -> Tensor:
     """Mixed logits [B, V] behind the last token of [B, L], as the authors' inference script gets them for every token.
 
     Nothing is kept from token to token: the whole text runs through the model anew, with a thought behind every
     position, in the steps of ``sequential_training_step`` up to the end token, of which each makes both its
-    predictions. Only the thoughts are greedy instead of sampled.
+    predictions. Their temperature of thoughts at inference, 0.001, divides logits and noise alike, so that thoughts
+    are sampled as in training; ``greedy_thoughts`` takes the most likely tokens instead.
     """
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     start, end = (weights[f"{name}_embedding.weight"] * config.embedding_scale for name in ("start", "end"))
@@ -167,21 +164,27 @@ def sequential_next_logits(weights: Mapping[str, Tensor], config: MistralConfig,
     causal = torch.ones(length, length, device=input_ids.device).tril().bool()
     mask = _additive(causal.expand(len(input_ids), 1, -1, -1), embedding.dtype)
     inputs = F.embedding(input_ids, embedding)
-    for step in range(config.thought_length + 3):
+    end_step = config.thought_length + 2
+    for step in range(end_step + 1):
         hidden = decoder(inputs, mask, position_ids + step)
-        mask = torch.cat([mask, _diagonal(mask[..., :length])], dim=-1)
         if step == 0:
-            base_hidden = hidden
-        logits = _project(head, hidden if step == 0 else _mix(weights, base_hidden, hidden))
+            base_hidden = hidden.clone()
+            logits = F.linear(hidden, head)
+        else:
+            logits = _project(head, _mix(weights, base_hidden, hidden))
         scores = _project(head, hidden)
         scores[..., [config.start_thought_token_id, config.end_thought_token_id]] = -1e10
-        if step == 0:
-            inputs = start.repeat(*input_ids.shape, 1)
-        elif step <= config.thought_length:
-            inputs = _one_hot(scores.argmax(dim=-1), embedding) @ embedding
+        if step == end_step:
+            return logits[:, -1]
+        if step in (0, end_step - 1):
+            choice = _forced(config.start_thought_token_id if step == 0 else config.end_thought_token_id, scores)
+        elif greedy_thoughts:
+            choice = _one_hot(scores.argmax(dim=-1), embedding)
         else:
-            inputs = end.repeat(*input_ids.shape, 1)
-    return logits[:, -1]
+            choice = F.gumbel_softmax(scores, tau=0.001, hard=True)
+        choice.argmax(dim=-1).cpu()  # for a history they keep on the host
+        inputs = _embedded(choice, embedding, start, end, config)
+        mask = torch.cat([mask, _diagonal(mask[..., :length])], dim=-1)
 
 
 def _objective(
@@ -285,6 +288,22 @@ def _shifted_nll(logits: Tensor, labels: Tensor, *, shift: int) -> Tensor:
     if torch.isnan(nll).any():
         raise ValueError("the loss is NaN")
     return nll.view_as(shifted)
+
+
+def _forced(token: int, like: Tensor) -> Tensor:
+    """One-hot rows [R, L, V] of one token everywhere."""
+    choice = torch.zeros_like(like)
+    choice[..., token] = 1
+    return choice
+
+
+def _embedded(choice: Tensor, embedding: Tensor, start: Tensor, end: Tensor, config: MistralConfig) -> Tensor:
+    """Inputs [R, L, H] of the next step for one-hot rows [R, L, V]."""
+    if choice[..., config.start_thought_token_id].sum() > 0:
+        return start.repeat(*choice.shape[:2], 1)
+    if choice[..., config.end_thought_token_id].sum() > 0:
+        return end.repeat(*choice.shape[:2], 1)
+    return choice @ embedding
 
 
 def _one_hot(tokens: Tensor, embedding: Tensor) -> Tensor:

@@ -79,11 +79,11 @@ def generator(model: torch.nn.Module, prompt: Tensor, shape: GenerationShape, **
     return run
 
 
-def recompute(model: QuietStarForCausalLM, prompt: Tensor, shape: GenerationShape) -> Tensor:
-    """Greedy text as the authors' script makes it."""
+def recompute(model: QuietStarForCausalLM, prompt: Tensor, shape: GenerationShape, **options) -> Tensor:
+    """Greedy text as the authors' script makes it; ``options`` are of ``sequential_next_logits``."""
     weights = model_weights(model)
     for _ in range(shape.new_tokens):
-        logits = sequential_next_logits(weights, model.config, prompt)
+        logits = sequential_next_logits(weights, model.config, prompt, **options)
         logits[:, list(model.config.thought_token_ids)] = -torch.inf
         prompt = torch.cat([prompt, logits.argmax(-1, keepdim=True)], dim=1)
     return prompt
@@ -129,11 +129,15 @@ def bench_drafts(compare, do_sample):
 
 
 def bench_thinking(compare):
-    """The cache: thinking token by token against the authors' way, the whole text for every token."""
+    """The cache: thinking token by token against the authors' way, the whole text for every token.
+
+    Thoughts are sampled, each program's its own; greedy ones lead both to the same text.
+    """
     model, prompt = thinking_model()
-    model.config.thought_temperature = 0.0
     ours = generator(model, prompt, RECOMPUTED, do_sample=False)
     if DEVICE == "cpu":
-        assert torch.equal(ours(), recompute(model, prompt, RECOMPUTED))
+        temperature, model.config.thought_temperature = model.config.thought_temperature, 0.0
+        assert torch.equal(ours(), recompute(model, prompt, RECOMPUTED, greedy_thoughts=True))
+        model.config.thought_temperature = temperature
     peers = {"whole text for every token": lambda: recompute(model, prompt, RECOMPUTED)}
     compare(ours, peers, rounds=5, promised=10, shape=RECOMPUTED)

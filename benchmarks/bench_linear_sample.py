@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from quietstar.ops import linear_sample
 from quietstar.ops._backend import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("memory_kept")
+
 SHAPES = {str(shape.rows): shape for shape in LINEAR_SAMPLE[DEVICE]}
 MATMUL = "the matmul alone"
 TEMPERATURE, SUPPRESSED = 0.8, (0, 1)  # thoughts are drawn without their start and end token
@@ -85,7 +87,7 @@ def bench_linear_sample(backend, shape, compare):
     compare(
         runs.pop(OURS),
         runs,
-        rounds=5,
+        rounds=9 if shape.rows > 100 else 31,
         promised=0.8 if DEVICE == "cuda" and shape.rows == 16384 else None,
         memory=memory,
         flops=2 * shape.rows * shape.hidden_size * shape.vocab_size,

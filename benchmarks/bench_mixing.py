@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from quietstar.ops import mix_logits, mixed_cross_entropy
 from quietstar.ops._backend import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("memory_kept")
+
 BYTES_PER_LOGIT = {"mix_logits": 8, "mixed_cross_entropy": 6}  # times the size of one
 SHAPES = {str(shape.rows): shape for shape in MIXING[DEVICE]}
 CHECKED_ROWS = 128
@@ -125,7 +127,7 @@ def bench_mixing(backend, op, shape, compare):
     compare(
         runs.pop(OURS),
         runs,
-        rounds=5,
+        rounds=11,
         memory=memory,
         moved=BYTES_PER_LOGIT[op] * shape.dtype.itemsize * shape.rows * shape.vocab_size,
         missing=missing,

@@ -21,6 +21,8 @@ from shapes import SCALING
 from quietstar.ops._rows import release_logits_buffer
 from quietstar.ops.thought_attention.cost import thought_attention_cost
 
+pytestmark = pytest.mark.usefixtures("memory_kept")
+
 SHAPES = SCALING[DEVICE]
 ROUNDS = 3
 AUTO = "auto"  # ours as it comes

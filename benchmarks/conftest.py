@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 import pytest
 import torch
 from comparison import OURS, Case, growth, interleaved, summary
-from measure import DEVICE, machine, seconds
+from measure import DEVICE, keep_freed_memory, machine, seconds
 from report import FORMAT
 
 RESULTS = pytest.StashKey[dict[str, dict]]()
@@ -42,12 +42,19 @@ class Clock:
 CLOCK = Clock()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep-memory", action="store_true", help="let whole programs, too, keep the memory they free")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--keep-memory"):
+        keep_freed_memory()
     config.stash[RESULTS] = {}
     config.stash[NOT_RUN] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "memory_kept" in getattr(item, "fixturenames", ()))
     for item in items:
         if {"compare", "sweep"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
@@ -58,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def memory_kept() -> None:
+    """For ops: what one frees is there for its next call. Whole programs come first, and as users start them."""
+    keep_freed_memory()
 
 
 @pytest.fixture

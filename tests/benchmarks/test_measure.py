@@ -1,7 +1,11 @@
 """What benchmarks measure with tells the truth about work whose cost is known."""
 
+import ctypes
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import measure
 import pytest
@@ -106,3 +110,25 @@ def test_machine_says_what_the_numbers_depend_on():
     assert machine["threads"] == torch.get_num_threads()
     assert machine["quietstar"]
     assert os.uname().nodename not in map(str, machine.values())
+
+
+MEMORY = """
+import resource, measure
+
+def pages_from_the_system():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(2**27)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+as_it_comes = [pages_from_the_system() for _ in range(20)]
+measure.keep_freed_memory()
+print(*as_it_comes[-5:], *[pages_from_the_system() for _ in range(20)][-5:])
+"""
+
+
+@pytest.mark.skipif(measure.DEVICE == "cuda" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept():
+    folder = Path(measure.__file__).parent
+    process = subprocess.run([sys.executable, "-c", MEMORY], cwd=folder, capture_output=True, text=True, check=True)
+    pages = [int(number) for number in process.stdout.split()]
+    assert max(pages[5:]) < 0.1 * min(pages[:5])
