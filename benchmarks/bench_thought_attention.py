@@ -75,7 +75,7 @@ TASKS = {
     "forward+backward": Task(forward_and_backward, SHAPE, SHAPE.steps, SHAPE.length, rounds=7),
     "sampling step": Task(forward, SHAPE, 1, SHAPE.length, rounds=41),
     # Thoughts behind the last token of each text, as generation has them.
-    "decoding": Task(forward, replace(SHAPE, batch=8), 1, 1, rounds=121),
+    "decoding": Task(forward, replace(SHAPE, batch=8), 1, 1, rounds=241),
 }
 
 

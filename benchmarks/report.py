@@ -19,7 +19,8 @@ KEYS = "machine_info", "commit_info", "datetime", "command", "not_run", "benchma
 LEGEND = (
     "Medians ± half the interquartile range, all candidates in turn in one run. A ratio is the time of the peer over "
     "ours; peaks are the machine's own large matrix product and large copy in the same run; peak memory is that of "
-    "ours / of the best peer, on a CPU of the whole process."
+    "ours / of the best peer, on a CPU of the whole process. There ops use again the memory that was freed, whereas "
+    "whole programs (the training step, generation) get theirs from the system, unless the command says --keep-memory."
 )
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
