@@ -86,14 +86,18 @@ def origin(results: dict, source: str) -> str:
     )
 
 
-OVERVIEW = "benchmark", "shape", "ours", "best peer", "its time", "ratio", "promised", "speed of ours", "peak memory"
+OVERVIEW = "benchmark", "shape", "ours", "best peer", "its time", "ratio", "promise", "speed of ours", "peak memory"
 
 
 def overview_row(name: str, found: dict) -> tuple[str, ...]:
     """Ours and the best peer."""
     ours, best = found["candidates"]["ours"], found["best_peer"]
     peer = found["candidates"].get(best, {})
-    promises = [each["promised_ratio"] for each in found["candidates"].values() if each["promised_ratio"]]
+    promises = [
+        f"{name}: {each['median_ratio']:.2f}, ≥ {each['promised_ratio']:.3g} promised"
+        for name, each in found["candidates"].items()
+        if each["promised_ratio"]
+    ]
     memory = " / ".join(f"{each['peak_mib']:.0f}" for each in (ours, peer) if each.get("peak_mib"))
     return (
         f"`{name}`",
@@ -102,7 +106,7 @@ def overview_row(name: str, found: dict) -> tuple[str, ...]:
         best or "none",
         f"{milliseconds(peer['median_ms'])} {spread(peer)}" if peer else "",
         f"{found['best_peer_ratio']:.2f}" if peer else "",
-        ", ".join(f"≥ {ratio:.3g}" for ratio in promises),
+        ", ".join(promises),
         speed(ours),
         f"{memory} MiB" if memory else "",
     )
