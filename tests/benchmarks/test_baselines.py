@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from baselines import IGNORE, authors_weights, sequential_training_step
+from baselines import IGNORE, authors_weights, model_weights, sequential_next_logits, sequential_training_step
 from safetensors import safe_open
 from transformers import MistralConfig
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
 
 FIXTURES = Path(os.environ.get("QUIETSTAR_PARITY_DIR", Path(__file__).parent.parent / "fixtures" / "parity"))
 VALUE = {"rtol": 0, "atol": 2e-5}  # losses and rewards are of order 1 to 10
@@ -89,3 +91,20 @@ def test_sampled_thoughts_are_what_the_losses_are_of(path):
     assert len(tokens.unique()) > config.vocab_size // 2
     assert torch.equal(sampled.talk_nll, given.talk_nll)
     assert torch.equal(torch.stack(sampled.thought_logprobs), torch.stack(given.thought_logprobs))
+
+
+def test_sequential_inference_predicts_what_the_model_predicts():
+    config = QuietStarConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, thought_length=3, thought_temperature=0.0,
+        start_thought_token_id=38, end_thought_token_id=39,
+    )  # fmt: skip
+    model = QuietStarForCausalLM(config).eval()
+    torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.1)
+    weights, text = model_weights(model), torch.randint(38, (2, 9))
+    with torch.no_grad():
+        wanted = model(text, logits_to_keep=1).logits[:, 0]
+    torch.testing.assert_close(sequential_next_logits(weights, config, text, greedy_thoughts=True), wanted, **VALUE)
+
+    draws = torch.stack([sequential_next_logits(weights, config, text) for _ in range(20)])
+    assert (draws.std(dim=0) > 1e-3).any()
