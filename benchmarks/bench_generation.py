@@ -120,7 +120,7 @@ def bench_drafts(compare, do_sample):
     compare(
         with_drafts,
         peers,
-        rounds=9,
+        rounds=7,
         promised=2,
         moved=weights * SHAPE.new_tokens,
         shape=SHAPE,

@@ -87,7 +87,7 @@ def bench_linear_sample(backend, shape, compare):
     compare(
         runs.pop(OURS),
         runs,
-        rounds=9 if shape.rows > 100 else 101,
+        rounds=9 if shape.rows > 100 else 41,
         promised=0.8 if DEVICE == "cuda" and shape.rows == 16384 else None,
         memory=memory,
         flops=2 * shape.rows * shape.hidden_size * shape.vocab_size,

@@ -127,7 +127,7 @@ def bench_mixing(backend, op, shape, compare):
     compare(
         runs.pop(OURS),
         runs,
-        rounds=21,
+        rounds=15,
         memory=memory,
         moved=BYTES_PER_LOGIT[op] * shape.dtype.itemsize * shape.rows * shape.vocab_size,
         missing=missing,

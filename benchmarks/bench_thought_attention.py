@@ -71,8 +71,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "forward": Task(forward, SHAPE, SHAPE.steps, SHAPE.length, rounds=11),
-    "forward+backward": Task(forward_and_backward, SHAPE, SHAPE.steps, SHAPE.length, rounds=7),
+    "forward": Task(forward, SHAPE, SHAPE.steps, SHAPE.length, rounds=9),
+    "forward+backward": Task(forward_and_backward, SHAPE, SHAPE.steps, SHAPE.length, rounds=5),
     "sampling step": Task(forward, SHAPE, 1, SHAPE.length, rounds=41),
     # Thoughts behind the last token of each text, as generation has them.
     "decoding": Task(forward, replace(SHAPE, batch=8), 1, 1, rounds=241),
