@@ -22,6 +22,7 @@ from quietstar.estimate.step import TrainingStep
 SHAPE = TRAINING_STEP[DEVICE]
 SEQUENTIAL = "sequential baseline"
 BASE = "base model, no thoughts"
+BEFORE_RELU = "mixing_head.0", "mixing_head.2"
 
 
 def random_model() -> QuietStarForCausalLM:
@@ -90,7 +91,8 @@ def assert_same(model: QuietStarForCausalLM, text: Tensor) -> None:
     """Losses and the gradient of every parameter agree, in float32, up to what rounding does to the rewards.
 
     A reward is the difference of 2 M losses, each rounded at its own size; the policy term, and through its weight the
-    gradient, is proportional to rewards. (In a smaller dtype nothing of a reward is left to compare.)
+    gradient, is proportional to rewards. (In a smaller dtype nothing of a reward is left to compare.) Two units of the
+    mixing head may differ: an input near zero can be rounded to either side of the kink of its ReLU.
     """
     thoughts = random_thoughts(text)
     results = {}
@@ -107,7 +109,9 @@ def assert_same(model: QuietStarForCausalLM, text: Tensor) -> None:
     torch.testing.assert_close(talk_nll.flatten(0, 1), wanted_nll, rtol=0, atol=2e-5)
     torch.testing.assert_close(loss, wanted_loss, rtol=rounding, atol=0)
     for name, wanted in wanted_gradients.items():
-        error = ((gradients[name] - wanted).norm() / wanted.norm()).item()
+        of_units = (gradients[name] - wanted).flatten(1).norm(dim=1) if wanted.dim() > 1 else gradients[name] - wanted
+        counted = of_units.abs().sort().values[:-2] if name.startswith(BEFORE_RELU) else of_units
+        error = (counted.norm() / wanted.norm()).item()
         assert error <= rounding, f"gradient of {name} is off by {error:.1e} of its norm, {rounding:.1e} is allowed"
 
 
