@@ -293,3 +293,15 @@ def test_what_a_run_prints(run_of_benchmarks):
         "grows: dense time ~ size^",
     ):
         assert line in process.stdout, process.stdout
+
+
+def test_whole_programs_run_before_the_ops_that_keep_memory():
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    files = [line.partition("::")[0] for line in process.stdout.splitlines() if "::" in line]
+    programs = {"benchmarks/bench_generation.py", "benchmarks/bench_training_step.py"}
+    first_op = next(i for i, file in enumerate(files) if file not in programs)
+    assert set(files[:first_op]) == programs
+    assert programs.isdisjoint(files[first_op:])
