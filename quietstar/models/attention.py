@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from quietstar.models.cache import GrowingLayer
 from quietstar.models.padding import first_key
 from quietstar.models.thoughts_as_text import ThoughtsAsText
+from quietstar.models.transformers_names import sdpa_attention_forward, sdpa_mask
 from quietstar.ops import thought_attention
 
 ATTENTION_NAME = "quietstar"

@@ -12,6 +12,7 @@ from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtS
 from quietstar.models.padding import first_key
 from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.thoughts import Thinker, run_layers
+from quietstar.models.transformers_names import pad_token_id
 
 if TYPE_CHECKING:
     from quietstar.models.modeling import QuietStarForCausalLM
@@ -83,8 +84,8 @@ class _Loop:
         self.draft_length = DraftLength(thinking.draft_length, model.config.thought_length)
         self.prompt_length, self.max_length = prompt, generation_config.max_length
         self.do_sample = generation_config.do_sample
-        pad = generation_config._pad_token_tensor  # prepared by transformers: without one the end of text
-        self.pad = 0 if pad is None else int(pad)
+        pad = pad_token_id(generation_config)
+        self.pad = 0 if pad is None else pad
 
         capacity = self.max_length + self.draft_length.longest + 1  # stopped rows are computed on
         self.ids = torch.full((batch, capacity), self.pad, device=device)

@@ -9,18 +9,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from quietstar.models.attention import ThoughtStates
 from quietstar.models.cache import grow_in_place
 from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
+from quietstar.models.transformers_names import CACHE, CACHE_NAMES, GenerationHooks, only_cache
 
 # Arguments of transformers' ``generate`` with which the caller, or the model from call to call, may keep a cache.
-_MAY_KEEP_A_CACHE = ("past_key_values", "cache_implementation", "generation_config", "return_dict_in_generate")
+_MAY_KEEP_A_CACHE = (CACHE, "cache_implementation", "generation_config", "return_dict_in_generate")
 
 
-class ThinkingGeneration:
+class ThinkingGeneration(GenerationHooks):
     """Mixin in front of a transformers model: the options of :meth:`generate`."""
 
     @torch.no_grad()
@@ -48,13 +50,15 @@ class ThinkingGeneration:
 
         Raises:
             TypeError, ValueError: a bad option, an empty prompt or one longer than the model's positions; with one of
-                the three options also beam search, ``past_key_values``, ``guidance_scale``, ``synced_gpus`` and scores,
+                the three options also beam search, a cache, ``guidance_scale``, ``synced_gpus`` and scores,
                 logits, attentions or hidden states in the output.
         """
         thinking = Thinking(draft_length, think, return_thoughts)
         self._check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
         if isinstance(kwargs.get("streamer"), ThoughtStreamer) and not return_thoughts:
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
+        if (cache := only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
+            kwargs[CACHE] = cache
         if thinking.plain:
             # Calls cost less in inference mode, but a cache made in it could not be used outside of it.
             kept = any(
@@ -64,10 +68,9 @@ class ThinkingGeneration:
             with torch.inference_mode(not args and not kept):
                 output = super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
             return output.clone() if isinstance(output, Tensor) and output.is_inference() else output
-        if kwargs.get("past_key_values") is not None:
+        if cache is not None:
             raise ValueError(
-                "past_key_values must be None with draft_length, think or return_thoughts, "
-                f"got {type(kwargs['past_key_values']).__name__}"
+                f"{CACHE} must be None with draft_length, think or return_thoughts, got {type(cache).__name__}"
             )
         return super().generate(inputs, *args, thinking=thinking, **kwargs)
 
@@ -75,24 +78,21 @@ class ThinkingGeneration:
         """As in transformers; the thought tokens are never generated."""
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if given is None and (cache := model_kwargs.get("past_key_values")) is not None:
-            grow_in_place(cache)
+    def on_new_cache(self, cache: Cache) -> None:
+        grow_in_place(cache)
 
-    def _sample(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
+    def sample(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
         if thinking is None:
-            return super()._sample(input_ids, *args, **kwargs)
+            return super().sample(input_ids, *args, **kwargs)
         return decode(self, input_ids, *args, thinking=thinking, **kwargs)
 
-    def _beam_search(self, *args, thinking: Thinking | None = None, **kwargs):
+    def beam_search(self, *args, thinking: Thinking | None = None, **kwargs):
         self._only_without_options(thinking, "beam search", "num_beams must be 1")
-        return super()._beam_search(*args, **kwargs)
+        return super().beam_search(*args, **kwargs)
 
-    def _assisted_decoding(self, *args, thinking: Thinking | None = None, **kwargs):
+    def assisted_decoding(self, *args, thinking: Thinking | None = None, **kwargs):
         self._only_without_options(thinking, "assisted decoding", "assistant_model and prompt lookup must be left out")
-        return super()._assisted_decoding(*args, **kwargs)
+        return super().assisted_decoding(*args, **kwargs)
 
     @staticmethod
     def _only_without_options(thinking: Thinking | None, mode: str, demand: str) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quietstar.models import checkpoint
 from quietstar.models.attention import ATTENTION_NAME, BaseStates, ThoughtStates, ThoughtTree
@@ -18,11 +17,12 @@ from quietstar.models.generation import ThinkingGeneration
 from quietstar.models.objective import IGNORE_INDEX, quiet_star_objective
 from quietstar.models.padding import first_key
 from quietstar.models.thoughts import Thinker, run_layers
+from quietstar.models.transformers_names import CACHE, base_mask, only_cache
 from quietstar.ops._checks import Dims, check_integer, check_range, check_tensor
 
 
 @dataclass
-class QuietStarOutput(ModelOutput):
+class QuietStarOutput(CausalLMOutputWithPast):
     """Output of :class:`QuietStarForCausalLM`: with labels everything but logits and cache, without labels those.
 
     B sequences of L tokens, N thoughts per position, k tokens per thought, M look-ahead steps.
@@ -31,7 +31,7 @@ class QuietStarOutput(ModelOutput):
     Attributes:
         loss: scalar, base loss + mixed loss + weighted policy term.
         logits: [B, K, V], mixed logits of the next token at the K kept positions, in the model's dtype.
-        past_key_values: the base cache.
+        cache: the base cache; ``past_key_values`` before transformers 5.24.
         base_nll: float [B, L−1], of token i+1 without a thought; 0 where there is no label.
         talk_nll: float [B, N, L−1, M], of token i+1+m after the thought behind i; 0 where there is no label.
         reward: float [B, N, L−1−M], what the thought gained: Σ_m base_nll[i+m] − talk_nll[i, m].
@@ -42,9 +42,6 @@ class QuietStarOutput(ModelOutput):
         mixing_weight: [B, N, L−1, M] with labels, [B, 1, K, 1] without.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
     base_nll: Tensor | None = None
     talk_nll: Tensor | None = None
     reward: Tensor | None = None
@@ -176,7 +173,9 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         output_thought_logprobs: bool = True,
         suppress_thought_tokens: bool = False,
         thought_states: ThoughtStates | None = None,
-        **_,
+        *,
+        cache: Cache | None = None,
+        return_dict: bool | None = None,
     ) -> QuietStarOutput:
         """Think behind every position and predict.
 
@@ -184,7 +183,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             input_ids: int64 [B, L].
             attention_mask: [B, L] ([B, cached + L] with a cache), 1 for tokens, 0 for left or right padding.
             position_ids: int64 [B, L] or [1, L]; default 0..L−1 behind the cache.
-            past_key_values: base cache; inference only.
+            past_key_values, cache: base cache, under its old and its new name; inference only.
             labels: int64 [B, L], usually ``input_ids``; −100 and padding are ignored. With labels the output holds
                 the loss and its parts and no logits; without, the mixed logits.
             use_cache: return the base cache; inference only.
@@ -200,16 +199,17 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         Raises:
             TypeError, ValueError: a bad argument, named.
         """
+        cache = only_cache(past_key_values, cache)
         Dims().bind("input_ids", input_ids, "B L")
         if thought_states is None:  # ``generate`` has looked at its prompt
             self._check_tokens("input_ids", input_ids, self.config.vocab_size)
         if labels is None:
             return self._predict(
-                input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
+                input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, thought_tokens,
                 suppress_thought_tokens, thought_states,
             )  # fmt: skip
-        if past_key_values is not None:
-            raise ValueError("past_key_values cannot be used together with labels")
+        if cache is not None:
+            raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
         return self._train(input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs)
 
     @torch.no_grad()
@@ -330,24 +330,24 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         return torch.cat([text, slots.flatten(1, 2)], dim=1)
 
     def _predict(
-        self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep, thought_tokens,
+        self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, thought_tokens,
         suppress_thought_tokens, thought_states,
     ) -> QuietStarOutput:  # fmt: skip
         """A base pass, a thought behind each kept position, and the mixed logits there."""
         batch, length = input_ids.shape
         device = input_ids.device
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, Tensor):  # a static cache counts on its device, in place
             past = past.clone()
         find_first_key = first_key if thought_states is None else thought_states.first_key
         key_start = find_first_key(attention_mask, (batch, past + length))
         position_ids = self._positions(position_ids, input_ids, past)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
         text = self.model.embed_tokens(input_ids)
-        base = BaseStates(self._base_mask(text, attention_mask, key_start, past_key_values), past_key_values)
+        base = BaseStates(self._base_mask(text, attention_mask, key_start, cache), cache)
         # A sliding cache has dropped keys in front, a static one has room behind.
-        dropped = 0 if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[1]
+        dropped = 0 if cache is None else cache.get_mask_sizes(length, 0)[1]
         if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
             key_start = (key_start - dropped).clamp_min(0)
 
@@ -368,7 +368,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         mixed = torch.lerp(base_hidden, thought_hidden, weight[..., None])
         return QuietStarOutput(
             logits=self._text_logits(mixed) if suppress_thought_tokens else self.lm_head(mixed),
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             thought_tokens=thought_tokens[:, None],
             mixing_weight=weight[:, None, :, None],
         )
@@ -395,11 +395,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         growing = text.shape[1] == 1 and key_start is None and isinstance(cache, DynamicCache)
         if growing and (window is None or cache.get_seq_length() < window):
             return None  # a token sees all that the cache holds
-        make = create_causal_mask if window is None else create_sliding_window_causal_mask
-        return make(
-            config=self.config, inputs_embeds=text, attention_mask=None if key_start is None else attention_mask,
-            past_key_values=cache,
-        )  # fmt: skip
+        return base_mask(self.config, text, None if key_start is None else attention_mask, cache)
 
     @staticmethod
     def _positions(position_ids: Tensor | None, input_ids: Tensor, past: int | Tensor = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from transformers.models.mistral.modeling_mistral import MistralModel
 
 from quietstar.models.attention import (
     BaseAndThoughts,
@@ -12,6 +11,7 @@ from quietstar.models.attention import (
     ThoughtStates,
     ThoughtTree,
 )
+from quietstar.models.transformers_names import MistralModel
 from quietstar.ops import linear_sample
 
 

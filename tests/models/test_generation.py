@@ -8,6 +8,7 @@ from transformers import CompileConfig, DynamicCache, TextStreamer
 
 from quietstar.models import attention, thoughts_as_text
 from quietstar.models.generation_output import ThoughtStreamer
+from quietstar.models.transformers_names import CACHE
 
 
 def recompute(model, text, count):
@@ -64,7 +65,7 @@ def test_a_cache_may_hold_more_than_the_window(make_model, text, op_attends, win
     model = make_model(thought_temperature=0.0, sliding_window=window)
     with torch.no_grad():
         wanted = recompute(model, text, 4)
-    assert torch.equal(greedy(model, text, 4, past_key_values=DynamicCache()), wanted)
+    assert torch.equal(greedy(model, text, 4, **{CACHE: DynamicCache()}), wanted)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -92,12 +93,12 @@ def test_what_generate_leaves_is_not_bound_to_inference_mode(make_model, text):
     model = make_model(thought_temperature=0.0)
     wanted = greedy(model, text, 3)
     assert not wanted.is_inference()
-    assert not greedy(model, text, 3, return_dict_in_generate=True).past_key_values.layers[0].keys.is_inference()
+    assert not greedy(model, text, 3, return_dict_in_generate=True)[CACHE].layers[0].keys.is_inference()
     model.generation_config.cache_implementation = "static"
     for options in ({}, {"return_dict_in_generate": True}):
         output = greedy(model, text, 3, **options)
     assert torch.equal(output.sequences, wanted)
-    assert not output.past_key_values.layers[0].keys.is_inference()
+    assert not output[CACHE].layers[0].keys.is_inference()
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"draft_length": 3}], ids=str)
@@ -314,7 +315,7 @@ BAD_INPUT = {
     "return_thoughts": ({"return_thoughts": "yes"}, TypeError, "return_thoughts must be True or False, got 'yes'"),
     "beams": ({"draft_length": 2, "num_beams": 2}, ValueError, "num_beams must be 1 with draft_length, think or"),
     "lookup": ({"think": "never", "prompt_lookup_num_tokens": 2}, ValueError, "prompt lookup must be left out with"),
-    "cache": ({"draft_length": 2, "past_key_values": DynamicCache()}, ValueError, "past_key_values must be None with"),
+    "cache": ({"draft_length": 2, CACHE: DynamicCache()}, ValueError, f"{CACHE} must be None with"),
     "scores": (
         {"draft_length": 2, "output_scores": True, "return_dict_in_generate": True},
         ValueError,

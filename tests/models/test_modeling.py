@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from transformers import DynamicCache
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.models.transformers_names import CACHE
 
 
 def assert_close(actual, expected):
@@ -227,9 +228,9 @@ BAD_INPUT = {
         "thought_tokens must be in [0, 39]",
     ),
     "cache with labels": (
-        {"labels": TEXT, "past_key_values": DynamicCache()},
+        {"labels": TEXT, CACHE: DynamicCache()},
         ValueError,
-        "past_key_values cannot be used together with labels",
+        f"{CACHE} must be None with labels",
     ),
 }
 

@@ -1,0 +1,83 @@
+"""Everything of transformers that is private, was renamed, or differs between the versions we run on (5.15 to 5.24)."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
+from transformers.models.mistral.modeling_mistral import MistralModel
+
+__all__ = [
+    "CACHE", "CACHE_NAMES", "GenerationHooks", "MistralModel", "only_cache", "base_mask", "pad_token_id",
+    "sdpa_attention_forward", "sdpa_mask",
+]  # fmt: skip
+
+# The cache among arguments and in outputs; the old name is taken until 5.40.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, given under either of its names.
+
+    Raises:
+        ValueError: under both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache must be None beside past_key_values, which is its old name, got both")
+    return cache if past_key_values is None else past_key_values
+
+
+def base_mask(
+    config: PreTrainedConfig, embeddings: Tensor, attention_mask: Tensor | None, cache: Cache | None
+) -> Tensor | None:
+    """Mask [B, 1, L, keys] of base rows as transformers makes it for the model's kind; None is plain causal."""
+    make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    return make(config=config, inputs_embeds=embeddings, attention_mask=attention_mask, **{CACHE: cache})
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int | None:
+    """The padding token that transformers prepared for a call of ``generate``: without one the end of text."""
+    token: Tensor | None = generation_config._pad_token_tensor
+    return None if token is None else int(token)
+
+
+class GenerationHooks:
+    """Mixin in front of a transformers model: the places of ``generate`` where a model of its own kind steps in.
+
+    Each may be overridden; what they do here is what transformers does.
+    """
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of greedy and sampled text."""
+        return super()._sample(*args, **kwargs)
+
+    def beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of beam search."""
+        return super()._beam_search(*args, **kwargs)
+
+    def assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of assistant models and prompt lookup."""
+        return super()._assisted_decoding(*args, **kwargs)
+
+    def on_new_cache(self, cache: Cache) -> None:
+        """Called with the empty cache that ``generate`` makes where it was given none."""
+
+    def _sample(self, *args, **kwargs):
+        return self.sample(*args, **kwargs)
+
+    def _beam_search(self, *args, **kwargs):
+        return self.beam_search(*args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        return self.assisted_decoding(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args):
+        given = model_kwargs.get(CACHE)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if given is None and (made := model_kwargs.get(CACHE)) is not None:
+            self.on_new_cache(made)
