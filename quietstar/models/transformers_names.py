@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -12,8 +11,15 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 __all__ = [
-    "CACHE", "CACHE_NAMES", "GenerationHooks", "MistralModel", "only_cache", "base_mask", "pad_token_id",
-    "sdpa_attention_forward", "sdpa_mask",
+    "CACHE",
+    "CACHE_NAMES",
+    "GenerationHooks",
+    "MistralModel",
+    "base_mask",
+    "only_cache",
+    "pad_token_id",
+    "sdpa_attention_forward",
+    "sdpa_mask",
 ]  # fmt: skip
 
 # The cache among arguments and in outputs; the old name is taken until 5.40.
