@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from quietstar.models.cache import GrowingLayer
-from quietstar.models.padding import first_key
+from quietstar.models.documents import first_key
 from quietstar.models.thoughts_as_text import ThoughtsAsText
 from quietstar.models.transformers_names import sdpa_attention_forward, sdpa_mask
 from quietstar.ops import thought_attention
@@ -170,7 +170,7 @@ class ThoughtStates:
         self._first_key: tuple[Tensor | None] | None = None
 
     def first_key(self, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-        """``padding.first_key``; a mask [B, L] is looked at once, since texts only grow at their end."""
+        """``documents.first_key``; a mask [B, L] is looked at once, since texts only grow at their end."""
         if attention_mask is not None and attention_mask.dim() == 4:
             return first_key(attention_mask, shape)
         if self._first_key is None:
@@ -201,7 +201,7 @@ class ThoughtCache:
         base: the base pass.
         anchors: int [B, P] or [P], indices into the base keys; −1 is inactive.
         max_steps: T at the end of the thought.
-        key_start: int [B], first base key that is not left padding; None if there is none.
+        key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
         states: room for the thought keys and values, of earlier thoughts; default new.
     """
 
@@ -218,6 +218,8 @@ class ThoughtCache:
         self._generates = states is not None
         self.states = ThoughtStates() if states is None else states
         self._as_text: ThoughtsAsText | None = None
+        self._differentiable = torch.is_grad_enabled()
+        self._grown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, module, query, key, value, _mask, *, scaling, sliding_window=None, **_) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
@@ -226,12 +228,7 @@ class ThoughtCache:
         if self.is_text(query):
             return self.attend_as_text(layer, query, key, value, scaling, sliding_window)
         query, key, value = (x.unflatten(2, (num_anchors, -1)) for x in (query, key, value))
-        total = self.steps + query.shape[3]
-        thought_key, thought_value = (
-            x[:, :, :, :total] for x in self.states.of_layer(layer, key, num_anchors, self.max_steps)
-        )
-        thought_key[:, :, :, self.steps :] = key
-        thought_value[:, :, :, self.steps :] = value
+        thought_key, thought_value = self._append(layer, key, value)
         output = thought_attention(
             query,
             self.base.keys[layer],
@@ -245,6 +242,19 @@ class ThoughtCache:
         )
         return output.flatten(2, 3).transpose(1, 2)
 
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All thought keys and values [B, Hkv, P, steps, D] of a layer, the new ones behind those there are."""
+        if self._differentiable:  # what autograd has saved must not be written to
+            if layer in self._grown:
+                key, value = (torch.cat(pair, dim=3) for pair in zip(self._grown[layer], (key, value), strict=True))
+            self._grown[layer] = key, value
+            return key, value
+        total = self.steps + key.shape[3]
+        room = self.states.of_layer(layer, key, key.shape[2], self.max_steps)
+        for states, new in zip(room, (key, value), strict=True):
+            states[:, :, :, self.steps : total] = new
+        return tuple(states[:, :, :, :total] for states in room)
+
     def is_text(self, query: Tensor) -> bool:
         """Whether ``generate`` has so few thoughts that they are text: on a CPU calls cost more than masked keys.
 
@@ -252,7 +262,8 @@ class ThoughtCache:
         """
         num_anchors = self.anchors.shape[-1]
         few = num_anchors == 1 or (self._generates and num_anchors * self.max_steps <= _TEXT_KEYS)
-        return few and query.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+        return few and on_cpu and not self._differentiable
 
     def attend_as_text(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -294,7 +305,7 @@ class ThoughtTree:
         base_length: L.
         anchors: int [P], base positions.
         base_mask: mask of the base rows for SDPA, [B, 1, L, L]; None is plain causal.
-        key_start: int [B], first base key that is not left padding; None if there is none.
+        key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
     """
 
     def __init__(

@@ -8,8 +8,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar.models.attention import TextCache, ThoughtStates
+from quietstar.models.documents import first_key
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
-from quietstar.models.padding import first_key
 from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.thoughts import Thinker, run_layers
 from quietstar.models.transformers_names import pad_token_id

@@ -74,9 +74,10 @@ class ThinkingGeneration(GenerationHooks):
             )
         return super().generate(inputs, *args, thinking=thinking, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, thinking: Thinking | None = None, **kwargs):
-        """As in transformers; the thought tokens are never generated."""
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"suppress_thought_tokens": True}
+    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, thinking: Thinking | None = None, **kwargs):
+        """As in transformers, which looks for ``inputs_embeds`` here; the thought tokens are never generated."""
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        return inputs | {"suppress_thought_tokens": True}
 
     def on_new_cache(self, cache: Cache) -> None:
         grow_in_place(cache)

@@ -13,12 +13,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from quietstar.models import checkpoint
 from quietstar.models.attention import ATTENTION_NAME, BaseStates, ThoughtStates, ThoughtTree
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.documents import (
+    IGNORE_INDEX,
+    at_anchors,
+    document_starts,
+    first_key,
+    packed_mask,
+    text_labels,
+)
 from quietstar.models.generation import ThinkingGeneration
-from quietstar.models.objective import IGNORE_INDEX, quiet_star_objective
-from quietstar.models.padding import first_key
+from quietstar.models.layers import MixingHead, ThoughtEmbedding, ZeroLinear
+from quietstar.models.objective import quiet_star_objective
+from quietstar.models.text import Text
 from quietstar.models.thoughts import Thinker, run_layers
 from quietstar.models.transformers_names import CACHE, base_mask, only_cache
-from quietstar.ops._checks import Dims, check_integer, check_range, check_tensor
+from quietstar.models.weights import weight_of
+from quietstar.ops._autocast import autocast_inputs
+from quietstar.ops._checks import check_integer, check_range, check_tensor
 
 
 @dataclass
@@ -49,55 +60,6 @@ class QuietStarOutput(CausalLMOutputWithPast):
     thought_tokens: Tensor | None = None
     thought_logprobs: Tensor | None = None
     mixing_weight: Tensor | None = None
-
-
-class ThoughtEmbedding(nn.Module):
-    """A learned vector [H] that is multiplied by a scale on use, which multiplies the step size of its training."""
-
-    def __init__(self, hidden_size: int, scale: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.scale = scale
-
-    def forward(self) -> Tensor:
-        return self.weight * self.scale
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
-
-
-class MixingHead(nn.Sequential):
-    """Weight of the thought prediction from the two hidden states: MLP(concat(base, thought)), unbounded.
-
-    The last layer starts at zero, so that training starts exactly at the base model.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__(
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.ReLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.ReLU(),
-            ZeroLinear(hidden_size, 1, bias=False),
-        )
-
-    def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
-        """Mixing weights [B, ...] of thought states [B, ..., H].
-
-        Args:
-            base_hidden: [B, L, H]; without ``base_index`` it broadcasts with ``thought_hidden``.
-            base_index: int [...] into L: the base state each thought state is mixed with.
-        """
-        # The first layer is linear in the concatenation: each base state is projected once for all its thoughts.
-        base_weight, thought_weight = self[0].weight.chunk(2, dim=1)
-        projected = nn.functional.linear(base_hidden, base_weight)
-        if base_index is not None:
-            projected = projected[:, base_index]
-        hidden = nn.functional.linear(thought_hidden, thought_weight, self[0].bias) + projected
-        for layer in list(self)[1:]:
-            hidden = layer(hidden)
-        return hidden.squeeze(-1)
 
 
 class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
@@ -162,7 +124,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -174,18 +136,23 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         suppress_thought_tokens: bool = False,
         thought_states: ThoughtStates | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> QuietStarOutput:
+    ) -> QuietStarOutput | tuple:
         """Think behind every position and predict.
 
         Args:
             input_ids: int64 [B, L].
             attention_mask: [B, L] ([B, cached + L] with a cache), 1 for tokens, 0 for left or right padding.
-            position_ids: int64 [B, L] or [1, L]; default 0..L−1 behind the cache.
+            position_ids: int64 [B, L] or [1, L]; default 0..L−1 behind the cache. Where a position is not one more
+                than the one before it a new document begins, which sees nothing of those in front of it.
             past_key_values, cache: base cache, under its old and its new name; inference only.
-            labels: int64 [B, L], usually ``input_ids``; −100 and padding are ignored. With labels the output holds
-                the loss and its parts and no logits; without, the mixed logits.
+            labels: int64 [B, L], usually ``input_ids``; −100 and padding are ignored, and so is the first token of
+                every document. With labels the output holds the loss and its parts and no logits; without, the mixed
+                logits.
             use_cache: return the base cache; inference only.
             logits_to_keep: inference only: think and predict at the last so many positions (0: all), or at the
                 positions a 1-D tensor names.
@@ -195,22 +162,37 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
                 without, because thoughts that did not help then need no logits.
             suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
             thought_states: inference only: what ``generate`` keeps from one thought to the next.
+            inputs_embeds: [B, L, H], embeddings of the text instead of ``input_ids``.
+            output_hidden_states: give the hidden states of the base pass, [B, L, H] behind the embedding and behind
+                each layer, the last one normed.
+            output_attentions: must be left out: no attention probabilities are kept.
+            return_dict: False returns the values that are there as a tuple.
 
         Raises:
             TypeError, ValueError: a bad argument, named.
         """
         cache = only_cache(past_key_values, cache)
-        Dims().bind("input_ids", input_ids, "B L")
-        if thought_states is None:  # ``generate`` has looked at its prompt
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions must be False: attention probabilities are never held as a whole")
+        text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
+        if thought_states is None and input_ids is not None:  # ``generate`` has looked at its prompt
             self._check_tokens("input_ids", input_ids, self.config.vocab_size)
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states: list[Tensor] | None = [] if collect else None
         if labels is None:
-            return self._predict(
-                input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, thought_tokens,
-                suppress_thought_tokens, thought_states,
+            output = self._predict(
+                text, cache, use_cache, logits_to_keep, thought_tokens, suppress_thought_tokens, thought_states,
+                hidden_states,
             )  # fmt: skip
-        if cache is not None:
+        elif cache is not None:
             raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
-        return self._train(input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs)
+        else:
+            output = self._train(text, labels, thought_tokens, output_thought_logprobs, hidden_states)
+        if collect:
+            length = text.shape[1]
+            output.hidden_states = tuple(states[:, :length] for states in hidden_states)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
 
     @torch.no_grad()
     def sample_thoughts(
@@ -234,60 +216,80 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         Returns:
             int64 [B, N, L, k], or [B, P, k] for given anchors (−1 in inactive ones).
         """
-        batch, length = input_ids.shape
-        every = anchors is None
-        if every:
-            anchors = torch.arange(length, device=input_ids.device).repeat_interleave(self.config.num_thoughts)
-        key_start = first_key(attention_mask, (batch, length))
-        position_ids = self._positions(position_ids, input_ids)
-        text = self.model.embed_tokens(input_ids)
-        base = BaseStates(self._base_mask(text, attention_mask, key_start))
-        anchors = anchors.expand(batch, -1).clamp_min(-1)
-        thinker = self._thinker(base, anchors, position_ids.gather(1, anchors.clamp_min(0)), key_start)
-        thinker.read(text, position_ids)
-        temperature = self.config.thought_temperature if temperature is None else temperature
-        tokens = thinker.sample(temperature, self.config.thought_token_ids, generator)
-        if every:
-            return tokens.unflatten(1, (length, -1)).transpose(1, 2)
+        text = Text.of(input_ids, None, attention_mask, position_ids)
+        self._check_tokens("input_ids", input_ids, self.config.vocab_size)
+        starts = document_starts(attention_mask, position_ids, text.shape)
+        if anchors is None:
+            return self._think_everywhere(text, starts, self._head_weight(), temperature, generator)
+        anchors = anchors.expand(len(input_ids), -1).clamp_min(-1)
+        tokens = self._thoughts_behind(text, starts, anchors, self._head_weight(), temperature, generator)
         return tokens.masked_fill(anchors[..., None] < 0, -1)
 
+    def _think_everywhere(
+        self, text: Text, starts: Tensor | None, head: Tensor, temperature: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """N thoughts behind every position, int64 [B, N, L, k]."""
+        batch, length = text.shape
+        anchors = torch.arange(length, device=text.device).repeat_interleave(self.config.num_thoughts)
+        tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), head, temperature, generator)
+        return tokens.unflatten(1, (length, -1)).transpose(1, 2)
+
+    @torch.no_grad()
+    def _thoughts_behind(
+        self, text: Text, starts: Tensor | None, anchors: Tensor, head: Tensor, temperature: float | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # fmt: skip
+        """Thoughts int64 [B, P, k] behind ``anchors`` [B, P]."""
+        position_ids = text.positions()
+        embeddings = text.embedded(self.model.embed_tokens)
+        base = BaseStates(self._base_mask(embeddings, text.attention_mask, starts))
+        thinker = self._thinker(
+            base, anchors, position_ids.gather(1, anchors.clamp_min(0)), at_anchors(starts, anchors), head=head
+        )
+        thinker.read(embeddings, position_ids)
+        temperature = self.config.thought_temperature if temperature is None else temperature
+        return thinker.sample(temperature, self.config.thought_token_ids, generator)
+
     def _train(
-        self, input_ids, attention_mask, position_ids, labels, thought_tokens, output_thought_logprobs
-    ) -> QuietStarOutput:
+        self, text: Text, labels: Tensor, thought_tokens: Tensor | None, output_thought_logprobs: bool,
+        hidden_states: list[Tensor] | None,
+    ) -> QuietStarOutput:  # fmt: skip
         """One pass over base text and thoughts (the thought tree), and the objective."""
         config = self.config
         k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
-        batch, length = input_ids.shape
-        device = input_ids.device
-        if labels.shape != input_ids.shape:
-            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
+        batch, length = text.shape
+        device = text.device
+        if labels.shape != text.shape:
+            raise ValueError(f"labels must have the shape of the text, {[batch, length]}, got {list(labels.shape)}")
         if length < lookahead + 2:
             raise ValueError(
                 f"input_ids must have at least lookahead + 2 = {lookahead + 2} tokens per sequence, got {length}"
             )
-        key_start = first_key(attention_mask, (batch, length))
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        starts = document_starts(text.attention_mask, text.position_ids, text.shape)
+        labels = text_labels(labels, text.attention_mask, starts)
         self._check_tokens("labels", labels, config.vocab_size, ignore=IGNORE_INDEX)
+        head = self._head_weight()
         if thought_tokens is None:
-            thought_tokens = self.sample_thoughts(input_ids, attention_mask, position_ids=position_ids)
+            thought_tokens = self._think_everywhere(text, starts, head)
         else:
             thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, length, k))
-        position_ids = self._positions(position_ids, input_ids)
+        position_ids = text.positions()
 
         # The last position has nothing to predict.
         positions = length - 1
         anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
         own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
-        embeddings = self._tree_embeddings(input_ids, own_tokens.flatten(1, 2), anchors)
+        embeddings = self._tree_embeddings(text, own_tokens.flatten(1, 2), anchors)
         steps = k + lookahead + 1
         slot_positions = position_ids[:, anchors, None] + torch.arange(1, steps + 1, device=device)
-        mask = self._base_mask(embeddings[:, :length], attention_mask, key_start)
+        mask = self._base_mask(embeddings[:, :length], text.attention_mask, starts)
         hidden = run_layers(
             self.model,
             embeddings,
             torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
-            ThoughtTree(length, anchors, mask, key_start),
+            ThoughtTree(length, anchors, mask, at_anchors(starts, anchors)),
+            hidden_states,
         )
         del embeddings  # as large as the hidden states
         base_hidden = hidden[:, :length]
@@ -298,66 +300,65 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(positions)[:, None]
         )
         parts = quiet_star_objective(
-            base_hidden, thought_hidden, mixing_weight, self.lm_head.weight, labels, own_tokens, config,
+            base_hidden, thought_hidden, mixing_weight, head, labels, own_tokens, config, starts,
             output_thought_logprobs,
         )  # fmt: skip
         return QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
         )
 
-    def _tree_embeddings(self, input_ids: Tensor, thoughts: Tensor, anchors: Tensor) -> Tensor:
+    def _tree_embeddings(self, text: Text, thoughts: Tensor, anchors: Tensor) -> Tensor:
         """Embeddings [B, L + P·S, H] of the text and of the slots: start, k thought tokens, end, M−1 real tokens.
 
         Args:
-            input_ids: int64 [B, L].
+            text: B texts of L tokens.
             thoughts: int64 [B, P, k].
             anchors: int64 [P], the positions they stand behind.
         """
-        batch, length = input_ids.shape
-        # In one call, as each makes a gradient of the size of the vocabulary.
-        embedded = self.model.embed_tokens(torch.cat([input_ids, thoughts.flatten(1)], dim=1))
-        text, inside = embedded.split([length, thoughts[0].numel()], dim=1)
+        batch, length = text.shape
+        embedded, inside = text.embedded_with(thoughts.flatten(1), self.model.embed_tokens)
         following = anchors[:, None] + torch.arange(1, self.config.lookahead, device=anchors.device)
         slots = torch.cat(
             [
                 self.start_embedding().expand(batch, len(anchors), 1, -1),
                 inside.unflatten(1, thoughts.shape[1:]),
                 self.end_embedding().expand(batch, len(anchors), 1, -1),
-                text[:, following.clamp_max(length - 1)],
+                embedded[:, following.clamp_max(length - 1)],
             ],
             dim=2,
         )
-        return torch.cat([text, slots.flatten(1, 2)], dim=1)
+        return torch.cat([embedded, slots.flatten(1, 2)], dim=1)
 
     def _predict(
-        self, input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep, thought_tokens,
-        suppress_thought_tokens, thought_states,
+        self, text: Text, cache: Cache | None, use_cache: bool | None, logits_to_keep: int | Tensor,
+        thought_tokens: Tensor | None, suppress_thought_tokens: bool, thought_states: ThoughtStates | None,
+        hidden_states: list[Tensor] | None,
     ) -> QuietStarOutput:  # fmt: skip
         """A base pass, a thought behind each kept position, and the mixed logits there."""
-        batch, length = input_ids.shape
-        device = input_ids.device
+        batch, length = text.shape
         past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, Tensor):  # a static cache counts on its device, in place
             past = past.clone()
-        find_first_key = first_key if thought_states is None else thought_states.first_key
-        key_start = find_first_key(attention_mask, (batch, past + length))
-        position_ids = self._positions(position_ids, input_ids, past)
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        starts = self._starts(text, past, use_cache if cache is None else True, thought_states)
+        packed = starts is not None and starts.dim() == 2
+        position_ids = text.positions(past)
+        if cache is None and not packed and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
-        text = self.model.embed_tokens(input_ids)
-        base = BaseStates(self._base_mask(text, attention_mask, key_start, cache), cache)
+        embeddings = text.embedded(self.model.embed_tokens)
+        base = BaseStates(self._base_mask(embeddings, text.attention_mask, starts, cache), cache)
         # A sliding cache has dropped keys in front, a static one has room behind.
         dropped = 0 if cache is None else cache.get_mask_sizes(length, 0)[1]
-        if key_start is not None and attention_mask.dim() == 2:  # a mask of 4 dimensions is of the keys there are
-            key_start = (key_start - dropped).clamp_min(0)
-
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        anchors = torch.arange(length, device=device)[kept] + (past - dropped)
+        anchors = torch.arange(length, device=text.device)[kept] + (past - dropped)
+        key_start = at_anchors(starts, anchors)
+        if key_start is not None and not packed and text.attention_mask.dim() == 2:
+            key_start = (key_start - dropped).clamp_min(0)  # a mask of 4 dimensions is of the keys there are
+
         if thought_tokens is not None:
             shape = batch, 1, len(anchors), self.config.thought_length
             thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
         thinker = self._thinker(base, anchors.expand(batch, -1), position_ids[:, kept], key_start, thought_states)
-        base_hidden = thinker.read(text, position_ids, thought_tokens)[:, kept]
+        base_hidden = thinker.read(embeddings, position_ids, thought_tokens, hidden_states)[:, kept]
         # Calls cost less in inference mode; what is made there must not reach those who may train on it.
         quick = thought_states is not None and not torch.compiler.is_compiling()
         with torch.inference_mode() if quick else nullcontext():
@@ -373,6 +374,30 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             mixing_weight=weight[:, None, :, None],
         )
 
+    def _starts(
+        self, text: Text, past: int | Tensor, cached: bool | None, states: ThoughtStates | None
+    ) -> Tensor | None:
+        """Where documents begin among the keys of the cache and of ``text``, see :mod:`quietstar.models.documents`."""
+        batch, length = text.shape
+        find = first_key if states is None else states.first_key
+        padding = find(text.attention_mask, (batch, past + length))
+        mask = text.attention_mask
+        if length == 1 or text.position_ids is None or (mask is not None and mask.dim() == 4):
+            return padding
+        packed = document_starts(None if mask is None else mask[:, -length:], text.position_ids, text.shape)
+        if packed is None or packed.dim() == 1:
+            return padding
+        if cached:
+            raise ValueError(
+                f"position_ids must go up by one with use_cache or a {CACHE}, got packed documents: whoever reads the "
+                "cache could not tell them apart"
+            )
+        return packed
+
+    def _head_weight(self) -> Tensor:
+        """The matrix of the head [V, H] for all ops of a pass: under autocast it is cast once for all of them."""
+        return autocast_inputs(weight_of("lm_head", self.lm_head))[0]
+
     def _text_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]; −inf for the thought tokens, which are never text."""
         logits = self.lm_head(hidden)
@@ -380,29 +405,25 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             logits[..., token] = -torch.inf
         return logits
 
-    def _thinker(self, base, anchors, anchor_positions, key_start, states=None) -> Thinker:
+    def _thinker(self, base, anchors, anchor_positions, key_start, states=None, head=None) -> Thinker:
         """A thinker behind ``anchors`` [B, P], indices into the base keys, at ``anchor_positions`` [B, P]."""
+        head = self._head_weight() if head is None else head
         return Thinker(
-            self.model, self.lm_head.weight, base, anchors, anchor_positions, self.start_embedding(),
-            self.end_embedding(), self.config.thought_length, key_start, states,
+            self.model, head, base, anchors, anchor_positions, self.start_embedding(), self.end_embedding(),
+            self.config.thought_length, key_start, states,
         )  # fmt: skip
 
     def _base_mask(
-        self, text: Tensor, attention_mask: Tensor | None, key_start: Tensor | None, cache: Cache | None = None
+        self, text: Tensor, attention_mask: Tensor | None, starts: Tensor | None, cache: Cache | None = None
     ) -> Tensor | None:
-        """Mask [B, 1, L, keys] of the base rows as transformers makes it; None is plain causal."""
+        """Mask [B, 1, L, keys] of the base rows; None is plain causal."""
         window = self.config.sliding_window
-        growing = text.shape[1] == 1 and key_start is None and isinstance(cache, DynamicCache)
+        if starts is not None and starts.dim() == 2:
+            return packed_mask(starts, window)
+        growing = text.shape[1] == 1 and starts is None and isinstance(cache, DynamicCache)
         if growing and (window is None or cache.get_seq_length() < window):
             return None  # a token sees all that the cache holds
-        return base_mask(self.config, text, None if key_start is None else attention_mask, cache)
-
-    @staticmethod
-    def _positions(position_ids: Tensor | None, input_ids: Tensor, past: int | Tensor = 0) -> Tensor:
-        """Position ids [B, L]."""
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past
-        return position_ids.expand(input_ids.shape[0], -1)
+        return base_mask(self.config, text, None if starts is None else attention_mask, cache)
 
     def _given_thoughts(self, thought_tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         """Checked thought tokens [B, N, positions, k]."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
 from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 class Objective(NamedTuple):
@@ -33,6 +32,7 @@ def quiet_star_objective(
     labels: Tensor,
     thought_tokens: Tensor,
     config: QuietStarConfig,
+    starts: Tensor | None = None,
     output_thought_logprobs: bool = True,
 ) -> Objective:
     """Base loss, mixed ("talk") loss and REINFORCE term of one batch.
@@ -42,8 +42,9 @@ def quiet_star_objective(
         thought_hidden: [B, L−1, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
         mixing_weight: [B, L−1, N, M], weight of the thought prediction.
         lm_head: [V, H].
-        labels: int [B, L], −100 is ignored.
+        labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
         thought_tokens: int [B, L−1, N, k].
+        starts: where documents begin, see :mod:`quietstar.models.documents`.
         output_thought_logprobs: without them, thoughts of no advantage need no logits.
     """
     k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
@@ -67,9 +68,8 @@ def quiet_star_objective(
 
     # Look-ahead m of the anchor at i predicts token i+m+1 and mixes with base position i+m; past the end: no label.
     ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)  # [L−1, M]
-    inside = ahead < positions
     ahead = ahead.clamp_max(positions - 1)
-    target = labels[:, 1:][:, ahead].masked_fill(~inside, IGNORE_INDEX)  # [B, L−1, M]
+    target = look_ahead(labels, lookahead, starts)  # [B, L−1, M]
     counts = (target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
     per_thought = (batch, positions, num_thoughts, lookahead)
     base_index = ahead + torch.arange(batch, device=device)[:, None, None] * length
@@ -87,9 +87,12 @@ def quiet_star_objective(
     )
     talk_nll = talk_nll.view(per_thought)
 
-    rewarded = length - 1 - lookahead
-    base_ahead = base_nll[:, ahead].masked_fill(~inside, 0)[:, :, None]  # [B, L−1, 1, M]
-    reward = (base_ahead - talk_nll)[:, :rewarded].sum(dim=-1)  # [B, L−1−M, N]
+    base_ahead = base_nll[:, ahead].masked_fill(target == IGNORE_INDEX, 0)[:, :, None]  # [B, L−1, 1, M]
+    reward = (base_ahead - talk_nll)[:, : length - 1 - lookahead].sum(dim=-1)  # [B, L−1−M, N]
+    reward_count = reward.numel()
+    if (within := rewarded(labels, lookahead, starts)) is not None:
+        reward = reward.masked_fill(~within[:, :, None], 0)
+        reward_count = within.sum().clamp_min(1) * num_thoughts
     advantage = reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward
 
     loss = base_loss + talk_loss
@@ -98,7 +101,7 @@ def quiet_star_objective(
     if k > 0:
         policy_weight = config.policy_weight or 1.0  # a term without weight is reported all the same
         row_weight = torch.zeros_like(thought_nll)
-        row_weight[:, :rewarded] = advantage.clamp_min(0)[..., None] * (policy_weight / (k * reward.numel()))
+        row_weight[:, : reward.shape[1]] = advantage.clamp_min(0)[..., None] * (policy_weight / (k * reward_count))
         result = linear_cross_entropy(
             thought_hidden[:, :, :, :k].flatten(0, 3),
             lm_head,

@@ -20,16 +20,23 @@ def run_layers(
     embeddings: Tensor,
     position_ids: Tensor,
     thoughts: TextCache | ThoughtCache | BaseAndThoughts | ThoughtTree,
+    collect: list[Tensor] | None = None,
 ) -> Tensor:
     """Final hidden states [B, rows, H] of rows whose attention ``thoughts`` lays out.
 
-    Transformers' own forward would build a causal mask over all rows; here the layout is the mask.
+    Transformers' own forward would build a causal mask over all rows; here the layout is the mask. ``collect`` takes
+    the embeddings and the hidden states behind each layer, the last one normed.
     """
     hidden = embeddings
     position_embeddings = model.rotary_emb(hidden, position_ids)
     for layer in model.layers:
+        if collect is not None:
+            collect.append(hidden)
         hidden = layer(hidden, position_ids=position_ids, position_embeddings=position_embeddings, thoughts=thoughts)
-    return model.norm(hidden)
+    hidden = model.norm(hidden)
+    if collect is not None:
+        collect.append(hidden)
+    return hidden
 
 
 class Thinker:
@@ -45,7 +52,7 @@ class Thinker:
         anchor_positions: int [B, P], position ids of the anchors.
         start, end: embeddings [H] of the thought tokens.
         thought_length: k.
-        key_start: int [B] or None, first base key that is not left padding.
+        key_start: int [B] or [B, P], first base key that each anchor's text begins with; None where it is 0.
         states: room for the thoughts' keys and values, to be reused; default new.
     """
 
@@ -70,31 +77,39 @@ class Thinker:
         self.positions = anchor_positions[:, :, None] + steps  # [B, P, T]
         self.hidden: Tensor | None = None  # [B, P, H], behind the last step so far
 
-    def read(self, text: Tensor, position_ids: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        text: Tensor,
+        position_ids: Tensor,
+        tokens: Tensor | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
         """Run the base pass, and in it the steps of the thoughts that are known: the start tokens at least.
 
         Args:
             text: embeddings [B, L, H].
             position_ids: int [B, L].
             tokens: the thoughts [B, P, k], if they are not to be sampled.
+            collect: as in :func:`run_layers`, of all rows: those of the text come first.
 
         Returns:
             Hidden states [B, L, H] behind the text.
         """
-        return self._advance(self.start if tokens is None else self._steps(tokens), text, position_ids)
+        return self._advance(self.start if tokens is None else self._steps(tokens), text, position_ids, collect)
 
     def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""
         anchors, device = self.cache.anchors.shape, self.cache.anchors.device
-        tokens = torch.empty(*anchors, self.thought_length, dtype=torch.int64, device=device)
         seeds = torch.randint(2**62, (self.thought_length,), device=device, generator=generator)
+        tokens: list[Tensor] = []
         for j in range(self.thought_length):
             if self.cache.steps == j:
-                self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[:, :, j - 1 : j]))
-            tokens[:, :, j] = linear_sample(
+                self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[-1]))
+            drawn = linear_sample(
                 self.hidden.flatten(0, 1), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
-            ).view(anchors)
-        return tokens
+            )
+            tokens.append(drawn.view(*anchors, 1))
+        return torch.cat(tokens, dim=2) if tokens else seeds.new_empty(*anchors, 0)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Hidden state [B, P, H] at the end token behind thoughts [B, P, k].
@@ -110,7 +125,13 @@ class Thinker:
         """Embeddings [B, P, k + 2, H] of whole thoughts."""
         return torch.cat([self.start, self.model.embed_tokens(tokens), self.end], dim=2)
 
-    def _advance(self, steps: Tensor, text: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def _advance(
+        self,
+        steps: Tensor,
+        text: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
         """Run the next steps [B, P, S, H], in one pass with base ``text`` if there is one.
 
         Returns:
@@ -123,7 +144,7 @@ class Thinker:
             length = text.shape[1]
             rows, positions = torch.cat([text, rows], dim=1), torch.cat([position_ids, positions], dim=1)
             layout = BaseAndThoughts(self.cache.base, length, self.cache)
-        hidden = run_layers(self.model, rows, positions, layout)
+        hidden = run_layers(self.model, rows, positions, layout, collect)
         self.cache.steps += count
         self.hidden = hidden[:, length:].unflatten(1, (-1, count))[:, :, -1]
         return hidden[:, :length]

@@ -69,7 +69,7 @@ class ThoughtsAsText:
         if self.window is not None:
             visible &= anchors - column < self.window
         if self.cache.key_start is not None:
-            visible &= column >= self.cache.key_start[:, None, None]
+            visible &= column >= self.cache.key_start.view(len(anchors), -1, 1)
         own = torch.ones(self.max_steps, self.max_steps, dtype=torch.bool).tril()[self.new]
         own = torch.eye(self.num_anchors, dtype=torch.bool)[:, None, :, None] & own[:, None]
         shape = *anchors.shape[:2], own.shape[1], -1

@@ -4,10 +4,9 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quietstar.models import QuietStarOutput
-from quietstar.models.objective import IGNORE_INDEX
+from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded, text_labels, token_starts
 
 
 class ThoughtMetrics:
@@ -19,15 +18,22 @@ class ThoughtMetrics:
     def __init__(self) -> None:
         self._totals: Tensor | None = None
 
-    def add(self, output: QuietStarOutput, labels: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Add one forward pass; ``labels`` and ``attention_mask`` are its arguments, [B, L]."""
-        _, num_thoughts, positions, lookahead = output.talk_nll.shape
+    def add(
+        self,
+        output: QuietStarOutput,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        """Add one forward pass; the other arguments are those that it was given, [B, L]."""
+        _, num_thoughts, _, lookahead = output.talk_nll.shape
+        starts = token_starts(attention_mask, position_ids, labels.shape)
+        labels = text_labels(labels, attention_mask, starts)
         labelled = labels[:, 1:] != IGNORE_INDEX
-        if attention_mask is not None:
-            labelled &= attention_mask[:, 1:].bool()
-        # [B, L−1, M]: is there a label for look-ahead m of the thought behind i, that is, for token i+m+1?
-        predicted = pad(labelled, (0, lookahead - 1)).unfold(1, lookahead, 1)
-        rewarded = predicted[:, : positions - lookahead].any(dim=-1)
+        predicted = look_ahead(labels, lookahead, starts) != IGNORE_INDEX  # [B, L−1, M]
+        gains = predicted[:, : output.reward.shape[2]].any(dim=-1)
+        if (within := rewarded(labels, lookahead, starts)) is not None:
+            gains &= within
         sums = [
             output.base_nll.sum(),
             *output.talk_nll.sum(dim=(0, 1, 2)),
@@ -38,7 +44,7 @@ class ThoughtMetrics:
         counts = [
             labelled.sum(),
             *predicted.sum(dim=(0, 1)) * num_thoughts,
-            rewarded.sum() * num_thoughts,
+            gains.sum() * num_thoughts,
             predicted.sum() * num_thoughts,
             labelled.new_ones(()),
         ]

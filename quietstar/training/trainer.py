@@ -56,7 +56,7 @@ class QuietStarTrainer(Trainer):
         inputs = {**inputs, "output_thought_logprobs": False}  # nothing here reads them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         metrics = self._training_metrics if model.training else self._evaluation_metrics
-        metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"))
+        metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

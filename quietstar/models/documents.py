@@ -1,0 +1,145 @@
+"""Where documents begin: what an attention mask says about padding, and position ids about packed documents.
+
+``starts`` is, wherever it is handed on, int64 [B] (the first column of each row that is not left padding), int64 [B, L]
+(packed rows: the first column of each token's document), or None (every row is one document from column 0 on).
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def first_key(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The first position of each sequence that is not left padding, or None where nothing is padded on the left.
+
+    Right padding needs no mask: causal attention never looks at it.
+
+    Args:
+        attention_mask: [B, L], 1 for tokens and 0 for padding; or the bool mask [B, 1, rows, keys] that transformers
+            makes of it for compileable caches; or None.
+        shape: the expected (B, L).
+
+    Returns:
+        int64 [B], or None.
+
+    Raises:
+        ValueError: another shape, or padding between tokens.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        return attention_mask[:, 0, -1].to(torch.int64).argmax(dim=-1)
+    if tuple(attention_mask.shape) != tuple(shape):
+        raise ValueError(f"attention_mask must have shape {list(shape)}, got {list(attention_mask.shape)}")
+    mask = attention_mask.bool()
+    if bool((mask[:, 1:] & ~mask[:, :-1]).sum(dim=1).gt(~mask[:, 0]).any()):
+        raise ValueError("attention_mask must be one run of ones per sequence, got padding between tokens")
+    if bool(mask[:, 0].all()):
+        return None
+    return mask.to(torch.int64).argmax(dim=1)
+
+
+def document_starts(
+    attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]
+) -> Tensor | None:
+    """``starts`` of whole rows. Reads values: a GPU is waited for where a mask or positions are given.
+
+    A document begins wherever a position is not one more than the one before it, as for Mistral in transformers.
+
+    Args:
+        attention_mask: [B, L] or None.
+        position_ids: int [B, L] or [1, L] as the caller gave them, or None: one document.
+        shape: the expected (B, L).
+
+    Raises:
+        ValueError: a mask of another shape, or with padding between tokens.
+    """
+    padding = first_key(attention_mask, shape)
+    if position_ids is None or not bool(_begins(attention_mask, position_ids).any()):
+        return padding
+    return token_starts(attention_mask, position_ids, shape)
+
+
+def token_starts(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """As :func:`document_starts`, but always [B, L] where a mask or positions are given, without reading values."""
+    starts = None
+    if position_ids is not None:
+        column = torch.arange(1, shape[1], device=position_ids.device)
+        begins = torch.nn.functional.pad(_begins(attention_mask, position_ids) * column, (1, 0))
+        starts = begins.cummax(dim=1).values.expand(shape)
+    if attention_mask is None:
+        return starts
+    padding = attention_mask.bool().to(torch.int64).argmax(dim=1)[:, None].expand(shape)
+    return padding if starts is None else torch.maximum(starts, padding)
+
+
+def _begins(attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+    """Which tokens but the first of each row begin a document, bool [B, L−1]; the positions of padding mean nothing."""
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None:
+        begins = begins & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+    return begins
+
+
+def at_anchors(starts: Tensor | None, anchors: Tensor) -> Tensor | None:
+    """``starts`` as the ``key_start`` of thoughts behind ``anchors`` [P] or [B, P]: int64 [B] or [B, P]."""
+    if starts is None or starts.dim() == 1:
+        return starts
+    return starts.gather(1, anchors.clamp_min(0).expand(len(starts), -1))
+
+
+def packed_mask(starts: Tensor, window: int | None) -> Tensor:
+    """The keys that each token of packed rows sees, bool [B, 1, L, L], of ``starts`` [B, L]."""
+    column = torch.arange(starts.shape[1], device=starts.device)
+    visible = (column <= column[:, None]) & (column >= starts[:, :, None])
+    if window is not None:
+        visible &= column[:, None] - column < window
+    return visible[:, None]
+
+
+def text_labels(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    """Labels int [B, L] of a text: −100 in padding and for the first token of each document, which nothing predicts."""
+    if attention_mask is not None:
+        labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    if starts is None:
+        return labels
+    column = torch.arange(labels.shape[1], device=labels.device)
+    return labels.masked_fill(column <= _of_tokens(starts, labels), IGNORE_INDEX)
+
+
+def look_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
+    """Labels of the predictions after a thought, int [B, L−1, M]: token i+1+m for look-ahead m of the thought behind i.
+
+    −100 behind the end of the row, in the documents after the thought's own, and for thoughts behind padding.
+
+    Args:
+        labels: int [B, L], from :func:`text_labels`.
+        lookahead: M.
+        starts: as in this module's docstring.
+    """
+    positions = labels.shape[1] - 1
+    anchor = torch.arange(positions, device=labels.device)[:, None]
+    column = anchor + torch.arange(1, lookahead + 1, device=labels.device)
+    inside = column <= positions
+    column = column.clamp_max(positions)
+    if starts is not None:
+        starts = _of_tokens(starts, labels)
+        own = starts[:, :-1, None]
+        inside = inside & (starts[:, column] == own) & (own <= anchor)
+    return labels[:, column].masked_fill(~inside, IGNORE_INDEX)
+
+
+def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | None:
+    """Which of the first L−1−M thoughts look no further than their document, bool [B, L−1−M]: those are rewarded.
+
+    None is all of them. Arguments as of :func:`look_ahead`.
+    """
+    if starts is None or starts.dim() == 1:
+        return None
+    return starts[:, lookahead + 1 :] == starts[:, : labels.shape[1] - 1 - lookahead]
+
+
+def _of_tokens(starts: Tensor, labels: Tensor) -> Tensor:
+    """``starts`` as [B, L]."""
+    return starts if starts.dim() == 2 else starts[:, None].expand(labels.shape)

@@ -1,0 +1,60 @@
+"""What Quiet-STaR adds to a decoder: the thought embeddings and the mixing head."""
+
+import torch
+from torch import Tensor, nn
+
+from quietstar.models.weights import is_plain
+
+
+class ThoughtEmbedding(nn.Module):
+    """A learned vector [H] that is multiplied by a scale on use, which multiplies the step size of its training."""
+
+    def __init__(self, hidden_size: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.scale = scale
+
+    def forward(self) -> Tensor:
+        return self.weight * self.scale
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class MixingHead(nn.Sequential):
+    """Weight of the thought prediction from the two hidden states: MLP(concat(base, thought)), unbounded.
+
+    The last layer starts at zero, so that training starts exactly at the base model.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.ReLU(),
+            ZeroLinear(hidden_size, 1, bias=False),
+        )
+
+    def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
+        """Mixing weights [B, ...] of thought states [B, ..., H].
+
+        Args:
+            base_hidden: [B, L, H]; without ``base_index`` it broadcasts with ``thought_hidden``.
+            base_index: int [...] into L: the base state each thought state is mixed with.
+        """
+        first, *others = self
+        if is_plain(first):
+            # It is linear in the concatenation: each base state is projected once for all its thoughts.
+            base_weight, thought_weight = first.weight.chunk(2, dim=1)
+            projected = nn.functional.linear(base_hidden, base_weight)
+            if base_index is not None:
+                projected = projected[:, base_index]
+            hidden = nn.functional.linear(thought_hidden, thought_weight, first.bias) + projected
+        else:  # an adapter or a quantiser has put another module in its place
+            base_hidden = base_hidden if base_index is None else base_hidden[:, base_index]
+            hidden = first(torch.cat([base_hidden.expand_as(thought_hidden), thought_hidden], dim=-1))
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden.squeeze(-1)

@@ -1,0 +1,87 @@
+"""The text that a call is about: tokens or their embeddings, with mask and positions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quietstar.ops._checks import Dims
+
+
+@dataclass(frozen=True)
+class Text:
+    """B texts of L tokens, as the caller gave them.
+
+    Attributes:
+        input_ids: int64 [B, L]; None where embeddings were given.
+        inputs_embeds: [B, L, H]; None where tokens were given.
+        attention_mask, position_ids: as in ``QuietStarForCausalLM.forward``.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> "Text":
+        """A text whose shapes fit together.
+
+        Raises:
+            TypeError, ValueError: none or both of tokens and embeddings, or another shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            came = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids or inputs_embeds must be given, one of them, got {came}")
+        dims = Dims()
+        if input_ids is None:
+            dims.bind("inputs_embeds", inputs_embeds, "B L H")
+        else:
+            dims.bind("input_ids", input_ids, "B L")
+        if position_ids is not None and tuple(position_ids.shape) not in ((dims["B"], dims["L"]), (1, dims["L"])):
+            raise ValueError(
+                f"position_ids must have shape {[dims['B'], dims['L']]} or {[1, dims['L']]}, "
+                f"got {list(position_ids.shape)}"
+            )
+        return cls(input_ids, inputs_embeds, attention_mask, position_ids)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return tuple(self._given.shape[:2])
+
+    @property
+    def device(self) -> torch.device:
+        return self._given.device
+
+    @property
+    def _given(self) -> Tensor:
+        return self.inputs_embeds if self.input_ids is None else self.input_ids
+
+    def positions(self, past: int | Tensor = 0) -> Tensor:
+        """Position ids [B, L], by default those behind ``past`` tokens."""
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(self.shape[1], device=self.device)[None] + past
+        return positions.expand(self.shape)
+
+    def embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Embeddings [B, L, H]."""
+        return embed(self.input_ids) if self.inputs_embeds is None else self.inputs_embeds
+
+    def embedded_with(self, others: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, H] of the text and [B, n, H] of ``others`` int64 [B, n].
+
+        In one call where both are tokens, as each makes a gradient of the size of the vocabulary.
+        """
+        if self.input_ids is None:
+            return self.inputs_embeds, embed(others)
+        together = embed(torch.cat([self.input_ids, others], dim=1))
+        return together.split([self.shape[1], others.shape[1]], dim=1)

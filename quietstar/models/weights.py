@@ -1,0 +1,68 @@
+"""The matrix of a linear layer, for ops that multiply with it themselves."""
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def weight_of(name: str, layer: nn.Module) -> Tensor:
+    """What ``layer`` multiplies with: [out, in], with the gradient's way to the layer's parameters.
+
+    A module that adapters have wrapped counts with its adapters: LoRA (PEFT, without dropout in training), and modules
+    that are trained whole (``modules_to_save``).
+
+    Args:
+        name: of the layer, for messages.
+        layer: a linear layer without a bias.
+
+    Raises:
+        ValueError: a layer that does more than to multiply with a matrix, so that its weight alone would be wrong.
+    """
+    if is_plain(layer):
+        return layer.weight
+    if hasattr(layer, "modules_to_save"):
+        adapters = layer.active_adapters
+        if layer.disable_adapters or not adapters:
+            return weight_of(name, layer.original_module)
+        return weight_of(name, layer.modules_to_save[adapters[0]])
+    if hasattr(layer, "lora_A") and is_plain(layer.get_base_layer()):
+        return _with_lora(name, layer)
+    raise ValueError(
+        f"{name} must be a torch.nn.Linear with a weight of its own, with LoRA or as one of PEFT's modules_to_save at "
+        f"most, because the ops read its weight; got {type(layer).__name__} of {type(_weight(layer)).__name__}"
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer's weight says all: a linear layer that is neither wrapped nor quantised nor sharded."""
+    weight = _weight(layer)
+    return (
+        isinstance(layer, nn.Linear)
+        and type(layer).forward is nn.Linear.forward
+        and weight.is_floating_point()
+        and not is_traceable_wrapper_subclass(weight)
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    return getattr(layer, "weight", None)
+
+
+def _with_lora(name: str, layer: nn.Module) -> Tensor:
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its forward does
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters or layer.merged:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
+            continue
+        if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "lora_bias", {}).get(adapter):
+            raise ValueError(f"{name} must have LoRA in its plain form, got a variant or a bias in adapter {adapter!r}")
+        dropout = layer.lora_dropout[adapter]
+        if layer.training and not isinstance(dropout, nn.Identity) and dropout.p > 0:
+            raise ValueError(
+                f"{name} must have LoRA without dropout, got lora_dropout = {dropout.p} in adapter {adapter!r}: the "
+                "ops multiply with the sum of both matrices"
+            )
+        weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+    return weight
