@@ -261,7 +261,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         batch, length = text.shape
         device = text.device
         if labels.shape != text.shape:
-            raise ValueError(f"labels must have the shape of the text, {[batch, length]}, got {list(labels.shape)}")
+            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
         if length < lookahead + 2:
             raise ValueError(
                 f"input_ids must have at least lookahead + 2 = {lookahead + 2} tokens per sequence, got {length}"

@@ -87,7 +87,7 @@ def test_a_layer_that_does_more_than_multiply_is_refused(layer):
 def test_a_quantised_head_is_refused(make_model, text):
     model = make_model()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="lm_head must be a torch.nn.Linear"):
+    with pytest.raises(ValueError, match=r"lm_head must be a torch\.nn\.Linear"):
         model(text, labels=text)
 
 
