@@ -303,7 +303,7 @@ class ThoughtTree:
 
     Args:
         base_length: L.
-        anchors: int [P], base positions.
+        anchors: int [P] or [B, P], base positions.
         base_mask: mask of the base rows for SDPA, [B, 1, L, L]; None is plain causal.
         key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
     """

@@ -138,7 +138,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         *,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuietStarOutput | tuple:
@@ -164,7 +164,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             thought_states: inference only: what ``generate`` keeps from one thought to the next.
             inputs_embeds: [B, L, H], embeddings of the text instead of ``input_ids``.
             output_hidden_states: give the hidden states of the base pass, [B, L, H] behind the embedding and behind
-                each layer, the last one normed.
+                each layer, the last one normed; a list names those wanted, None stands for the others.
             output_attentions: must be left out: no attention probabilities are kept.
             return_dict: False returns the values that are there as a tuple.
 
@@ -177,8 +177,9 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
         if thought_states is None and input_ids is not None:  # ``generate`` has looked at its prompt
             self._check_tokens("input_ids", input_ids, self.config.vocab_size)
-        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states: list[Tensor] | None = [] if collect else None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states: list[Tensor] | None = None if output_hidden_states is False else []
         if labels is None:
             output = self._predict(
                 text, cache, use_cache, logits_to_keep, thought_tokens, suppress_thought_tokens, thought_states,
@@ -188,9 +189,13 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
         else:
             output = self._train(text, labels, thought_tokens, output_thought_logprobs, hidden_states)
-        if collect:
-            length = text.shape[1]
-            output.hidden_states = tuple(states[:, :length] for states in hidden_states)
+        if hidden_states is not None:
+            chosen = range(len(hidden_states))
+            if output_hidden_states is not True:
+                chosen = {chosen[i] for i in output_hidden_states}
+            output.hidden_states = tuple(
+                states[:, : text.shape[1]] if i in chosen else None for i, states in enumerate(hidden_states)
+            )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -237,8 +242,8 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     @torch.no_grad()
     def _thoughts_behind(
-        self, text: Text, starts: Tensor | None, anchors: Tensor, head: Tensor, temperature: float | None,
-        generator: torch.Generator | None,
+        self, text: Text, starts: Tensor | None, anchors: Tensor, head: Tensor, temperature: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """Thoughts int64 [B, P, k] behind ``anchors`` [B, P]."""
         position_ids = text.positions()
@@ -342,7 +347,11 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         starts = self._starts(text, past, use_cache if cache is None else True, thought_states)
         packed = starts is not None and starts.dim() == 2
         position_ids = text.positions(past)
-        if cache is None and not packed and (self.config.use_cache if use_cache is None else use_cache):
+        recomputed = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputed and cache is not None:
+            raise ValueError(f"{CACHE} must be None with gradient checkpointing, got {type(cache).__name__}")
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None and wants_cache and not packed and not recomputed:
             cache = DynamicCache(config=self.config)
         embeddings = text.embedded(self.model.embed_tokens)
         base = BaseStates(self._base_mask(embeddings, text.attention_mask, starts, cache), cache)
@@ -350,6 +359,8 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         dropped = 0 if cache is None else cache.get_mask_sizes(length, 0)[1]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         anchors = torch.arange(length, device=text.device)[kept] + (past - dropped)
+        if recomputed and thought_tokens is None:  # a pass that is run again must know its thoughts before
+            thought_tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), self._head_weight())[:, None]
         key_start = at_anchors(starts, anchors)
         if key_start is not None and not packed and text.attention_mask.dim() == 2:
             key_start = (key_start - dropped).clamp_min(0)  # a mask of 4 dimensions is of the keys there are

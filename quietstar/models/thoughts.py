@@ -143,8 +143,15 @@ class Thinker:
         if text is not None:
             length = text.shape[1]
             rows, positions = torch.cat([text, rows], dim=1), torch.cat([position_ids, positions], dim=1)
-            layout = BaseAndThoughts(self.cache.base, length, self.cache)
+            layout = self._layout(length, whole=count == self.cache.max_steps)
         hidden = run_layers(self.model, rows, positions, layout, collect)
         self.cache.steps += count
         self.hidden = hidden[:, length:].unflatten(1, (-1, count))[:, :, -1]
         return hidden[:, :length]
+
+    def _layout(self, length: int, whole: bool) -> BaseAndThoughts | ThoughtTree:
+        """Of a pass over a text and the first steps of its thoughts: where these are ``whole``, nothing need be kept."""
+        base = self.cache.base
+        if whole and isinstance(base, BaseStates) and base.cache is None:
+            return ThoughtTree(length, self.cache.anchors, base.mask, self.cache.key_start)
+        return BaseAndThoughts(base, length, self.cache)

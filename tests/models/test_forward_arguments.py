@@ -60,6 +60,10 @@ def test_hidden_states_are_those_of_the_base_model(make_model, text, thoughts, l
     assert len(actual) == len(expected) == 3
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
+    first, second, last = model(text, thought_tokens=thoughts, output_hidden_states=[0, -1], **options).hidden_states
+    assert second is None
+    assert torch.equal(first, actual[0])
+    assert torch.equal(last, actual[2])
     assert model(text).hidden_states is None
     model.config.output_hidden_states = True
     assert len(model(text).hidden_states) == 3
@@ -133,6 +137,23 @@ def test_gradients_equal_those_of_the_training_pass(make_model, text):
         collected.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in collected[0].items():
         torch.testing.assert_close(collected[1][name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_gradient_checkpointing_changes_no_gradient_of_ones_own_loss(make_model, text, given):
+    model = make_model(thought_temperature=0.0).train()
+    options = {"thought_tokens": torch.randint(1, 38, (2, 1, 12, 3))} if given else {}
+    collected = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        F.cross_entropy(model(text, **options).logits.flatten(0, 1), text.flatten()).backward()
+        collected.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*collected, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=f"{CACHE} must be None with gradient checkpointing"):
+        model(text, **{CACHE: DynamicCache()})
 
 
 def test_steps_with_a_cache_may_be_trained_on(make_model, text):
