@@ -25,7 +25,7 @@ from quietstar.models.generation import ThinkingGeneration
 from quietstar.models.layers import MixingHead, ThoughtEmbedding, ZeroLinear
 from quietstar.models.objective import quiet_star_objective
 from quietstar.models.text import Text
-from quietstar.models.thoughts import Thinker, run_layers
+from quietstar.models.thoughts import HiddenStates, Thinker, run_layers
 from quietstar.models.transformers_names import CACHE, base_mask, only_cache
 from quietstar.models.weights import weight_of
 from quietstar.ops._autocast import autocast_inputs
@@ -179,23 +179,20 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             self._check_tokens("input_ids", input_ids, self.config.vocab_size)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states: list[Tensor] | None = None if output_hidden_states is False else []
+        collect = None if output_hidden_states is False else HiddenStates(text.shape[1])
         if labels is None:
             output = self._predict(
-                text, cache, use_cache, logits_to_keep, thought_tokens, suppress_thought_tokens, thought_states,
-                hidden_states,
+                text, cache, use_cache, logits_to_keep, thought_tokens, suppress_thought_tokens, thought_states, collect
             )  # fmt: skip
         elif cache is not None:
             raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
         else:
-            output = self._train(text, labels, thought_tokens, output_thought_logprobs, hidden_states)
-        if hidden_states is not None:
-            chosen = range(len(hidden_states))
+            output = self._train(text, labels, thought_tokens, output_thought_logprobs, collect)
+        if collect is not None:
+            chosen = range(len(collect.states))
             if output_hidden_states is not True:
                 chosen = {chosen[i] for i in output_hidden_states}
-            output.hidden_states = tuple(
-                states[:, : text.shape[1]] if i in chosen else None for i, states in enumerate(hidden_states)
-            )
+            output.hidden_states = tuple(states if i in chosen else None for i, states in enumerate(collect.states))
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -258,7 +255,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     def _train(
         self, text: Text, labels: Tensor, thought_tokens: Tensor | None, output_thought_logprobs: bool,
-        hidden_states: list[Tensor] | None,
+        collect: HiddenStates | None,
     ) -> QuietStarOutput:  # fmt: skip
         """One pass over base text and thoughts (the thought tree), and the objective."""
         config = self.config
@@ -294,7 +291,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             embeddings,
             torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
             ThoughtTree(length, anchors, mask, at_anchors(starts, anchors)),
-            hidden_states,
+            collect,
         )
         del embeddings  # as large as the hidden states
         base_hidden = hidden[:, :length]
@@ -337,7 +334,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
     def _predict(
         self, text: Text, cache: Cache | None, use_cache: bool | None, logits_to_keep: int | Tensor,
         thought_tokens: Tensor | None, suppress_thought_tokens: bool, thought_states: ThoughtStates | None,
-        hidden_states: list[Tensor] | None,
+        collect: HiddenStates | None,
     ) -> QuietStarOutput:  # fmt: skip
         """A base pass, a thought behind each kept position, and the mixed logits there."""
         batch, length = text.shape
@@ -360,7 +357,9 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         anchors = torch.arange(length, device=text.device)[kept] + (past - dropped)
         if recomputed and thought_tokens is None:  # a pass that is run again must know its thoughts before
-            thought_tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), self._head_weight())[:, None]
+            thought_tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), self._head_weight())[
+                :, None
+            ]
         key_start = at_anchors(starts, anchors)
         if key_start is not None and not packed and text.attention_mask.dim() == 2:
             key_start = (key_start - dropped).clamp_min(0)  # a mask of 4 dimensions is of the keys there are
@@ -369,7 +368,7 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
             shape = batch, 1, len(anchors), self.config.thought_length
             thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
         thinker = self._thinker(base, anchors.expand(batch, -1), position_ids[:, kept], key_start, thought_states)
-        base_hidden = thinker.read(embeddings, position_ids, thought_tokens, hidden_states)[:, kept]
+        base_hidden = thinker.read(embeddings, position_ids, thought_tokens, collect)[:, kept]
         # Calls cost less in inference mode; what is made there must not reach those who may train on it.
         quick = thought_states is not None and not torch.compiler.is_compiling()
         with torch.inference_mode() if quick else nullcontext():

@@ -1,5 +1,7 @@
 """Thinking: running the layers over thought steps, and sampling thoughts behind a finished base pass."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -15,28 +17,39 @@ from quietstar.models.transformers_names import MistralModel
 from quietstar.ops import linear_sample
 
 
+@dataclass
+class HiddenStates:
+    """Collects the hidden states [B, L, H] of a text behind the embedding and each layer, the last one normed."""
+
+    length: int
+    states: list[Tensor] = field(default_factory=list)
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """Keep the first L of ``hidden`` [B, rows, H]; what is handed on is made of it, so that it gets a gradient."""
+        text, thoughts = hidden.tensor_split([self.length], dim=1)
+        self.states.append(text)
+        return torch.cat([text, thoughts], dim=1)
+
+
 def run_layers(
     model: MistralModel,
     embeddings: Tensor,
     position_ids: Tensor,
     thoughts: TextCache | ThoughtCache | BaseAndThoughts | ThoughtTree,
-    collect: list[Tensor] | None = None,
+    collect: HiddenStates | None = None,
 ) -> Tensor:
     """Final hidden states [B, rows, H] of rows whose attention ``thoughts`` lays out.
 
-    Transformers' own forward would build a causal mask over all rows; here the layout is the mask. ``collect`` takes
-    the embeddings and the hidden states behind each layer, the last one normed.
+    Transformers' own forward would build a causal mask over all rows; here the layout is the mask.
     """
     hidden = embeddings
     position_embeddings = model.rotary_emb(hidden, position_ids)
     for layer in model.layers:
         if collect is not None:
-            collect.append(hidden)
+            hidden = collect.take(hidden)
         hidden = layer(hidden, position_ids=position_ids, position_embeddings=position_embeddings, thoughts=thoughts)
     hidden = model.norm(hidden)
-    if collect is not None:
-        collect.append(hidden)
-    return hidden
+    return hidden if collect is None else collect.take(hidden)
 
 
 class Thinker:
@@ -82,7 +95,7 @@ class Thinker:
         text: Tensor,
         position_ids: Tensor,
         tokens: Tensor | None = None,
-        collect: list[Tensor] | None = None,
+        collect: HiddenStates | None = None,
     ) -> Tensor:
         """Run the base pass, and in it the steps of the thoughts that are known: the start tokens at least.
 
@@ -90,7 +103,7 @@ class Thinker:
             text: embeddings [B, L, H].
             position_ids: int [B, L].
             tokens: the thoughts [B, P, k], if they are not to be sampled.
-            collect: as in :func:`run_layers`, of all rows: those of the text come first.
+            collect: takes the hidden states of the text.
 
         Returns:
             Hidden states [B, L, H] behind the text.
@@ -130,7 +143,7 @@ class Thinker:
         steps: Tensor,
         text: Tensor | None = None,
         position_ids: Tensor | None = None,
-        collect: list[Tensor] | None = None,
+        collect: HiddenStates | None = None,
     ) -> Tensor:
         """Run the next steps [B, P, S, H], in one pass with base ``text`` if there is one.
 
@@ -150,7 +163,7 @@ class Thinker:
         return hidden[:, :length]
 
     def _layout(self, length: int, whole: bool) -> BaseAndThoughts | ThoughtTree:
-        """Of a pass over a text and the first steps of its thoughts: where these are ``whole``, nothing need be kept."""
+        """Of a pass over a text and the first steps of its thoughts; if these are ``whole``, nothing need be kept."""
         base = self.cache.base
         if whole and isinstance(base, BaseStates) and base.cache is None:
             return ThoughtTree(length, self.cache.anchors, base.mask, self.cache.key_start)

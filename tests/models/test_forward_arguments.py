@@ -56,7 +56,8 @@ def test_hidden_states_are_those_of_the_base_model(make_model, text, thoughts, l
     base.load_state_dict(model.state_dict(), strict=False)
     expected = base(text, output_hidden_states=True).hidden_states
     options = {"labels": text} if labelled else {}
-    actual = model(text, thought_tokens=thoughts, output_hidden_states=True, **options).hidden_states
+    output = model(text, thought_tokens=thoughts, output_hidden_states=True, **options)
+    actual = output.hidden_states
     assert len(actual) == len(expected) == 3
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs)
@@ -64,6 +65,10 @@ def test_hidden_states_are_those_of_the_base_model(make_model, text, thoughts, l
     assert second is None
     assert torch.equal(first, actual[0])
     assert torch.equal(last, actual[2])
+    for states in actual:
+        states.retain_grad()
+    (output.loss if labelled else output.logits.sum()).backward()
+    assert all(states.grad.any() for states in actual)
     assert model(text).hidden_states is None
     model.config.output_hidden_states = True
     assert len(model(text).hidden_states) == 3
