@@ -7,6 +7,7 @@ from quietstar.ops._triton import interpreted
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 ENVIRONMENT_VARIABLE = "QUIETSTAR_BACKEND"
+AUTO = "auto"
 
 # Why a backend cannot run the given inputs, in one clause; None if it can.
 Availability = Callable[..., str | None]
@@ -22,32 +23,49 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Avai
 
     Args:
         op: name of the op, for messages.
-        requested: the caller's ``backend`` argument. ``None`` defers to the environment variable
-            ``QUIETSTAR_BACKEND`` and, when that is unset too, to ``"auto"``.
+        requested: the caller's ``backend`` argument: a name, or several separated by commas, of which the first that
+            can run is taken; the last may be ``"auto"``, whichever can. ``None`` defers to the environment variable
+            ``QUIETSTAR_BACKEND`` (of the same form) and, when that is unset or empty too, to ``"auto"``.
         candidates: the op's backends in order of preference, each with its availability check.
             ``"auto"`` takes the first that can run, but never Triton's interpreter.
         inputs: handed to the availability checks.
 
     Raises:
-        ValueError: the name is not a backend, or the named backend cannot run these inputs.
-            Only ``"auto"`` falls back.
+        TypeError: ``requested`` is neither None nor a string.
+        ValueError: a name is not a backend or comes twice, or none of those named can run these inputs.
     """
     source = "backend"
-    if requested is None and ENVIRONMENT_VARIABLE in os.environ:
-        requested, source = os.environ[ENVIRONMENT_VARIABLE], f"{ENVIRONMENT_VARIABLE} (the default of backend)"
-    if requested is None or requested == "auto":
-        for name, unavailable in candidates.items():
-            if unavailable(*inputs) is None and not (name == "triton" and interpreted()):
-                return name
-        raise ValueError(f"backend: none of {', '.join(candidates)} can run {op} on these inputs")
-    if requested not in BACKENDS:
-        raise ValueError(f"{source} must be None, 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}")
-    if requested not in candidates:
-        raise ValueError(f"{source}: {op} has no {requested!r} backend; it has {', '.join(candidates)}")
-    reason = candidates[requested](*inputs)
-    if reason is not None:
-        usable = [name for name, unavailable in candidates.items() if unavailable(*inputs) is None]
+    if requested is None:
+        requested, source = os.environ.get(ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE} (the default of backend)"
+        if requested is None or not requested.strip():
+            requested = AUTO
+    names = _parse(requested, source)
+    reasons = []
+    for name in names:
+        for backend in candidates if name == AUTO else (name,):
+            reason = candidates[backend](*inputs) if backend in candidates else f"the op has {', '.join(candidates)}"
+            if name == AUTO and backend == "triton" and interpreted():
+                reason = f"Triton's interpreter, which is slow, is not for {AUTO!r}"
+            if reason is None:
+                return backend
+            reasons.append(f"{backend!r} cannot run {op} here: {reason}")
+    usable = [name for name, unavailable in candidates.items() if unavailable(*inputs) is None]
+    advice = f" ('{requested.strip()},{usable[0]}' takes the first that can run)" if usable and names != [AUTO] else ""
+    raise ValueError(f"{source}: {'; '.join(reasons)}; usable here: {', '.join(usable) or 'none'}{advice}")
+
+
+def _parse(requested: str, source: str) -> list[str]:
+    """The names in ``requested``, in order."""
+    if not isinstance(requested, str):
+        raise TypeError(f"{source} must be None or a string, got {type(requested).__name__}")
+    names = [name.strip() for name in requested.split(",")]
+    if any(name != AUTO and name not in BACKENDS for name in names):
         raise ValueError(
-            f"{source}: {requested!r} cannot run {op} here: {reason}; usable here: {', '.join(usable) or 'none'}"
+            f"{source} must be None, {AUTO!r} or one of {', '.join(BACKENDS)}, or a list such as 'cuda,triton,torch', "
+            f"got {requested!r}"
         )
-    return requested
+    if len(set(names)) < len(names):
+        raise ValueError(f"{source} must name each backend once, got {requested!r}")
+    if AUTO in names[:-1]:
+        raise ValueError(f"{source} must have {AUTO!r} last, which takes whatever can run, got {requested!r}")
+    return names

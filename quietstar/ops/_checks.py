@@ -8,7 +8,8 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
-# Reading a value on CUDA waits for the device, so values are read there only when this variable is set (to debug).
+# Reading a value on CUDA waits for the device, so values are read there only when this variable is set (to debug);
+# 0, false, no, off and nothing at all leave it off.
 CHECK_VALUES_VARIABLE = "QUIETSTAR_CHECK_VALUES"
 
 
@@ -81,11 +82,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: on the CPU, or anywhere with ``QUIETSTAR_CHECK_VALUES`` set.
+    """Whether a check may look at the values: on the CPU, or on any device with ``QUIETSTAR_CHECK_VALUES`` on.
 
-    Never inside ``torch.compile``, where values do not exist yet.
+    Never inside ``torch.compile`` and on the meta device, where there are no values.
     """
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or CHECK_VALUES_VARIABLE in os.environ)
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return os.environ.get(CHECK_VALUES_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:

@@ -8,13 +8,17 @@ negative and misaligned ones.
 import torch
 from torch import Tensor
 
+from quietstar.ops._capability import not_built_for, too_old
+
 try:  # after torch: the module then shares torch's OpenMP threads instead of starting its own
     from quietstar import _C
 except ImportError as error:
     _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it"
 
 # Asked once: torch.compile traces the choice of a backend, and cannot trace into the compiled module.
-_HAS_CUDA = _C is not None and _C.build_info()["cuda"] is not None
+_BUILD = {} if _C is None else _C.build_info()
+# What CUDA code was compiled for, as CMake names it; empty in builds without.
+_ARCHITECTURES = tuple((_BUILD.get("cuda_architectures") or "").split())
 
 # The numbers of csrc/include/quietstar/contract.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -33,11 +37,17 @@ def cuda_unavailable(tensor: Tensor) -> str | None:
     """Why the ``cuda`` backend cannot run on ``tensor``, in one clause; None if it can."""
     if _C is None:
         return _MISSING
-    if not _HAS_CUDA:
+    if not _ARCHITECTURES:
         return "the compiled module was built without CUDA; `pip install . -C cmake.define.QUIETSTAR_CUDA=ON` adds it"
     if tensor.device.type != "cuda":
         return f"its kernels need tensors on a GPU, got {tensor.device.type}"
-    return _unless_dtype(tensor, torch.float32, torch.bfloat16, torch.float16)
+    if torch.version.hip:
+        return "its kernels are for GPUs of NVIDIA, and this PyTorch is for AMD's"
+    return (
+        _unless_dtype(tensor, torch.float32, torch.bfloat16, torch.float16)
+        or too_old(tensor.device)
+        or not_built_for(tensor.device, _ARCHITECTURES)
+    )
 
 
 def _unless_dtype(tensor: Tensor, *dtypes: torch.dtype) -> str | None:

@@ -16,8 +16,13 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.to(compute_dtype(tensor.dtype))
 
 
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on ``device``; there are devices that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """A region in which tensors on ``device`` are computed with in the dtypes they have."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_on(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -6,6 +6,8 @@ import os
 import torch
 from torch import Tensor
 
+from quietstar.ops._capability import too_old
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -24,4 +26,4 @@ def triton_unavailable(tensor: Tensor) -> str | None:
         return "Triton's interpreter does not round to bfloat16" if tensor.dtype == torch.bfloat16 else None
     if tensor.device.type != "cuda":
         return f"its kernels need a GPU and the inputs are on {tensor.device.type} (to test them: TRITON_INTERPRET=1)"
-    return None
+    return too_old(tensor.device)

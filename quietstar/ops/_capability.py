@@ -1,0 +1,79 @@
+"""Which GPUs compiled code runs on, by compute capability."""
+
+import functools
+import re
+
+import torch
+
+Capability = tuple[int, int]
+"""Major and minor number, as PyTorch reports them."""
+
+# All Triton supports, and what csrc/cuda is written in: products of bfloat16 by m16n8k16, and cp.async.
+_LEAST = 8, 0
+# GPUs beside a CPU on one chip. Machine code is exchanged neither with the others of their generation nor among them.
+_INTEGRATED = {(8, 7), (10, 1), (11, 0)}
+
+
+@torch.compiler.assume_constant_result
+def too_old(device: torch.device) -> str | None:
+    """Why kernels cannot run on this GPU, in one clause; None if they can, or nothing is known of it.
+
+    AMD's numbers mean something else: nothing is said of them.
+    """
+    found = None if torch.version.hip else capability(device)
+    if found is None or found >= _LEAST:
+        return None
+    return f"needs compute capability {_dotted(_LEAST)} or newer, got {_dotted(found)} on {device}"
+
+
+@torch.compiler.assume_constant_result
+def not_built_for(device: torch.device, architectures: tuple[str, ...]) -> str | None:
+    """Why kernels compiled for ``architectures`` cannot run on this GPU; see :func:`too_old`."""
+    found = capability(device)
+    if found is None or runs_on(architectures, found):
+        return None
+    return (
+        f"the compiled module was built for {' '.join(architectures)}, and {device} has compute capability "
+        f"{_dotted(found)}; `pip install . -C cmake.define.CMAKE_CUDA_ARCHITECTURES={found[0]}{found[1]}-real` "
+        "builds it for that (so does the environment variable CUDAARCHS)"
+    )
+
+
+def capability(device: torch.device) -> Capability | None:
+    """Compute capability of a device; None for that of a fake tensor, which may not be there."""
+    try:
+        return torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError):  # PyTorch without CUDA, no driver, no such device
+        return None
+
+
+@functools.cache
+def runs_on(architectures: tuple[str, ...], capability: Capability) -> bool:
+    """Whether code for ``architectures``, in the notation of CMAKE_CUDA_ARCHITECTURES, runs on a capability.
+
+    - ``80-real``: machine code, for the same major and a minor that is not smaller;
+    - ``80-virtual``: PTX, which the driver compiles for all that is not older;
+    - ``80``: both;
+    - ``90a...``: with features of one architecture, for that one only;
+    - ``100f...``: with features of a family: as machine code.
+    """
+    return any(_runs(architecture, capability) for architecture in architectures)
+
+
+def _runs(architecture: str, capability: Capability) -> bool:
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if match is None:
+        return False
+    major, minor, features, kind = match.groups()
+    built = int(major), int(minor)
+    if built == capability:
+        return True
+    if features == "a":
+        return False
+    if kind != "-real" and not features:
+        return capability > built
+    return capability[0] == built[0] and capability[1] > built[1] and not {built, capability} & _INTEGRATED
+
+
+def _dotted(capability: Capability) -> str:
+    return ".".join(map(str, capability))
