@@ -78,7 +78,8 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return f"no device (torch built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU only'})"
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return f"CUDA {torch.version.cuda}: " + "; ".join(
+    built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{built}: " + "; ".join(
         f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB" for device in devices
     )
 
@@ -97,8 +98,11 @@ def _compiled_module() -> str:
 def _backends(op: str) -> str:
     import torch
 
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return "; ".join(f"{device}: {', '.join(_usable(op, device)) or 'none'}" for device in devices)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices: dict[str, list[str]] = {}  # by what they can run: GPUs of one machine may differ
+    for device in ["cpu", *(f"cuda:{index}" for index in range(count))]:
+        devices.setdefault(", ".join(_usable(op, device)) or "none", []).append(device)
+    return "; ".join(f"{', '.join(alike)}: {usable}" for usable, alike in devices.items())
 
 
 def _usable(op: str, device: str) -> list[str]:

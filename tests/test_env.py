@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import quietstar
-from quietstar import ops
+from quietstar import env, ops
 from quietstar.env import OPS, environment, main
 
 
@@ -89,3 +89,12 @@ def test_devices_are_listed(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     device = "NVIDIA H200, sm_90, 141 GiB"
     assert environment()["cuda"] == f"CUDA 13.0: {device}; {device}"
+
+
+def test_backends_are_found_on_every_device(monkeypatch):
+    """Stands in for a machine with GPUs of two kinds."""
+    usable = {"cpu": ["reference", "cpu"], "cuda:0": ["triton", "cuda"], "cuda:1": ["torch"], "cuda:2": ["torch"]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(env, "_usable", lambda op, device: usable[device])
+    assert environment()["mix_logits"] == "cpu: reference, cpu; cuda:0: triton, cuda; cuda:1, cuda:2: torch"

@@ -58,7 +58,7 @@ def printed_by(code: str) -> str:
     [
         ("quietstar", {"torch", "transformers"}),
         ("quietstar.cli", {"torch", "transformers"}),
-        ("quietstar.ops", {"transformers", "quietstar.models", "quietstar.training"}),
+        ("quietstar.ops", {"transformers", "triton", "torch._dynamo", "quietstar.models", "quietstar.training"}),
         ("quietstar.models", {"quietstar.training"}),
     ],
 )

@@ -14,7 +14,6 @@ _LEAST = 8, 0
 _INTEGRATED = {(8, 7), (10, 1), (11, 0)}
 
 
-@torch.compiler.assume_constant_result
 def too_old(device: torch.device) -> str | None:
     """Why kernels cannot run on this GPU, in one clause; None if they can, or nothing is known of it.
 
@@ -26,7 +25,6 @@ def too_old(device: torch.device) -> str | None:
     return f"needs compute capability {_dotted(_LEAST)} or newer, got {_dotted(found)} on {device}"
 
 
-@torch.compiler.assume_constant_result
 def not_built_for(device: torch.device, architectures: tuple[str, ...]) -> str | None:
     """Why kernels compiled for ``architectures`` cannot run on this GPU; see :func:`too_old`."""
     found = capability(device)
@@ -77,3 +75,9 @@ def _runs(architecture: str, capability: Capability) -> bool:
 
 def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
+
+
+# torch.compile traces the choice of a backend, but not these. What torch.compiler.assume_constant_result does, without
+# importing Dynamo, and with it Triton, first.
+for _question in (too_old, not_built_for):
+    _question._dynamo_marked_constant = True

@@ -31,13 +31,19 @@ class QuietStarTrainer(Trainer):
     are not finite are never saved.
 
     Raises:
-        ValueError: label smoothing, which the objective has not.
+        ValueError: label smoothing, which the objective has not; several GPUs in one process.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor != 0:
             raise ValueError(f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}")
+        if self.args.n_gpu > 1:  # the Trainer would make torch.nn.DataParallel of the model
+            raise ValueError(
+                f"every GPU must have a process of its own, got {self.args.n_gpu} GPUs in one: start with "
+                f"`torchrun --nproc_per_node {self.args.n_gpu} $(which quietstar) train ...`, or train on one GPU with "
+                "CUDA_VISIBLE_DEVICES=0 in the environment"
+            )
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from compile_kernels import SHARED_MEMORY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -31,6 +32,24 @@ def test_every_architecture_has_rows_for_everything(family):
     for kernel, dtype, head in itertools.product(triton_tune.KERNELS, DTYPES, (8, 16, 64, 80, 96, 128, 200, 256)):
         query = torch.empty(1, 1, 1, 1, head, dtype=dtype)
         assert launch.tile_for(kernel, query) in triton_tune.candidates(kernel, query, 227 << 10)
+
+
+def test_the_architecture_is_that_of_the_tensor(monkeypatch):
+    """Stands in for a machine with GPUs of two kinds; Triton speaks of the one that is current."""
+    current = [0]
+
+    def set_current(index):
+        current[0], previous = index, current[0]
+        return previous
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", set_current)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", set_current)
+    monkeypatch.setattr(launch, "architecture", lambda: (launch.AMPERE, HOPPER)[current[0]])
+    for device, family in enumerate((launch.AMPERE, HOPPER)):
+        with FakeTensorMode():
+            query = torch.empty(1, 1, 1, 1, 128, dtype=torch.bfloat16, device=f"cuda:{device}")
+        assert launch.tile_for(FORWARD, query) == TILES[FORWARD, family, 2, 128]
+        assert current == [0]
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 128])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM
 from quietstar.training import NonFiniteError
@@ -149,3 +149,12 @@ def test_bad_loss_shows_at_the_next_log(make_model, make_trainer):
 def test_label_smoothing_is_refused(make_model, make_trainer):
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
         make_trainer(make_model(), label_smoothing_factor=0.1)
+
+
+def test_several_gpus_in_one_process_are_refused(make_model, make_trainer, monkeypatch):
+    """Stands in for a machine with GPUs and a start without torchrun, where the Trainer takes DataParallel."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(
+        ValueError, match=r"got 2 GPUs in one: start with `torchrun --nproc_per_node 2 .* CUDA_VISIBLE_DEVICES=0"
+    ):
+        make_trainer(make_model())

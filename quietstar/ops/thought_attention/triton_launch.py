@@ -131,7 +131,9 @@ def padded_head(head_size: int) -> int:
 
 def row_key(kernel: str, query: Tensor) -> tuple[str, str, int, int]:
     """The key in ``TILES`` of a kernel on the device, dtype and head size of ``query``."""
-    return kernel, architecture(), query.element_size(), max(64, padded_head(query.shape[-1]))
+    with torch.cuda.device_of(query):
+        family = architecture()
+    return kernel, family, query.element_size(), max(64, padded_head(query.shape[-1]))
 
 
 def tile_for(kernel: str, query: Tensor) -> Tile:
