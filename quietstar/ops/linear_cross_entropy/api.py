@@ -73,7 +73,7 @@ def linear_cross_entropy(
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
         row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll).
         return_nll: also return the per-row nll, detached.
-        backend: None, "auto", or a name: see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
         The loss, a scalar, or [rows] for "none"; with ``return_nll`` a pair of it and the nll [rows]. In float32,

@@ -54,7 +54,7 @@ def linear_sample(
             probability (at this temperature, after ``top_k``), and those as likely as the last of them.
         seed: integer of 64 bits, or an int64 scalar tensor. On the device of ``weight`` it is not read on the host: a
             captured CUDA graph draws anew after ``seed.add_(1)``.
-        backend: None, "auto", or a name: see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
         Token ids, int64 [rows].

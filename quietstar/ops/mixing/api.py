@@ -39,7 +39,7 @@ def mix_logits(
         base_logits: [..., V], floating point, any strides.
         thought_logits: [..., V], shape and dtype of ``base_logits``.
         mixing_weight: [...], weight w of the thought, unbounded; in the dtype of the logits or float32.
-        backend: None, "auto", or a name: see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
         [..., V] in the dtype of the logits.
@@ -80,7 +80,7 @@ def mixed_cross_entropy(
         target: int [...], token ids in [0, V) or ``ignore_index``.
         ignore_index: rows with this target have nll 0 and no gradient, whatever they hold.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
-        backend: None, "auto", or a name: see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
         The loss, a scalar, or [...] for "none"; in float32, float64 for float64 logits.

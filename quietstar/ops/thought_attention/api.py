@@ -84,7 +84,7 @@ def thought_attention(
         window: sliding window in tokens, ≥ 1: base key j is visible iff a − j < window. Default unlimited.
         scale: factor on the scores before the softmax. Default D^−½.
         return_lse: also return the log-sum-exp of the scaled scores.
-        backend: None, "auto", or a name: see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
         output [B, Hq, P, S, D] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
