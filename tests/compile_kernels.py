@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -37,6 +38,17 @@ class Kernel(NamedTuple):
     shared: int
     """Bytes of shared memory of a program."""
     ptx: str
+
+
+def spill_limit() -> int:
+    """The most bytes that a kernel in half precision may spill: none, but with the compilers of old versions of Triton.
+
+    Those spill streaming_kernel (8 bytes) and threshold_kernel (sm_90: 8 in Triton 3.6, 16 in 3.7); 3.6 also
+    key_gradient_kernel (sm_90, heads of 128: 8); 3.7 also key_gradient_kernel (sm_80, heads of 256: 8) and
+    query_gradient_kernel (sm_100, heads of 64: 24). Tiles that do not would be smaller. Triton 3.8 and 3.9 spill none.
+    """
+    major, minor = metadata.version("triton").split(".")[:2]
+    return {("3", "6"): 8, ("3", "7"): 24}.get((major, minor), 0)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from compile_kernels import GEFORCE, SHARED_MEMORY, compiled
+from compile_kernels import GEFORCE, SHARED_MEMORY, compiled, spill_limit
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def kernels(request):
 
 def assert_fit(kernels, shared_memory):
     for kernel in kernels:
-        assert kernel.spilled == 0, kernel[:6]
+        assert kernel.spilled <= spill_limit(), kernel[:6]
         assert kernel.shared <= shared_memory, kernel[:6]
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from compile_kernels import SHARED_MEMORY, compiled
+from compile_kernels import SHARED_MEMORY, compiled, spill_limit
 
 pytest.importorskip("triton")
 
@@ -50,7 +50,7 @@ def kernels(request):
 def test_kernels_fit(kernels):
     assert len(kernels) >= 29
     for kernel in kernels:
-        assert kernel.spilled == 0, kernel[:6]
+        assert kernel.spilled <= spill_limit(), kernel[:6]
         assert kernel.shared <= SHARED_MEMORY[kernel.architecture], kernel[:6]
 
 

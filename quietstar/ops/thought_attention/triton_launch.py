@@ -60,7 +60,7 @@ TILES: dict[tuple[str, str, int, int], Tile] = {
     (QUERY_GRADIENT, BLACKWELL, 2, 128): Tile(128, 64, 8, 2),
     (QUERY_GRADIENT, BLACKWELL, 2, 256): Tile(32, 64, 8, 1),
     (KEY_GRADIENT, BLACKWELL, 2, 64): Tile(64, 128, 8, 3),
-    (KEY_GRADIENT, BLACKWELL, 2, 128): Tile(64, 128, 8, 2),
+    (KEY_GRADIENT, BLACKWELL, 2, 128): Tile(64, 128, 8, 3),  # with 2 stages Triton 3.6 spills, in as much memory
     (KEY_GRADIENT, BLACKWELL, 2, 256): Tile(32, 64, 8, 2),
     # Ampere: 163 KiB. mma.sync takes both operands from registers, so blocks are half as large.
     (FORWARD, AMPERE, 2, 64): Tile(128, 64, 8, 3),
