@@ -8,9 +8,9 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
-# Reading a value on CUDA waits for the device, so values are read there only when this variable is set (to debug);
-# 0, false, no, off and nothing at all leave it off.
+# Reading a value on CUDA waits for the device, so values are read there only when this variable is on (to debug).
 CHECK_VALUES_VARIABLE = "QUIETSTAR_CHECK_VALUES"
+_OFF = ("", "0", "false", "no", "off")
 
 
 class Dims:
@@ -84,13 +84,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def can_read_values(tensor: Tensor) -> bool:
     """Whether a check may look at the values: on the CPU, or on any device with ``QUIETSTAR_CHECK_VALUES`` on.
 
-    Never inside ``torch.compile`` and on the meta device, where there are no values.
+    Never inside ``torch.compile``, where values do not exist yet.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling():
         return False
-    if tensor.device.type == "cpu":
-        return True
-    return os.environ.get(CHECK_VALUES_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
+    return tensor.device.type == "cpu" or os.environ.get(CHECK_VALUES_VARIABLE, "").strip().lower() not in _OFF
 
 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
