@@ -2,6 +2,20 @@
 
 from transformers import MistralConfig
 
+from quietstar._numbers import Interval
+
+# Which values the fields may have; the two ids are looked at in `thought_token_ids`, against the vocabulary.
+INTERVALS = {
+    "thought_length": Interval(int, "[0, inf)"),
+    "lookahead": Interval(int, "[1, inf)"),
+    "num_thoughts": Interval(int, "[1, inf)"),
+    "thought_temperature": Interval(float, "[0, inf)"),
+    "policy_temperature": Interval(float, "(0, inf)"),
+    "policy_weight": Interval(float, "[0, inf)"),
+    "base_loss_weight": Interval(float, "[0, 1]"),
+    "embedding_scale": Interval(float, "(0, inf)"),
+}
+
 
 class QuietStarConfig(MistralConfig):
     """A :class:`~transformers.MistralConfig` with the hyper-parameters of Quiet-STaR (arXiv 2403.09629).
@@ -36,16 +50,20 @@ class QuietStarConfig(MistralConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, least in (("thought_length", 0), ("lookahead", 1), ("num_thoughts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {getattr(self, name)}")
-        if self.thought_temperature < 0:
-            raise ValueError(f"thought_temperature must be >= 0, got {self.thought_temperature}")
-        for name in ("policy_temperature", "embedding_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.base_loss_weight <= 1:
-            raise ValueError(f"base_loss_weight must be in [0, 1], got {self.base_loss_weight}")
+        self.check()
+
+    def check(self) -> None:
+        """Look at the fields again: whoever sets them later, as ``AutoConfig.from_pretrained`` does, goes unchecked.
+
+        Raises:
+            TypeError, ValueError: a field of another type or out of range, named.
+        """
+        for name, interval in INTERVALS.items():
+            interval.check(name, getattr(self, name))
+        for name in ("start_thought_token_id", "end_thought_token_id"):
+            token = getattr(self, name)
+            if isinstance(token, bool) or not isinstance(token, int | None):
+                raise TypeError(f"{name} must be a token id or None, got {token!r}")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {self.attention_dropout}")
 

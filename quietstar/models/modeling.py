@@ -73,10 +73,13 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     config_class = QuietStarConfig
     config: QuietStarConfig
+    # Quantisers leave these alone: ops read their weights, and their outputs are the predictions.
+    _keep_in_fp32_modules = ["lm_head", "mixing_head"]
     # The loss is a sum of means over different sets of tokens: gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: QuietStarConfig):
+        config.check()
         super().__init__(config)
         self.start_embedding = ThoughtEmbedding(config.hidden_size, config.embedding_scale)
         self.end_embedding = ThoughtEmbedding(config.hidden_size, config.embedding_scale)
@@ -97,30 +100,11 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
         return ATTENTION_NAME
 
     from_base = classmethod(checkpoint.from_base)
+    from_pretrained = classmethod(checkpoint.from_pretrained)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
-
-        Arguments as for every transformers model; keyword arguments that are fields of :class:`QuietStarConfig`
-        override the saved ones.
-
-        Raises:
-            ValueError: a checkpoint that is neither (an ordinary Mistral checkpoint, for example), or lacks tensors.
-        """
-        if config is not None or pretrained_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        config, kwargs = checkpoint.resolve(pretrained_model_name_or_path, **kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            kwargs.pop("pretrained_model_name_or_path"), *args, config=config, output_loading_info=True, **kwargs
-        )
-        if info["missing_keys"]:
-            raise ValueError(
-                f"pretrained_model_name_or_path must hold every tensor of the model; {pretrained_model_name_or_path} "
-                f"lacks {', '.join(sorted(info['missing_keys']))}"
-            )
-        return (model, info) if with_info else model
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """What quantisers leave alone has the model's dtype, float16 too."""
+        return {}
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Checkpoints: from an ordinary Mistral, ours, and the authors' layout."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from quietstar import QuietStarForCausalLM
+from quietstar import QuietStarConfig, QuietStarForCausalLM
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -125,14 +126,203 @@ def test_folders_that_hold_no_quiet_star_model(base, tmp_path):
         QuietStarForCausalLM.from_pretrained(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        QuietStarForCausalLM.from_pretrained(empty)
+    for load in (QuietStarForCausalLM.from_pretrained, QuietStarForCausalLM.from_base):
+        with pytest.raises(ValueError, match=r"no config\.json in .*empty, which is empty"):
+            load(empty)
+        with pytest.raises(ValueError, match=r"no config\.json in .*, only checkpoint-2, checkpoint-4"):
+            load(_with_folders(tmp_path / "run", "checkpoint-4", "checkpoint-2"))
 
 
-def test_a_missing_tensor_is_an_error(make_model, tmp_path):
+def _with_folders(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("load", [QuietStarForCausalLM, AutoModelForCausalLM])
+def test_a_missing_tensor_is_an_error(make_model, tmp_path, load):
     make_model().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["mixing_head.0.bias"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, lambda weights: weights.pop("mixing_head.0.bias"))
     with pytest.raises(ValueError, match=r"lacks mixing_head\.0\.bias"):
-        QuietStarForCausalLM.from_pretrained(tmp_path)
+        load.from_pretrained(tmp_path)
+
+
+def test_tensors_of_a_base_that_do_not_fit(base, monkeypatch):
+    folder, _ = base
+    warnings = []
+    monkeypatch.setattr("quietstar.models.checkpoint.logger.warning", warnings.append)
+    change_weights(folder, lambda weights: weights.update({"extra.weight": torch.zeros(2)}))
+    QuietStarForCausalLM.from_base(folder)
+    assert warnings == [f"{folder} holds tensors that are not used: extra.weight"]
+
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.zeros(2)}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        QuietStarForCausalLM.from_base(folder)
+    QuietStarForCausalLM.from_base(folder, ignore_mismatched_sizes=True)
+    assert warnings[-1] == f"{folder} holds tensors of other shapes; random ones instead: model.norm.weight"
+
+    change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"name_or_path must hold every tensor .* lacks model\.norm\.weight"):
+        QuietStarForCausalLM.from_base(folder)
+
+
+@pytest.mark.parametrize("ids", [[], [30], [-1], [3, 1000], [1.5]])
+def test_initial_tokens_are_tokens_of_the_base(base, ids):
+    with pytest.raises(ValueError, match=r"initial_token_ids must be one or more token ids in \[0, 30\), got \["):
+        QuietStarForCausalLM.from_base(base[0], initial_token_ids=ids)
+
+
+DTYPES = [
+    {}, {"dtype": None}, {"dtype": "auto"}, {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"dtype": torch.float16},
+    {"dtype": "float32"}, {"torch_dtype": "auto"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "float16"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", DTYPES, ids=str)
+def test_the_dtype_is_that_of_a_plain_mistral(base, make_model, tmp_path, saved, asked):
+    folder, mistral = base
+    mistral.to(saved).save_pretrained(folder)
+    expected = MistralForCausalLM.from_pretrained(folder, **asked).dtype
+    ours, theirs = _with_folders(tmp_path, "ours", "theirs") / "ours", tmp_path / "theirs"
+    make_model().to(saved).save_pretrained(ours)
+    authors_folder(make_model().to(saved), theirs, torch_dtype=str(saved).removeprefix("torch."))
+    for model in (
+        QuietStarForCausalLM.from_base(folder, **asked),
+        QuietStarForCausalLM.from_pretrained(ours, **asked),
+        AutoModelForCausalLM.from_pretrained(ours, **asked),
+        QuietStarForCausalLM.from_pretrained(theirs, **asked),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert model.config.dtype == expected
+
+
+@pytest.fixture
+def hub(tmp_path, base, make_model):
+    """A cache of the hub's: revisions main and old of three models, each in a subfolder, and how to find the old."""
+    folder, _ = base
+    cache = tmp_path / "cache"
+    for revision, length in (("main", 3), ("old", 4)):
+        for name in ("base", "ours", "theirs"):
+            repository = cache / f"models--some--{name}"
+            (_with_folders(repository, "refs") / "refs" / revision).write_text(revision * 8)
+            target = repository / "snapshots" / (revision * 8) / "inner"
+            target.mkdir(parents=True)
+            if name == "ours":
+                make_model(thought_length=length).save_pretrained(target)
+            elif name == "theirs":
+                authors_folder(make_model(thought_length=length), target, max_thoughts=length + 5)
+            else:
+                for file in folder.iterdir():
+                    if file.is_file():
+                        shutil.copy(file, target)
+                MistralForCausalLM(MistralConfig(vocab_size=30 + length, **SIZES)).save_pretrained(target)
+    return {"cache_dir": cache, "subfolder": "inner", "revision": "old", "local_files_only": True, "token": False}
+
+
+def test_what_locates_a_checkpoint_reaches_all_of_it(hub):
+    base = QuietStarForCausalLM.from_base("some/base", **hub)  # with the tokenizer, for "---"
+    assert base.config.vocab_size == 36
+    for name in ("some/ours", "some/theirs"):
+        model = QuietStarForCausalLM.from_pretrained(name, **hub)
+        assert model.config.thought_length == 4
+        assert model.config.name_or_path == name
+        assert QuietStarForCausalLM.from_pretrained(name, **hub | {"revision": "main"}).config.thought_length == 3
+    with pytest.raises(OSError, match="find them in the cached files"):
+        QuietStarForCausalLM.from_pretrained("some/ours", **hub | {"revision": "older"})
+
+
+@pytest.mark.parametrize("name", ["base", "ours", "theirs"])
+def test_subfolders_of_a_folder(hub, name):
+    (folder,) = (hub["cache_dir"] / f"models--some--{name}").glob("snapshots/old*")
+    load = QuietStarForCausalLM.from_base if name == "base" else QuietStarForCausalLM.from_pretrained
+    assert isinstance(load(folder, subfolder="inner"), QuietStarForCausalLM)
+    assert isinstance(load(str(folder), subfolder="inner"), QuietStarForCausalLM)
+
+
+def test_a_configuration_can_be_given(base, make_model, tmp_path):
+    folder, _ = base
+    config = MistralConfig.from_pretrained(folder, rms_norm_eps=0.5)
+    for given in (config, folder, str(folder)):
+        model = QuietStarForCausalLM.from_base(folder, config=given)
+        assert model.config.rms_norm_eps == (0.5 if given is config else 1e-6)
+    ours = tmp_path / "ours"
+    make_model().save_pretrained(ours)
+    given = QuietStarConfig.from_pretrained(ours)
+    given.thought_length = 1
+    assert QuietStarForCausalLM.from_pretrained(ours, config=given).config.thought_length == 1
+    assert QuietStarForCausalLM.from_pretrained(ours, config=ours).config.thought_length == 3
+    with pytest.raises(TypeError, match="config must be a QuietStarConfig, got MistralConfig"):
+        QuietStarForCausalLM.from_pretrained(ours, config=config)
+    with pytest.raises(ValueError, match="thought_length must be an integer >= 0, got -1"):
+        AutoModelForCausalLM.from_pretrained(ours, thought_length=-1)
+
+
+def test_loading_info(base, make_model, tmp_path):
+    folder, _ = base
+    model, info = QuietStarForCausalLM.from_base(folder, output_loading_info=True)
+    assert isinstance(model, QuietStarForCausalLM)
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {"start_embedding", "end_embedding", "mixing_head"}
+    make_model().save_pretrained(tmp_path / "ours")
+    model, info = QuietStarForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, torch.device("cpu")], ids=str)
+def test_a_device_map_changes_nothing_on_one_device(base, make_model, tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    folder, _ = base
+    ours, theirs = _with_folders(tmp_path, "ours", "theirs") / "ours", tmp_path / "theirs"
+    make_model().save_pretrained(ours)
+    authors_folder(make_model(), theirs)
+    for load, path in (
+        (QuietStarForCausalLM.from_base, folder),
+        (QuietStarForCausalLM.from_pretrained, ours),
+        (QuietStarForCausalLM.from_pretrained, theirs),
+    ):
+        placed, plain = load(path, device_map=device_map, low_cpu_mem_usage=True), load(path)
+        assert placed.mixing_head[-1].weight.any() == (load != QuietStarForCausalLM.from_base)
+        if load == QuietStarForCausalLM.from_base:  # of the head only the last layer is not random
+            assert all(parameter.isfinite().all() for parameter in placed.parameters())
+            placed.mixing_head, plain.mixing_head = torch.nn.Identity(), torch.nn.Identity()
+            for model in (placed, plain):  # the rows of the new tokens are random
+                model.lm_head.weight.data[30:] = model.model.embed_tokens.weight.data[30:] = 0
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(placed.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("offloaded", ["lm_head", "mixing_head"])
+def test_what_is_read_by_its_weight_cannot_be_offloaded(make_model, tmp_path, offloaded):
+    pytest.importorskip("accelerate")
+    make_model().save_pretrained(tmp_path)
+    parts = "model", "start_embedding", "end_embedding", "lm_head", "mixing_head"
+    device_map = dict.fromkeys(parts, "cpu") | {offloaded: "disk"}
+    with pytest.raises(ValueError, match=f"device_map must keep {offloaded}.* on a device, got it offloaded"):
+        QuietStarForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.parametrize("kind", ["shards", "pickled", "pickled shards"])
+def test_authors_tensors_in_other_files(make_model, tmp_path, kind):
+    model = make_model(thought_length=3)
+    authors_folder(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    ending, save = ("bin", torch.save) if "pickled" in kind else ("safetensors", save_file)
+    stem = "pytorch_model" if "pickled" in kind else "model"
+    if "shards" in kind:
+        files = {name: f"{stem}-0000{i % 2}.{ending}" for i, name in enumerate(weights)}
+        index = {"metadata": {}, "weight_map": files}
+        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    else:
+        files = dict.fromkeys(weights, f"{stem}.{ending}")
+    for file in set(files.values()):
+        save({name: tensor for name, tensor in weights.items() if files[name] == file}, tmp_path / file)
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

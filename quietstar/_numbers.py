@@ -1,0 +1,52 @@
+"""Checks of the numbers people give: fields of a configuration, flags of a command, arguments of a function."""
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+
+
+class Interval:
+    """Which numbers are allowed, as mathematicians write it; NaN, infinities and booleans never are.
+
+    >>> Interval(float, "(0, 1]").check("share", 0.5)
+    >>> Interval(int, "[1, inf)").check("batch", 0)
+    ValueError: batch must be an integer >= 1, got 0
+    """
+
+    def __init__(self, kind: type[int] | type[float], bounds: str):
+        self.kind, self.bounds = kind, bounds
+        self.low, self.high = map(float, bounds[1:-1].split(","))
+
+    def __contains__(self, value: float) -> bool:
+        # Comparisons that NaN fails.
+        above = value > self.low if self.bounds[0] == "(" else value >= self.low
+        return above and (value < self.high if self.bounds[-1] == ")" else value <= self.high)
+
+    def __str__(self) -> str:
+        bounds = f"in {self.bounds}"
+        if self.high == math.inf:
+            bounds = f"{'>' if self.bounds[0] == '(' else '>='} {self.low:g}"
+        return f"an integer {bounds}" if self.kind is int else bounds
+
+    def check(self, name: str, value: object) -> None:
+        """Check one number, called ``name`` in the message.
+
+        Raises:
+            TypeError: no number of the kind.
+            ValueError: not within the interval.
+        """
+        if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
+            raise TypeError(f"{name} must be {'' if self.kind is int else 'a number '}{self}, got {value!r}")
+        if value not in self:
+            wanted = "finite" if abs(value) == math.inf else self
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_numbers(intervals: Mapping[str, Interval], values: Mapping[str, object], prefix: str = "") -> None:
+    """Check those of ``values`` that are in a table; None, which is nothing given, is passed over."""
+    for name, interval in intervals.items():
+        if (value := values.get(name)) is not None:
+            interval.check(prefix + name, value)
+
+
+SEED = Interval(int, "[0, 4294967295]")  # what NumPy takes

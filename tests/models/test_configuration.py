@@ -1,0 +1,57 @@
+"""Fields of the configuration: what makes no sense is refused by name."""
+
+import math
+
+import pytest
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.models.configuration import INTERVALS
+
+INTEGERS = {"thought_length": 0, "lookahead": 1, "num_thoughts": 1}
+OUTSIDE = {
+    "thought_temperature": -0.1, "policy_temperature": 0, "policy_weight": -1, "base_loss_weight": 1.1,
+    "embedding_scale": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *OUTSIDE])
+@pytest.mark.parametrize("value", ["1", None, True, [1], 1j], ids=str)
+def test_other_types_are_refused(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be .*got {value!r}".replace("[", r"\[").replace("]", r"\]")):
+        QuietStarConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *OUTSIDE])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_refused(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*got {value}"):
+        QuietStarConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*((name, least - 1) for name, least in INTEGERS.items()), *OUTSIDE.items()]
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*got {value}"):
+        QuietStarConfig(**{name: value})
+
+
+def test_every_field_with_a_range_is_tested_and_may_have_its_least_value():
+    assert INTERVALS.keys() == INTEGERS.keys() | OUTSIDE.keys()
+    for name, least in INTEGERS.items():
+        assert getattr(QuietStarConfig(**{name: least}), name) == least
+    assert QuietStarConfig(thought_temperature=0, policy_weight=0, base_loss_weight=1).base_loss_weight == 1
+
+
+@pytest.mark.parametrize("name", ["start_thought_token_id", "end_thought_token_id"])
+@pytest.mark.parametrize("value", ["1", 1.0, True])
+def test_thought_tokens_are_integers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a token id or None, got {value!r}"):
+        QuietStarConfig(**{name: value})
+
+
+def test_fields_set_later_are_checked_by_the_model():
+    config = QuietStarConfig()
+    config.lookahead = 0
+    with pytest.raises(ValueError, match="lookahead must be an integer >= 1, got 0"):
+        QuietStarForCausalLM(config)
