@@ -19,7 +19,7 @@ COMMON_TRAINING_FLAGS = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16",
     "activation_checkpointing", "logging_steps", "report_to", "eval_strategy", "eval_steps", "save_steps",
-    "save_total_limit", "resume_from_checkpoint", "seed", "use_cpu",
+    "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "seed", "use_cpu",
 )  # fmt: skip
 
 
@@ -112,7 +112,11 @@ class PaperTrainingArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "where logs go besides the terminal; none for nowhere"}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "folder of a checkpoint of the same run, or last: the newest in output_dir"}
+        default=None,
+        metadata={"help": "folder of a checkpoint of the same run, or last: the newest whole one in output_dir"},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "start anew and remove the checkpoints that are in output_dir"}
     )
 
 

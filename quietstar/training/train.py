@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
+from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
 from quietstar.training.data import collate_windows, load_documents, pack_dataset, split_documents
 from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
 
@@ -26,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError, TypeError, DatasetsError) as error:
         print(f"quietstar train: {error}", file=sys.stderr)
         return 2
+    if training_args.overwrite_output_dir:
+        with training_args.main_process_first(local=False, desc="removing checkpoints"):
+            if training_args.process_index == 0:
+                remove_checkpoints(training_args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -104,11 +108,11 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
 
 
 def _checkpoint_to_resume(training_args: PaperTrainingArguments) -> str | None:
+    """The folder to resume from, if wanted; the run may write into its ``output_dir``."""
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
-    if wanted == "last":
-        wanted = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if wanted is None:
-            raise ValueError(f"resume_from_checkpoint must not be 'last' without a checkpoint in {output_dir}")
-    if wanted is not None and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"resume_from_checkpoint must be the folder of a checkpoint, got {wanted!r}")
-    return wanted
+    resume = None if wanted is None else to_resume(wanted, output_dir, training_args.save_only_model)
+    check_output_dir(output_dir, resume, training_args.overwrite_output_dir)
+    if wanted == "last" and (newest := checkpoints(output_dir)[-1]) != Path(resume):
+        broken = fault(newest, training_args.save_only_model)
+        print(f"quietstar train: {newest} is not whole ({broken}); going on from {resume}", file=sys.stderr)
+    return resume

@@ -1,12 +1,10 @@
 """Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
+from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.metrics import Stopwatch, ThoughtMetrics
 
 
@@ -31,7 +29,8 @@ class QuietStarTrainer(Trainer):
     are not finite are never saved.
 
     Raises:
-        ValueError: label smoothing, which the objective has not; several GPUs in one process.
+        ValueError: label smoothing, which the objective has not, or Liger kernels; several GPUs in one process; batches
+            without labels; a checkpoint to resume that is not whole.
     """
 
     def __init__(self, *args, **kwargs):
@@ -48,6 +47,12 @@ class QuietStarTrainer(Trainer):
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
         self._check_every_step = self.args.device.type == "cpu"  # elsewhere the device would have to be waited for
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint:  # True is the newest whole one
+            wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
+            resume_from_checkpoint = to_resume(wanted, self.args.output_dir, self.args.save_only_model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         self._stopwatch.start()
@@ -98,8 +103,7 @@ class QuietStarTrainer(Trainer):
             self._refuse(f"the loss of step {step} is not finite")
 
     def _refuse(self, problem: str) -> None:
-        folder = self.args.output_dir
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        checkpoint = last_whole(self.args.output_dir, self.args.save_only_model)
         raise NonFiniteError(
             f"{problem}; " + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
         )

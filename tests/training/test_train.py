@@ -100,6 +100,30 @@ def test_training_resuming_and_going_on(run, base, tmp_path):
     assert not (again / "eval_results.json").exists()
 
 
+def test_broken_checkpoints_and_other_runs_checkpoints(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--save_steps", 1) == 0
+    assert run() == 2
+    message = (
+        "quietstar train: output_dir must not hold the checkpoints of another run, got checkpoint-1 to checkpoint-4"
+    )
+    assert message in capsys.readouterr().err
+
+    for step, file in ((4, "model.safetensors"), (3, "optimizer.pt")):
+        (out / f"checkpoint-{step}" / file).write_bytes(b"")
+    assert run("--resume_from_checkpoint", out / "checkpoint-3") == 2
+    assert f"optimizer.pt is broken; the last whole one is {out}/checkpoint-2" in capsys.readouterr().err
+    assert run("--resume_from_checkpoint", "last") == 0
+    assert "checkpoint-4 is not whole (model.safetensors is broken); going on from" in capsys.readouterr().err
+
+    assert run("--overwrite_output_dir", "--resume_from_checkpoint", "last") == 2
+    assert run("--overwrite_output_dir", "--data", "none.jsonl") == 2
+    assert len(list(out.glob("checkpoint-*"))) == 4  # nothing is removed before a run can start
+    assert run("--overwrite_output_dir", "--max_steps", 2) == 0
+    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert states(out)[-1]["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "held_out"),
     [([], 12), (["--max_held_out_windows", "5"], 5), (["--held_out_fraction", "0"], 0)],
