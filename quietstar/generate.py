@@ -7,12 +7,25 @@ import sys
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
+from quietstar.models.speculation import Thinking
+
+# Which numbers the flags may have; what else makes no sense, `generate` says.
+INTERVALS = {
+    "max_new_tokens": Interval(int, "[1, inf)"),
+    "temperature": Interval(float, "[0, inf)"),
+    "top_k": Interval(int, "[1, inf)"),
+    "top_p": Interval(float, "(0, 1]"),
+    "thought_temperature": Interval(float, "[0, inf)"),
+    "seed": SEED,
+}
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -58,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
 
 
+def _check_thinking(options: argparse.Namespace) -> None:
+    """``--draft_length`` and ``--think``, as ``generate`` checks them."""
+    try:
+        Thinking(options.draft_length, options.think)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+
+
 def _number_or(words: str, number: type):
     """A type of argument: one of some words, or a number."""
 
@@ -82,14 +103,19 @@ class Generator(NamedTuple):
         Raises:
             ValueError: an argument is out of range, or there is no such model.
         """
-        if options.temperature < 0:
-            raise ValueError(f"--temperature must be >= 0, got {options.temperature}")
+        check_numbers(INTERVALS, vars(options), prefix="--")
+        _check_thinking(options)
         overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
         try:
             tokenizer = AutoTokenizer.from_pretrained(options.model)
             model = QuietStarForCausalLM.from_pretrained(options.model, **overrides)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"cannot load --model {options.model}: {error}") from error
+        positions = model.config.max_position_embeddings
+        if options.max_new_tokens > positions:
+            raise ValueError(
+                f"--max_new_tokens must be <= max_position_embeddings = {positions}, got {options.max_new_tokens}"
+            )
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(options.seed)
         settings = {name: getattr(options, name) for name in ("max_new_tokens", "draft_length", "think")}

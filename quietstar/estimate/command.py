@@ -11,6 +11,9 @@ from quietstar.estimate.flops import model_flops, step_parts
 from quietstar.estimate.memory import step_memory
 from quietstar.estimate.step import DTYPES, OPTIMIZERS, TrainingStep
 
+# Far above these a step is no step: numbers overflow, and the tables of anchors fill the memory.
+LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code: 2 for bad arguments."""
@@ -26,6 +29,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _predict(options: argparse.Namespace) -> Prediction:
+    for name, most in LARGEST.items():
+        if (value := getattr(options, name)) is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
     names = "num_thoughts", "thought_length", "lookahead"
     overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
+from quietstar._numbers import SEED
 from quietstar.evaluation import HeldOutNll, hardest, held_out_nll, token_mean
 from quietstar.generate import thought_lines
 from quietstar.models import QuietStarForCausalLM
@@ -22,8 +23,13 @@ PROMPT = 'def read_lines(path):\n    """Return the lines of a file."""\n'
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 2 for bad arguments."""
     options = _parser().parse_args(arguments)
+    try:
+        SEED.check("--seed", options.seed)
+    except ValueError as error:
+        print(f"quietstar quickstart: {error}", file=sys.stderr)
+        return 2
     folder = Path(options.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         print(f"quietstar quickstart: --output_dir must be new or empty, got {folder}", file=sys.stderr)

@@ -12,7 +12,9 @@ from typing import Literal
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarConfig
+from quietstar.models.configuration import INTERVALS
 
 # What --help shows of the more than one hundred flags of TrainingArguments; not every version has every one.
 COMMON_TRAINING_FLAGS = (
@@ -21,6 +23,39 @@ COMMON_TRAINING_FLAGS = (
     "activation_checkpointing", "logging_steps", "report_to", "eval_strategy", "eval_steps", "save_steps",
     "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "seed", "use_cpu",
 )  # fmt: skip
+
+
+# Which numbers the flags may have. TrainingArguments itself looks at few of them.
+_COUNT, _NOT_NEGATIVE, _POSITIVE = Interval(int, "[1, inf)"), Interval(float, "[0, inf)"), Interval(float, "(0, inf)")
+_DATA_INTERVALS = {
+    "block_size": _COUNT,
+    "max_held_out_windows": _COUNT,
+    "workers": _COUNT,
+    "held_out_fraction": Interval(float, "[0, 1)"),
+}
+_TRAINING_INTERVALS = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps",
+            "ddp_bucket_cap_mb", "ddp_timeout",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), _POSITIVE),
+    **dict.fromkeys(
+        (
+            "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay",
+            "neftune_noise_alpha",
+        ),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Interval(float, "[0, 1)")),
+    "warmup_ratio": Interval(float, "[0, 1]"),
+    "dataloader_num_workers": Interval(int, "[0, inf)"),
+    "seed": SEED,
+    "data_seed": SEED,
+}  # fmt: skip
 
 
 def _thoughts(help_text: str):
@@ -45,6 +80,9 @@ class ModelArguments:
     policy_temperature: float | None = _thoughts("temperature of the log-probabilities in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
     base_loss_weight: float | None = _thoughts("weight of the loss without a thought; the rest goes to the one with")
+
+    def __post_init__(self):
+        check_numbers(INTERVALS, vars(self))
 
     def config_fields(self) -> dict[str, int | float]:
         """Fields of :class:`QuietStarConfig` that were given."""
@@ -74,11 +112,7 @@ class DataArguments:
     workers: int | None = field(default=None, metadata={"help": "processes that tokenise (default: this one)"})
 
     def __post_init__(self):
-        for name, least in (("block_size", 1), ("max_held_out_windows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {getattr(self, name)}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+        check_numbers(_DATA_INTERVALS, vars(self))
 
 
 @dataclass
@@ -119,6 +153,12 @@ class PaperTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "start anew and remove the checkpoints that are in output_dir"}
     )
 
+    def __post_init__(self):
+        check_numbers(_TRAINING_INTERVALS, vars(self))
+        if self.max_steps != -1:  # that is, by epochs
+            _COUNT.check("max_steps", self.max_steps)
+        super().__post_init__()
+
 
 class TrainParser(HfArgumentParser):
     """Parser of the three groups; ``--help`` shows the flags most runs need, ``--help_all`` every one."""
@@ -139,7 +179,11 @@ class TrainParser(HfArgumentParser):
             *groups, unknown = self.parse_args_into_dataclasses(
                 list(argv), return_remaining_strings=True, look_for_args_file=False
             )
-        except (ValueError, ImportError) as error:  # a value that a dataclass refuses, a logger that is not installed
+        except (
+            TypeError,
+            ValueError,
+            ImportError,
+        ) as error:  # a value that a dataclass refuses, a logger that is not installed
             self.error(str(error))
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}")

@@ -8,51 +8,52 @@ is dropped, once for every ``PACKED_TOGETHER`` documents.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from quietstar.training.sources import explained, read
+
+logger = logging.get_logger(__name__)
+
 PACKED_TOGETHER = 1000
 
 
 def load_documents(data: str, config: str | None = None, split: str = "train", text_column: str = "text") -> Dataset:
-    """Documents in a column ``text``.
+    """Documents in a column ``text``. Rows without text are left out, and their number is said.
 
     Args:
-        data: a text, JSON Lines or Parquet file, or the name or folder of a dataset.
-        config, split: which part of a dataset; not for a file.
+        data: a text, JSON Lines or Parquet file, compressed or not; a pattern of such files; the name of a dataset; or
+            a folder with one (of such files, or saved by ``save_to_disk``).
+        config, split: which part of a dataset; a file has no configuration and the one split "train".
         text_column: where the text is; a text file has none.
 
     Raises:
-        ValueError: no such file, an empty file, no such column or one without text.
+        ValueError: no such file, an empty or broken one, no such column or one without text.
     """
-    path = Path(data)
-    if path.suffix in LOADERS or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"data must be a file or the name of a dataset, got no file at {data}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"data must hold text, got an empty file: {data}")
-        if path.suffix not in LOADERS:
-            raise ValueError(f"data must be a file ending in {', '.join(LOADERS)}, got {data}")
-        loader = LOADERS[path.suffix]
-        if loader == "text":
-            text_column = "text"
-        options = {"sample_by": "paragraph"} if loader == "text" else {}
-        dataset = load_dataset(loader, data_files=str(path), split="train", **options)
-    else:
-        dataset = load_dataset(data, config, split=split)
+    dataset = read(data, config, split)
+    if dataset.info.builder_name == "text":
+        text_column = "text"
     if text_column not in dataset.column_names:
         columns = ", ".join(map(repr, dataset.column_names))
         raise ValueError(f"text_column must be one of {columns}, got {text_column!r}")
-    if (dtype := getattr(dataset.features[text_column], "dtype", "a structure")) not in ("string", "large_string"):
+    kind = dataset.features[text_column]
+    if (dtype := getattr(kind, "dtype", kind)) not in ("string", "large_string"):
         raise ValueError(f"text_column must hold text, got {dtype} in {text_column!r}")
     dataset = dataset.select_columns(text_column)
-    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    if text_column != "text":
+        dataset = dataset.rename_column(text_column, "text")
+    with explained(data):  # the bytes are decoded only here
+        documents = dataset.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
+    if len(documents) == 0:
+        raise ValueError(f"data must hold text, got none in {len(dataset)} rows of {data}")
+    if empty := len(dataset) - len(documents):
+        logger.warning(f"{empty} of {len(dataset)} documents of {data} are left out: they hold no text")
+    return documents
 
 
 def split_documents(documents: Dataset, held_out_fraction: float, seed: int) -> tuple[Dataset, Dataset]:

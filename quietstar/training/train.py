@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM
+from quietstar.models.checkpoint import contents
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
 from quietstar.training.data import collate_windows, load_documents, pack_dataset, split_documents
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         resume = _checkpoint_to_resume(training_args)
         trainer = make_trainer(model_args, data_args, training_args)
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, ValueError, TypeError) as error:
         print(f"quietstar train: {error}", file=sys.stderr)
         return 2
     if training_args.overwrite_output_dir:
@@ -59,6 +59,9 @@ def make_trainer(
     least = model.config.lookahead + 2
     if data_args.block_size < least:
         raise ValueError(f"block_size must be >= lookahead + 2 = {least}, got {data_args.block_size}")
+    most = model.config.max_position_embeddings
+    if data_args.block_size > most:
+        raise ValueError(f"block_size must be <= max_position_embeddings = {most}, got {data_args.block_size}")
 
     def windows(part: Dataset) -> Dataset:
         with training_args.main_process_first(desc="packing the text"):
@@ -93,18 +96,22 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
     except (OSError, ValueError) as error:
         raise ValueError(f"model must be the folder or hub name of a checkpoint, got {name!r}: {error}") from error
     if saved.get("model_type") not in (MistralConfig.model_type, QuietStarConfig.model_type):
-        found = f"model type {saved.get('model_type')!r}" if saved else "no config.json"
-        raise ValueError(f"model must be a Mistral or Quiet-STaR checkpoint, got {found} in {name}")
+        found = f"model type {saved.get('model_type')!r} in {name}" if saved else f"no config.json in {name}"
+        if not saved and Path(name).is_dir():
+            found += f", {contents(Path(name))}"
+        raise ValueError(f"model must be a Mistral or Quiet-STaR checkpoint, got {found}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or name)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer must be given: none in {model_args.tokenizer or name}: {error}") from error
-    fields = model_args.config_fields()
-    if saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved:
-        model = QuietStarForCausalLM.from_pretrained(name, **fields)
-    else:
-        model = QuietStarForCausalLM.from_base(name, tokenizer, **fields)
-    return model if model_args.dtype is None else model.to(getattr(torch, model_args.dtype)), tokenizer
+    options = model_args.config_fields() | {"dtype": model_args.dtype or "auto"}
+    is_ours = saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved
+    try:
+        if is_ours:
+            return QuietStarForCausalLM.from_pretrained(name, **options), tokenizer
+        return QuietStarForCausalLM.from_base(name, tokenizer, **options), tokenizer
+    except (RuntimeError, SafetensorError) as error:  # a file that ends too early, tensors of other shapes
+        raise ValueError(f"model cannot be loaded from {name}: {error}") from error
 
 
 def _checkpoint_to_resume(training_args: PaperTrainingArguments) -> str | None:

@@ -1,10 +1,11 @@
 """From files to windows."""
 
+import gzip
 import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +61,115 @@ def test_bad_files_are_named(tmp_path, name, content, column, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_documents(str(tmp_path / name), text_column=column)
+
+
+TEXTS = ["def f(x):\n    return x", "é b", "c"]
+
+
+def lines(texts=TEXTS, column="text"):
+    return "".join(json.dumps({column: text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.jsonl", b"\xef\xbb\xbf" + lines().encode()),
+        ("bom.txt", b"\xef\xbb\xbf" + "\n\n".join(TEXTS).encode()),
+        ("crlf.txt", "\r\n\r\n".join(text.replace("\n", "\r\n") for text in TEXTS).encode()),
+        ("crlf.jsonl", lines().replace("\n", "\r\n").encode()),
+        ("blank lines.txt", "\n \t\n".join(["", *TEXTS, ""]).encode()),
+        ("array.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
+        ("lines.jsonl.gz", gzip.compress(lines().encode())),
+        ("text.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
+        ("null.jsonl", lines([None, *TEXTS, ""]).encode()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_same_text_in_many_guises(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert load_documents(str(tmp_path / name))["text"] == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["text", "lines", "parquet", "saved", "saved splits", "pattern"])
+def test_folders(tmp_path, kind):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    half = [Dataset.from_dict({"text": texts}) for texts in (TEXTS[:2], TEXTS[2:])]
+    for name, part in zip("ab", half, strict=True):
+        if kind == "text":
+            (folder / f"{name}.txt").write_text("\n\n".join(part["text"]))
+        elif kind == "parquet":
+            part.to_parquet(folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.jsonl").write_text(lines(part["text"]))
+    source, split = str(folder / "*.jsonl" if kind == "pattern" else folder), "train"
+    if kind.startswith("saved"):
+        source = str(tmp_path / "saved")
+        whole = Dataset.from_dict({"text": TEXTS})
+        (DatasetDict(train=half[0], test=whole) if kind == "saved splits" else whole).save_to_disk(source)
+        split = "test" if kind == "saved splits" else split
+    assert load_documents(source, split=split)["text"] == TEXTS
+    assert load_documents(source, split=f"{split}[:1]")["text"] == TEXTS[:1]
+
+
+def test_what_holds_no_text_is_counted(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("quietstar.training.data.logger.warning", warnings.append)
+    file = tmp_path / "text.jsonl"
+    file.write_text(lines(["a", None, ""]) + '{"body": "b"}\n')
+    assert load_documents(str(file))["text"] == ["a"]
+    assert warnings == [f"3 of 4 documents of {file} are left out: they hold no text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "a\ncafé".encode("latin-1"), r"text in UTF-8, got line 2 of .*latin\.txt: 'utf-8' codec can't"),
+        ("latin.jsonl", lines().encode("latin-1"), r"JSON Lines in UTF-8, got line 2 of .*latin\.jsonl: 'utf-8' codec"),
+        ("wide.txt", "abc".encode("utf-16"), r"text in UTF-8, got line 1 of .*wide\.txt: 'utf-8' codec can't decode"),
+        ("wide.jsonl", lines().encode("utf-16"), r"JSON Lines in UTF-8, got line 1 of .*wide\.jsonl: 'utf-8' codec"),
+        (
+            "broken.jsonl",
+            (lines() + "{oh\n" + lines()).encode(),
+            r"got line 4 of .*: Expecting property name .*column 2",
+        ),
+        ("cut.jsonl", lines().encode()[:-5], r"got line 3 of .*cut\.jsonl: Expecting value at column 10"),
+        ("strings.jsonl", b'"a"\n"b"\n', r"got a str instead of an object in line 1 of .*strings\.jsonl"),
+        ("broken.json", b"[{", r"data cannot be read from .*broken\.json: ValueError: Expected object or value"),
+        ("no.parquet", lines().encode(), r"data cannot be read from .*no\.parquet: ArrowInvalid: Parquet magic bytes"),
+        ("blank.txt", b"\n \n\n", r"data must hold text, got none in 0 rows of .*blank\.txt"),
+        ("empty.jsonl", lines(["", ""]).encode(), r"data must hold text, got none in 2 rows of .*empty\.jsonl"),
+        ("null.jsonl", lines([None]).encode(), "text_column must hold text, got null in 'text'"),
+        ("chat.jsonl", b'{"text": [{"role": "user", "content": "a"}]}', "must hold text, got List.*'role'.* in 'text'"),
+        ("tokens.jsonl", b'{"text": [1, 2]}', r"text_column must hold text, got List\(Value\('int64'\)\) in 'text'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_documents(str(tmp_path / name))
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data cannot be read from .*: EmptyDatasetError: .* doesn't contain any data"
+    ):
+        load_documents(str(tmp_path))
+    with pytest.raises(ValueError, match=r"got nothing at .*/nowhere"):
+        load_documents(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"got no file at .*\*\.txt"):
+        load_documents(str(tmp_path / "*.txt"))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.jsonl").write_text(lines())
+    with pytest.raises(ValueError, match="data must be a folder of one kind of files, got json and text in"):
+        load_documents(str(tmp_path))
+    with pytest.raises(ValueError, match="data must be files of one kind, got json and text at"):
+        load_documents(str(tmp_path / "*"))
+    with pytest.raises(ValueError, match='Unknown split "test"'):
+        load_documents(str(tmp_path / "a.txt"), split="test")
+    with pytest.raises(ValueError, match="data_config must be left out with a file, got 'en'"):
+        load_documents(str(tmp_path / "a.txt"), config="en")
 
 
 def test_split_is_by_document_and_by_seed():

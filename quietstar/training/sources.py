@@ -1,0 +1,119 @@
+"""Where text comes from: files, folders and datasets by name; and what is wrong where it cannot be read."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob, has_magic
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_TEXT_OPTIONS = {"sample_by": "paragraph", "encoding": "utf-8-sig"}  # with or without a byte-order mark
+_ABOUT_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+
+
+def read(data: str, config: str | None, split: str) -> Dataset:
+    """The rows of ``data``, as :func:`quietstar.training.data.load_documents` describes it.
+
+    Raises:
+        ValueError: there is no such text, or it cannot be read; file and line are named where they are known.
+    """
+    path = Path(data)
+    if has_magic(data) or path.is_file() or _ending(path) in LOADERS:
+        loader, files = _files(data)
+        if config is not None:
+            raise ValueError(f"data_config must be left out with a file, got {config!r}")
+        location, options = loader, {"data_files": [str(file) for file in files]}
+    elif path.is_dir():
+        loader = _loader_of_folder(path)
+        location, options = data, {}
+        if (path / "state.json").is_file():  # of Dataset.save_to_disk; load_dataset takes those of a DatasetDict
+            location, options = "arrow", {"data_files": sorted(map(str, path.glob("*.arrow")))}
+    elif path.is_absolute() or data.startswith("."):
+        raise ValueError(f"data must be a file, a folder or the name of a dataset, got nothing at {data}")
+    else:
+        location, loader, options = data, None, {}
+    with explained(data):
+        dataset = load_dataset(location, config, split=split, **options, **(_TEXT_OPTIONS if loader == "text" else {}))
+    if loader == "text":
+        dataset = dataset.map(_split_at_blank_lines, batched=True, remove_columns=dataset.column_names)
+    return dataset
+
+
+def _ending(file: Path) -> str:
+    """The ending that says what is in a file, compressed or not."""
+    return (Path(file.stem) if file.suffix in COMPRESSED else file).suffix
+
+
+def _files(data: str) -> tuple[str, list[Path]]:
+    """The loader of a file, or of files by a pattern, and the files."""
+    there = [data] if Path(data).is_file() else glob(data, recursive=True)
+    files = sorted(file for file in map(Path, there) if file.is_file())
+    if not files:
+        raise ValueError(f"data must be a file or the name of a dataset, got no file at {data}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"data must hold text, got an empty file: {file}")
+        if _ending(file) not in LOADERS:
+            raise ValueError(f"data must be a file ending in {', '.join(LOADERS)}, got {file}")
+    loaders = {LOADERS[_ending(file)] for file in files}
+    if len(loaders) > 1:
+        raise ValueError(f"data must be files of one kind, got {' and '.join(sorted(loaders))} at {data}")
+    return loaders.pop(), files
+
+
+def _loader_of_folder(folder: Path) -> str | None:
+    """The loader of the files of a folder, if it is one of ours and nothing else says how to read them."""
+    if (folder / "README.md").is_file():  # it may list the files; datasets reads it
+        return None
+    files = (file for file in folder.rglob("*") if file.name not in _ABOUT_DATA)
+    loaders = {LOADERS[_ending(file)] for file in files if _ending(file) in LOADERS}
+    if len(loaders) > 1:  # datasets would take one kind and leave the others
+        raise ValueError(f"data must be a folder of one kind of files, got {' and '.join(sorted(loaders))} in {folder}")
+    return loaders.pop() if loaders else None
+
+
+def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Paragraphs; the loader of text files takes lines that hold only white space for text."""
+    parts = (part for text in batch["text"] for part in re.split(r"\n\s*\n", text))
+    return {"text": [part for part in parts if part.strip()]}
+
+
+@contextmanager
+def explained(data: str) -> Iterator[None]:
+    """Whatever a reader of one of many formats finds becomes a ValueError that says what is wrong with ``data``."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(_what_is_wrong(data, error)) from error
+
+
+def _what_is_wrong(data: str, error: BaseException) -> str:
+    """The line of a file that is wrong, or the error at the beginning of the chain."""
+    path = Path(data)
+    for file in [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else map(Path, glob(data))):
+        if file.suffix in (".txt", ".jsonl") and (found := _bad_line(file)):
+            return f"data must be {'JSON Lines' if file.suffix == '.jsonl' else 'text'} in UTF-8, got {found}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"data cannot be read from {data}: {type(error).__name__}: {error}"
+
+
+def _bad_line(file: Path) -> str | None:
+    """Where a text or JSON Lines file is not what it should be."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig")
+                if file.suffix == ".jsonl" and text.strip():
+                    row = json.loads(text)
+                    if not isinstance(row, dict):
+                        return f"a {type(row).__name__} instead of an object in line {number} of {file}"
+            except json.JSONDecodeError as error:
+                return f"line {number} of {file}: {error.msg} at column {error.colno}"
+            except UnicodeDecodeError as error:
+                return f"line {number} of {file}: {error}"
+    return None
