@@ -55,6 +55,9 @@ def test_a_conversation_is_remembered(tmp_path, template, first, second):
     ("said", "options", "message"),
     [
         ("cat\n", ["--temperature", "-1"], "--temperature must be >= 0, got -1.0"),
+        ("cat\n", ["--top_p", "nan"], "--top_p must be in (0, 1], got nan"),
+        ("cat\n", ["--max_new_tokens", "0"], "--max_new_tokens must be an integer in [1, 1000000], got 0"),
+        ("cat\n", ["--draft_length", "0"], "--draft_length must be None, 'auto' or an integer >= 1, got 0"),
         ("cat\n", ["--model", "./nowhere"], "cannot load --model ./nowhere"),
         ("the cat " * 20, [], "input_ids must have at most max_position_embeddings = 32 tokens, got 40"),
     ],

@@ -330,6 +330,8 @@ def test_bad_configuration(tmp_path, capsys, content, problem):
     [
         (["--config", "nothing"], "--config nothing: must be mistral-7b, a folder, a JSON file or a name on the hub"),
         (["--lookahead", "0"], "--config mistral-7b: lookahead must be an integer >= 1, got 0"),
+        (["--batch", "1000001"], "batch must be at most 1000000, got 1000001"),
+        (["--num_thoughts", "9" * 30], f"num_thoughts must be at most 64, got {'9' * 30}"),
         (["--batch", "0"], "batch must be an integer >= 1, got 0"),
         (["--length", "5"], "length must be at least lookahead + 2 = 6, got 5"),
         (["--length", "40000"], "length must be at most max_position_embeddings = 32768, got 40000"),

@@ -90,7 +90,22 @@ def test_json(folder, capsys):
     ("arguments", "message"),
     [
         (["--prompt", ""], "--prompt must hold at least one token, got ''"),
-        (["--prompt", "the", "--max_new_tokens", "0"], "max_new_tokens"),
+        (["--prompt", "the", "--max_new_tokens", "0"], "--max_new_tokens must be an integer in [1, 1000000], got 0"),
+        (
+            ["--prompt", "the", "--max_new_tokens", "33"],
+            "--max_new_tokens must be <= max_position_embeddings = 32, got",
+        ),
+        (["--prompt", "the", "--temperature", "nan"], "--temperature must be >= 0, got nan"),
+        (["--prompt", "the", "--temperature", "inf"], "--temperature must be finite, got inf"),
+        (["--prompt", "the", "--top_p", "0"], "--top_p must be in (0, 1], got 0.0"),
+        (["--prompt", "the", "--top_p", "nan"], "--top_p must be in (0, 1], got nan"),
+        (["--prompt", "the", "--top_k", "0"], "--top_k must be an integer >= 1, got 0"),
+        (["--prompt", "the", "--thought_temperature", "nan"], "--thought_temperature must be >= 0, got nan"),
+        (["--prompt", "the", "--seed", "-1"], "--seed must be an integer in [0, 4294967295], got -1"),
+        (
+            ["--prompt", "the", "--think", "nan"],
+            "--think must be 'always', 'never' or a threshold in nats >= 0, got nan",
+        ),
         (["--prompt", "the", "--temperature", "-1"], "--temperature must be >= 0, got -1.0"),
         (["--prompt", "the", "--thought_temperature", "-1"], "thought_temperature must be >= 0, got -1.0"),
         (["--prompt", "the", "--model", "./nowhere"], "cannot load --model ./nowhere"),

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -33,6 +34,12 @@ def test_from_nothing_to_generated_text(tmp_path, capsys):
 
     assert main(["quickstart", "--tiny", "--output_dir", str(folder)]) == 2
     assert "--output_dir must be new or empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_bad_seeds_are_named(tmp_path, capsys, seed):
+    assert main(["quickstart", "--tiny", "--output_dir", str(tmp_path / "new"), "--seed", seed]) == 2
+    assert f"quietstar quickstart: --seed must be an integer in [0, 4294967295], got {seed}" in capsys.readouterr().err
 
 
 def test_the_hardest_tokens_are_those_of_the_model_before():

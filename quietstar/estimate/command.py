@@ -11,7 +11,7 @@ from quietstar.estimate.flops import model_flops, step_parts
 from quietstar.estimate.memory import step_memory
 from quietstar.estimate.step import DTYPES, OPTIMIZERS, TrainingStep
 
-# Far above these a step is no step: numbers overflow, and the tables of anchors fill the memory.
+# Above these a step is a slip of the hand: numbers overflow, and the tables of anchors fill the memory.
 LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4}
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM
 
 
@@ -40,7 +41,14 @@ def held_out_nll(
         batch_size: windows per forward pass.
         seed: of the thoughts; the state of the random number generators is left as it was.
         progress: wraps the batches, to show progress.
+
+    Raises:
+        TypeError, ValueError: a batch size or seed that is none, or no windows.
     """
+    if windows.dim() != 2 or windows.numel() == 0:
+        raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
+    Interval(int, "[1, inf)").check("batch_size", batch_size)
+    SEED.check("seed", seed)
     device, was_training = windows.device, model.training
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -58,9 +66,13 @@ def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
 
     Choose them by a model whose nll is not compared on them: whoever chooses the tokens on which it did worst looks
     worse there than it is.
+
+    Raises:
+        TypeError, ValueError: a share outside (0, 1], or no tokens.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
+    Interval(float, "(0, 1]").check("share", share)
+    if nll.numel() == 0:
+        raise ValueError(f"nll must hold at least one token, got shape {list(nll.shape)}")
     count = max(1, round(nll.numel() * share))
     return nll >= nll.flatten().topk(count).values[-1]
 
@@ -69,7 +81,12 @@ def token_mean(values: Tensor, chosen: Tensor | None = None) -> Mean:
     """Mean of ``values`` [windows, L−1] over the tokens ``chosen`` (default all).
 
     The standard error is that of a ratio of sums over windows, since tokens of one text are not independent.
+
+    Raises:
+        ValueError: ``chosen`` of another shape.
     """
+    if chosen is not None and chosen.shape != values.shape:
+        raise ValueError(f"chosen must have the shape of values, {list(values.shape)}, got {list(chosen.shape)}")
     chosen = torch.ones_like(values, dtype=torch.bool) if chosen is None else chosen
     counts = chosen.sum(dim=1).double()
     sums = (values.double() * chosen).sum(dim=1)

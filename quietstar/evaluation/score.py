@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar._numbers import SEED
 from quietstar.models import QuietStarForCausalLM
 
 
@@ -30,8 +31,11 @@ def score(model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, text:
         seed: of the thoughts; the state of the random number generators is left as it was.
 
     Raises:
-        ValueError: a text of fewer tokens, or of more than the model has positions.
+        TypeError, ValueError: a text of fewer tokens, or of more than the model has positions; a seed that is none.
     """
+    SEED.check("seed", seed)
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
     device, config, was_training = model.device, model.config, model.training
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
     length, positions = input_ids.shape[1], config.max_position_embeddings

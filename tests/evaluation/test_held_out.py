@@ -54,6 +54,36 @@ def test_hardest_tokens():
         hardest(nll, 0)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.01, math.nan, math.inf, True, "0.1", None])
+def test_shares_that_are_none(share):
+    with pytest.raises((TypeError, ValueError), match=r"share must be (a number )?(in \(0, 1\]|finite), got"):
+        hardest(torch.ones(2, 2), share)
+    with pytest.raises(ValueError, match=r"nll must hold at least one token, got shape \[0, 3\]"):
+        hardest(torch.ones(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be an integer >= 1, got 1.5"),
+        ({"batch_size": math.nan}, "batch_size must be an integer >= 1, got nan"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 4294967295\], got -1"),
+        ({"windows": torch.ones(0, 9, dtype=torch.int64)}, r"windows must have shape .*, got \[0, 9\]"),
+        ({"windows": torch.ones(9, dtype=torch.int64)}, r"windows must have shape .*, got \[9\]"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(model, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        held_out_nll(model, **{"windows": torch.ones(2, 9, dtype=torch.int64)} | options)
+
+
+def test_means_of_other_tokens_than_there_are():
+    with pytest.raises(ValueError, match=r"chosen must have the shape of values, \[2, 3\], got \[2\]"):
+        token_mean(torch.ones(2, 3), torch.ones(2, dtype=torch.bool))
+
+
 def test_mean_of_all_tokens_has_the_error_of_the_window_means():
     values = torch.randn(50, 8)
     mean, error = token_mean(values)

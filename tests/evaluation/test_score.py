@@ -61,3 +61,16 @@ def test_the_seed_decides_and_nothing_else_is_touched(model, tokenizer):
 def test_texts_of_wrong_length_are_refused(model, tokenizer, text, count):
     with pytest.raises(ValueError, match=f"text must have 2 to max_position_embeddings = 32 tokens, got {count}"):
         score(model, tokenizer, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": 3}, "text must be a str, got int"),
+        ({"text": "the cat", "seed": 2**32}, r"seed must be an integer in \[0, 4294967295\], got 4294967296"),
+        ({"text": "the cat", "seed": True}, r"seed must be an integer in .*, got True"),
+    ],
+)
+def test_bad_arguments_are_named(model, tokenizer, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        score(model, tokenizer, **arguments)

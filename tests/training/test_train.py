@@ -168,6 +168,7 @@ def test_dtype_of_the_weights(run, tmp_path):
         (["--model", "{tmp}"], "model must be a Mistral or Quiet-STaR checkpoint, got no config.json in "),
         (["--model", "/no/such"], "model must be the folder or hub name of a checkpoint, got '/no/such': "),
         (["--model", "{tmp}/gpt2"], "model must be a Mistral or Quiet-STaR checkpoint, got model type 'gpt2'"),
+        (["--model", "{tmp}/run"], "model must be a .*, got no config.json in .*run, only checkpoint-2, checkpoint-4"),
         (["--tokenizer", "{tmp}"], "tokenizer must be given: none in "),
         (["--thought_length", "-1"], "thought_length must be an integer >= 0, got -1"),
         (["--resume_from_checkpoint", "last"], "resume_from_checkpoint must not be 'last' without a checkpoint"),
@@ -180,12 +181,39 @@ def test_dtype_of_the_weights(run, tmp_path):
 )
 def test_bad_arguments_are_named_without_a_traceback(run, tmp_path, capsys, flags, message):
     GPT2Config().save_pretrained(tmp_path / "gpt2")
+    for step in (2, 4):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
     try:
         code = run(*(flag.format(tmp=tmp_path) for flag in flags))
     except SystemExit as stop:
         code = stop.code
     assert code == 2
     assert re.search(f"^quietstar train: (error: )?{message}", capsys.readouterr().err, re.MULTILINE)
+
+
+NOT_NEGATIVE = "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "thought_temperature", "policy_weight"
+POSITIVE = "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "policy_temperature"
+SHARES = "held_out_fraction", "adam_beta1", "base_loss_weight"
+COUNTS = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit", "block_size",
+    "max_held_out_windows", "workers", "lookahead", "num_thoughts",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in (*NOT_NEGATIVE, *POSITIVE, *SHARES) for value in ("nan", "inf", "-inf", "-0.5")),
+        *((name, "0") for name in POSITIVE),
+        *((name, "1.5") for name in SHARES),
+        *((name, value) for name in COUNTS for value in ("0", "-3")),
+        *(("seed", value) for value in ("-1", "4294967296")),
+    ],
+)
+def test_bad_numbers_in_flags(capsys, name, value):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        TrainParser().parse(["--model", "m", "--data", "d", f"--{name}={value}"])
+    assert re.search(f"error: {name} must be .*, got {value}", capsys.readouterr().err)
 
 
 def test_bad_numbers_end_the_command(run, base, tmp_path, capsys):
@@ -195,6 +223,13 @@ def test_bad_numbers_end_the_command(run, base, tmp_path, capsys):
     assert run() == 1
     assert "quietstar train: training stopped: the loss of step 1 is not finite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+def test_a_broken_model_is_named(run, base, capsys):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert run() == 2
+    assert f"quietstar train: model cannot be loaded from {base}: " in capsys.readouterr().err
 
 
 def test_defaults_are_the_papers():
