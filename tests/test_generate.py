@@ -92,8 +92,8 @@ def test_json(folder, capsys):
         (["--prompt", ""], "--prompt must hold at least one token, got ''"),
         (["--prompt", "the", "--max_new_tokens", "0"], "--max_new_tokens must be an integer in [1, 1000000], got 0"),
         (
-            ["--prompt", "the", "--max_new_tokens", "33"],
-            "--max_new_tokens must be <= max_position_embeddings = 32, got",
+            ["--prompt", "the", "--max_new_tokens", "9" * 20],
+            "--max_new_tokens must be an integer in [1, 1000000], got 99",
         ),
         (["--prompt", "the", "--temperature", "nan"], "--temperature must be >= 0, got nan"),
         (["--prompt", "the", "--temperature", "inf"], "--temperature must be finite, got inf"),

@@ -26,7 +26,7 @@ from quietstar.models.layers import MixingHead, ThoughtEmbedding, ZeroLinear
 from quietstar.models.objective import quiet_star_objective
 from quietstar.models.text import Text
 from quietstar.models.thoughts import HiddenStates, Thinker, run_layers
-from quietstar.models.transformers_names import CACHE, base_mask, only_cache
+from quietstar.models.transformers_names import CACHE, LeftByQuantisers, base_mask, only_cache
 from quietstar.models.weights import weight_of
 from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._checks import check_integer, check_range, check_tensor
@@ -62,7 +62,7 @@ class QuietStarOutput(CausalLMOutputWithPast):
     mixing_weight: Tensor | None = None
 
 
-class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
+class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausalLM):
     """Mistral with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
 
     >>> model = QuietStarForCausalLM.from_base("a Mistral checkpoint", tokenizer=tokenizer)
@@ -73,8 +73,6 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     config_class = QuietStarConfig
     config: QuietStarConfig
-    # Quantisers leave these alone: ops read their weights, and their outputs are the predictions.
-    _keep_in_fp32_modules = ["lm_head", "mixing_head"]
     # The loss is a sum of means over different sets of tokens: gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
 
@@ -101,10 +99,6 @@ class QuietStarForCausalLM(ThinkingGeneration, MistralForCausalLM):
 
     from_base = classmethod(checkpoint.from_base)
     from_pretrained = classmethod(checkpoint.from_pretrained)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        """What quantisers leave alone has the model's dtype, float16 too."""
-        return {}
 
     def forward(
         self,

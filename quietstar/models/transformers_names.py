@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -14,6 +15,7 @@ __all__ = [
     "CACHE",
     "CACHE_NAMES",
     "GenerationHooks",
+    "LeftByQuantisers",
     "MistralModel",
     "base_mask",
     "only_cache",
@@ -87,3 +89,13 @@ class GenerationHooks:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if given is None and (made := model_kwargs.get(CACHE)) is not None:
             self.on_new_cache(made)
+
+
+class LeftByQuantisers:
+    """Mixin in front of a transformers model: quantisers leave its heads alone, which ops read by their weights."""
+
+    _keep_in_fp32_modules = ["lm_head", "mixing_head"]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Which modules have another dtype than the model: none; the list above is for quantisers only."""
+        return {}

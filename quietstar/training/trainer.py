@@ -43,6 +43,8 @@ class QuietStarTrainer(Trainer):
                 f"`torchrun --nproc_per_node {self.args.n_gpu} $(which quietstar) train ...`, or train on one GPU with "
                 "CUDA_VISIBLE_DEVICES=0 in the environment"
             )
+        if self.args.use_liger_kernel:
+            raise ValueError("use_liger_kernel must be False, got True: its forward pass does not think")
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
@@ -64,6 +66,8 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if "labels" not in inputs:
+            raise ValueError(f"labels must be in every batch, got {', '.join(inputs)}")
         inputs = {**inputs, "output_thought_logprobs": False}  # nothing here reads them
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         metrics = self._training_metrics if model.training else self._evaluation_metrics

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from quietstar import QuietStarForCausalLM
 from quietstar.training import NonFiniteError
@@ -144,6 +145,54 @@ def test_bad_loss_shows_at_the_next_log(make_model, make_trainer):
     with pytest.raises(NonFiniteError, match="the loss of step 2 is not finite"):
         trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_the_last_checkpoint_is_the_last_whole_one(make_model, make_trainer, tmp_path):
+    def break_the_newest_and_poison(model):
+        (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+        poison_weights(model)
+
+    trainer = make_trainer(make_model(), [At(5, break_the_newest_and_poison)], max_steps=6, save_steps=2)
+    with pytest.raises(NonFiniteError, match=r"step 5 is not finite; the last checkpoint is .*checkpoint-2$"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("extra", ["position_ids", "attention_mask", "row"])
+def test_other_columns_change_nothing(make_model, make_trainer, windows, extra):
+    columns = {
+        "position_ids": torch.arange(len(windows[0]["input_ids"])),
+        "attention_mask": torch.ones(len(windows[0]["input_ids"]), dtype=torch.int64),
+        "row": torch.zeros(()),
+    }
+    rows = [row | {"labels": row["input_ids"]} for row in windows]
+    histories = []
+    for data in (rows, [row | {extra: columns[extra]} for row in rows]):
+        trainer = make_trainer(make_model(), max_steps=2, logging_steps=1)
+        trainer.train_dataset, trainer.data_collator = data, default_data_collator
+        trainer.train()
+        histories.append([log["base_nll"] for log in trainer.state.log_history if "base_nll" in log])
+    assert len(histories[0]) == 2
+    assert histories[0] == histories[1]
+
+
+def test_streamed_data(make_model, make_trainer, windows):
+    trainer = make_trainer(make_model(), max_steps=3)
+    trainer.train_dataset = Dataset.from_list(windows).to_iterable_dataset()
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_batches_without_labels_are_refused(make_model, make_trainer):
+    trainer = make_trainer(make_model(), max_steps=1)
+    trainer.data_collator = default_data_collator
+    with pytest.raises(ValueError, match="labels must be in every batch, got input_ids"):
+        trainer.train()
+
+
+def test_kernels_that_do_not_think_are_refused(make_model, make_trainer, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *_: None, raising=False)
+    with pytest.raises(ValueError, match="use_liger_kernel must be False, got True"):
+        make_trainer(make_model(), use_liger_kernel=True)
 
 
 def test_label_smoothing_is_refused(make_model, make_trainer):
