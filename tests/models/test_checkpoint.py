@@ -99,6 +99,22 @@ def authors_folder(model, folder, **changes):
     (folder / "config.json").write_text(json.dumps(AUTHORS_CONFIG | changes))
 
 
+def in_other_files(folder, kind):
+    """Save the tensors of a folder again: in "shards", "pickled" or in "pickled shards"."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, ending, save = "model", "safetensors", save_file
+    if "pickled" in kind:
+        stem, ending, save = "pytorch_model", "bin", torch.save
+    files = dict.fromkeys(weights, f"{stem}.{ending}")
+    if "shards" in kind:
+        files = {name: f"{stem}-0000{i % 2}.{ending}" for i, name in enumerate(weights)}
+        index = {"metadata": {}, "weight_map": files}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    for file in set(files.values()):
+        save({name: tensor for name, tensor in weights.items() if files[name] == file}, folder / file)
+
+
 def test_authors_layout(make_model, tmp_path, text):
     model = make_model(sliding_window=4096, thought_length=3)
     authors_folder(model, tmp_path)
@@ -218,6 +234,7 @@ def hub(tmp_path, base, make_model):
                 make_model(thought_length=length).save_pretrained(target)
             elif name == "theirs":
                 authors_folder(make_model(thought_length=length), target, max_thoughts=length + 5)
+                in_other_files(target, "shards")
             else:
                 for file in folder.iterdir():
                     if file.is_file():
@@ -311,18 +328,7 @@ def test_what_is_read_by_its_weight_cannot_be_offloaded(make_model, tmp_path, of
 def test_authors_tensors_in_other_files(make_model, tmp_path, kind):
     model = make_model(thought_length=3)
     authors_folder(model, tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    ending, save = ("bin", torch.save) if "pickled" in kind else ("safetensors", save_file)
-    stem = "pytorch_model" if "pickled" in kind else "model"
-    if "shards" in kind:
-        files = {name: f"{stem}-0000{i % 2}.{ending}" for i, name in enumerate(weights)}
-        index = {"metadata": {}, "weight_map": files}
-        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
-    else:
-        files = dict.fromkeys(weights, f"{stem}.{ending}")
-    for file in set(files.values()):
-        save({name: tensor for name, tensor in weights.items() if files[name] == file}, tmp_path / file)
+    in_other_files(tmp_path, kind)
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
