@@ -97,8 +97,8 @@ class DataArguments:
     _argument_group_name = "data"
 
     data: str = field(
-        metadata={"help": "a .txt, .jsonl, .json or .parquet file, or the name of a dataset; rows are documents, "
-                  "in a .txt file paragraphs"}
+        metadata={"help": "a .txt, .jsonl, .json or .parquet file, compressed or not, a pattern or a folder of such "
+                  "files, or the name of a dataset; rows are documents, in a .txt file paragraphs"}
     )  # fmt: skip
     data_config: str | None = field(default=None, metadata={"help": "configuration of a dataset"})
     data_split: str = field(default="train", metadata={"help": "split of a dataset, such as train[:1000]"})
