@@ -11,11 +11,15 @@ from quietstar.models.attention import TextCache, ThoughtStates
 from quietstar.models.documents import first_key
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
 from quietstar.models.speculation import DraftLength, Thinking, verify
+from quietstar.models.text_rules import TextRules
 from quietstar.models.thoughts import Thinker, run_layers
-from quietstar.models.transformers_names import pad_token_id
+from quietstar.models.transformers_names import CACHE_NAMES, pad_token_id
 
 if TYPE_CHECKING:
     from quietstar.models.modeling import QuietStarForCausalLM
+
+# What transformers prepares for its own loops, and this one has no use for.
+_PREPARED = {"use_cache", "logits_to_keep", "tokenizer", *CACHE_NAMES}
 
 
 def decode(
@@ -30,7 +34,7 @@ def decode(
     thinking: Thinking,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    **_,
+    **others,
 ) -> Tensor | QuietStarGenerateOutput:
     """What transformers calls in place of its own loop, with the arguments it prepares for that.
 
@@ -42,6 +46,7 @@ def decode(
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     }
     refused |= {"guidance_scale": generation_config.guidance_scale not in (None, 1), "synced_gpus": synced_gpus}
+    refused |= {name: value is not None for name, value in others.items() if name not in _PREPARED}
     if any(refused.values()):
         names = ", ".join(name for name, value in refused.items() if value)
         raise ValueError(f"{names} must be left out with draft_length, think or return_thoughts")
@@ -49,7 +54,7 @@ def decode(
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
     with torch.inference_mode():  # calls cost less in it
         loop = _Loop(model, input_ids, attention_mask, position_ids, generation_config, thinking)
-        loop.processors, loop.criteria, loop.streamer = logits_processor, stopping_criteria, streamer
+        loop.rules, loop.streamer = TextRules(logits_processor, stopping_criteria), streamer
         output = loop.run()
     # Copies, which may be trained on.
     output = type(output)(**{key: x.clone() if isinstance(x, Tensor) else x for key, x in output.items()})
@@ -61,12 +66,13 @@ def decode(
 class _Loop:
     """The state of one call. Column j of ``ids`` and key j of the cache belong together.
 
-    Rows grow at their own pace: ``lengths`` holds where each ends, on the host. What stands behind is left over from
-    rejected drafts and never read. Rows that have stopped are computed on but grow no more.
+    With drafts rows grow at their own pace: ``lengths`` holds how far each is, on the host. What stands behind is left
+    over from rejected drafts and never read. Rows that have stopped are computed on but grow no more. Without drafts,
+    or where the rules of the text have a state, all rows are in step, and those that have stopped grow by padding.
+    ``ends`` holds where the texts end, without that padding.
     """
 
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
+    rules: TextRules
     streamer: BaseStreamer | None
 
     def __init__(
@@ -99,7 +105,9 @@ class _Loop:
 
         self.cache = TextCache(capacity, self.key_start, model.config.sliding_window)
         self.thought_states = ThoughtStates(self.draft_length.longest + 1)
-        self.lengths, self.stopped = [prompt] * batch, [False] * batch
+        self.lengths, self.ends = [prompt] * batch, [prompt] * batch
+        self.stopped = [False] * batch
+        self.asked_to_stop = self._where_stopped()
         self.streamed = prompt
 
         # Of every new token. Only what is asked for is kept.
@@ -121,19 +129,19 @@ class _Loop:
 
     def _round(self, count: int) -> None:
         """Draft ``count`` tokens, 0 or more, behind every row, think behind all of them, keep what is agreed on."""
-        states, logits, scores, drafts = [], [], [], []
-        thinks = ~torch.tensor(self.stopped, device=self.ids.device)[:, None].expand(-1, count + 1)
+        states, logits, draft_scores, drafts = [], [], [], []
+        thinks = ~self._where_stopped()[:, None].expand(-1, count + 1)
         thinker = None
         for i in range(count + 1):
             if i == count and self.thinking.think == "always":
                 thinker = self._thinker(thinks, count + 1)
             states.append(self._read(i, thinker))
             logits.append(self._logits(states[i]))
-            scores.append(self._process(logits[i], i))
             if i < count:
-                drafts.append(self._draw(scores[i]))
+                draft_scores.append(self._process(self.rules.for_drafts, logits[i], i))
+                drafts.append(self._draw(draft_scores[i]))
                 self.ids.scatter_(1, self._column([length + i for length in self.lengths]), drafts[i])
-        base_logits, base_scores = torch.stack(logits, dim=1), torch.stack(scores, dim=1)
+        base_logits = torch.stack(logits, dim=1)
 
         if thinker is None:
             thinks = thinks & self._unsure(base_logits)
@@ -142,17 +150,11 @@ class _Loop:
         logits, thoughts = base_logits, None
         if thinker is not None:
             logits, thoughts = self._think(thinker, thinks, torch.stack(states, dim=1), base_logits)
-        scores = logits
-        if self.processors:
-            scores = torch.stack([self._process(x, i) for i, x in enumerate(logits.unbind(1))], dim=1)
-        drafted = torch.cat(drafts, dim=1) if drafts else self.ids[:, :0]
-        accepted, token = verify(drafted, base_scores, scores, self.do_sample)
-        accepted = accepted.tolist()
-        self.ids.scatter_(1, self._column([n + m for n, m in zip(self.lengths, accepted, strict=True)]), token[:, None])
-
-        before = self.lengths
-        self.draft_length.learn([m for m, done in zip(accepted, self.stopped, strict=True) if not done], count)
-        self._grow(accepted)
+        before = list(self.ends)
+        if self.thinking.draft_length is None or not self.rules.stateless:
+            self._keep_in_step(drafts, draft_scores, logits)
+        else:
+            self._keep(drafts, draft_scores, logits)
         self._remember(before, thinks, base_logits, logits, thoughts)
 
     def _read(self, ahead: int, thinker: Thinker | None) -> Tensor:
@@ -233,22 +235,16 @@ class _Loop:
         """Logits [..., V] in float32 as transformers' loops take them."""
         return self.model._text_logits(hidden).float()
 
-    def _process(self, logits: Tensor, ahead: int) -> Tensor:
-        """Logits [B, V] of the tokens ``ahead`` columns behind the end of each row, through the logits processors.
+    def _process(self, processors: list, logits: Tensor, ahead: int) -> Tensor:
+        """Logits [B, V] of the tokens ``ahead`` columns behind the end of each row, through logits processors.
 
         Processors take a batch of one length: they are called for every length there is, with all rows, since some of
         them go by the row's number.
         """
-        if not self.processors:
-            return logits
-        processed = {}
-        for length in set(self.lengths):
-            scores = logits.clone()
-            for processor in self.processors:  # calling the list would look at their signatures every time
-                scores = processor(self.ids[:, : length + ahead], scores)
-            processed[length] = scores
+        lengths = set(self.lengths) if processors else {0}
+        processed = {n: self.rules.process(processors, self.ids[:, : n + ahead], logits) for n in lengths}
         if len(processed) == 1:
-            return processed[self.lengths[0]]
+            return processed.popitem()[1]
         return torch.stack([processed[length][b] for b, length in enumerate(self.lengths)])
 
     def _draw(self, scores: Tensor) -> Tensor:
@@ -257,6 +253,54 @@ class _Loop:
             return torch.multinomial(scores.softmax(dim=-1), 1)
         return scores.argmax(dim=-1, keepdim=True)
 
+    def _keep(self, drafts: list[Tensor], draft_scores: list[Tensor], logits: Tensor) -> None:
+        """Every row takes in the drafts [B, 1] it accepts and one token more.
+
+        Args:
+            drafts: from ``draft_scores`` [B, V], one after the other.
+            logits: [B, n + 1, V], the predictions that drafts are judged by, before processors.
+        """
+        count = len(drafts)
+        scores = torch.stack([self._process(self.rules.processors, x, i) for i, x in enumerate(logits.unbind(1))], 1)
+        drafted = torch.cat(drafts, dim=1) if drafts else self.ids[:, :0]
+        drafted_by = torch.stack(draft_scores, dim=1) if drafts else scores[:, :0]
+        accepted, token = verify(drafted, drafted_by, scores, self.do_sample)
+        accepted = accepted.tolist()
+        self.ids.scatter_(1, self._column([n + m for n, m in zip(self.lengths, accepted, strict=True)]), token[:, None])
+        self.draft_length.learn([m for m, done in zip(accepted, self.stopped, strict=True) if not done], count)
+        self._grow(accepted)
+
+    def _keep_in_step(self, drafts: list[Tensor], draft_scores: list[Tensor], logits: Tensor) -> None:
+        """All rows take in as many tokens as all accept; arguments as for ``_keep``.
+
+        Processors and criteria are called as in transformers' own loop: in turn, and once for every token that is kept.
+        """
+        for i, predicted in enumerate(logits.unbind(1)):
+            scores = self._process(self.rules.processors, predicted, 0)
+            growing = [not done for done in self.stopped]
+            goes_on = i < len(drafts)
+            if goes_on:
+                accepted, other = verify(drafts[i], draft_scores[i][:, None], scores[:, None], self.do_sample)
+                token = torch.where(accepted.bool(), drafts[i][:, 0], other)
+                accepted = [n for n, grows in zip(accepted.tolist(), growing, strict=True) if grows]
+                self.draft_length.learn(accepted, 1)
+                goes_on = all(accepted)
+            else:
+                token = self._draw(scores)[:, 0]
+            self._append(token)
+            if not goes_on or all(self.stopped):
+                return
+
+    def _append(self, token: Tensor) -> None:
+        """All rows, in step, grow by a token [B]; stopped ones by padding."""
+        length = self.lengths[0] + 1
+        self.ids[:, length - 1] = token.masked_fill(self._where_stopped(), self.pad)
+        self.lengths = [length] * len(token)
+        self.ends = [end if done else length for end, done in zip(self.ends, self.stopped, strict=True)]
+        self.asked_to_stop |= self.rules.criteria(self.ids[:, :length], None)
+        stop = self.asked_to_stop if self.rules.pads else self.asked_to_stop.all().expand(len(token))
+        self.stopped = stop.tolist()
+
     def _grow(self, accepted: list[int]) -> None:
         """Take in the accepted drafts and one token more, up to where a stopping criterion holds."""
         lengths, stopped = list(self.lengths), list(self.stopped)
@@ -264,10 +308,10 @@ class _Loop:
         for length in range(min(lengths) + 1, max(target) + 1):
             growing = [b for b, own in enumerate(lengths) if own == length - 1 < target[b] and not stopped[b]]
             if growing:
-                stop = self.criteria(self.ids[:, :length], None).tolist()
+                stop = self.rules.criteria(self.ids[:, :length], None).tolist()
             for b in growing:
                 lengths[b], stopped[b] = length, stop[b]
-        self.lengths, self.stopped = lengths, stopped
+        self.lengths, self.ends, self.stopped = lengths, list(lengths), stopped
 
     def _remember(
         self,
@@ -280,7 +324,7 @@ class _Loop:
         """Keep what is known of the tokens that rows grew by since ``before``; tensors are of the round's positions."""
         grown = [
             (b, i, start + i)
-            for b, (start, end) in enumerate(zip(before, self.lengths, strict=True))
+            for b, (start, end) in enumerate(zip(before, self.ends, strict=True))
             for i in range(end - start)
         ]
         row, ahead, column = torch.tensor(grown, device=self.ids.device).unbind(1)
@@ -300,7 +344,7 @@ class _Loop:
         if self.streamer is None:
             return
         growing = [n for n, done in zip(self.lengths, self.stopped, strict=True) if not done]
-        certain = min(growing, default=max(self.lengths))
+        certain = min(growing, default=max(self.ends))
         if isinstance(self.streamer, ThoughtStreamer):
             new = slice(self.streamed - self.prompt_length, certain - self.prompt_length)
             columns = self.ids[:, self.prompt_length :], self.thinks, *self.details
@@ -313,20 +357,24 @@ class _Loop:
 
     def _text(self, width: int) -> Tensor:
         """The first columns of all rows, int64 [B, width], padded behind the end of rows that have stopped."""
-        behind = torch.arange(width, device=self.ids.device) >= self._column(self.lengths)
+        behind = torch.arange(width, device=self.ids.device) >= self._column(self.ends)
         return self.ids[:, :width].masked_fill(behind, self.pad)
 
     def _output(self) -> QuietStarGenerateOutput:
-        new = max(self.lengths) - self.prompt_length
+        new = max(self.ends) - self.prompt_length
         details = [detail[:, :new] for detail in self.details] or [None] * 4
         return QuietStarGenerateOutput(
-            self._text(max(self.lengths)),
-            torch.tensor([length - self.prompt_length for length in self.lengths]),
+            self._text(max(self.ends)),
+            torch.tensor([end - self.prompt_length for end in self.ends]),
             self.thinks[:, :new],
             *details,
             drafted=self.draft_length.drafted,
             accepted=self.draft_length.accepted,
         )
+
+    def _where_stopped(self) -> Tensor:
+        """Bool [B]."""
+        return torch.tensor(self.stopped, device=self.ids.device)
 
     def _column(self, numbers: list[int]) -> Tensor:
         """Numbers of the rows as int64 [B, 1] on the device."""
