@@ -5,6 +5,7 @@ Plain thinking runs in transformers' loops, where every forward pass thinks once
 streamers either way.
 """
 
+import inspect
 from typing import Literal
 
 import torch
@@ -16,10 +17,17 @@ from quietstar.models.cache import grow_in_place
 from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
-from quietstar.models.transformers_names import CACHE, CACHE_NAMES, GenerationHooks, only_cache
+from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache
 
-# Arguments of transformers' ``generate`` with which the caller, or the model from call to call, may keep a cache.
-_MAY_KEEP_A_CACHE = (CACHE, "cache_implementation", "generation_config", "return_dict_in_generate")
+# Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
+_MAY_KEEP_A_CACHE = (
+    CACHE, "assistant_model", "cache_implementation", "custom_generate", "generation_config", "return_dict_in_generate",
+)  # fmt: skip
+
+# Arguments of ``forward`` and of the methods below that mean nothing in ``generate``.
+_NOT_OF_GENERATE = (
+    "labels", "output_thought_logprobs", "suppress_thought_tokens", "thinking", "thought_states", "thought_tokens",
+)  # fmt: skip
 
 
 class ThinkingGeneration(GenerationHooks):
@@ -48,31 +56,33 @@ class ThinkingGeneration(GenerationHooks):
             return_thoughts: return a :class:`QuietStarGenerateOutput` with every thought. So does
                 ``return_dict_in_generate`` with ``draft_length`` or ``think``, without the thoughts.
 
+        Logits processors and stopping criteria may keep a state, as engines for grammars do: each is called once per
+        token, in order. Drafts go only through those of transformers that keep none.
+
         Raises:
-            TypeError, ValueError: a bad option, an empty prompt or one longer than the model's positions; with one of
-                the three options also beam search, a cache, ``guidance_scale``, ``synced_gpus`` and scores,
-                logits, attentions or hidden states in the output.
+            TypeError, ValueError: a bad option or an unknown argument; a prompt that is empty, longer than the model's
+                positions or padded on the right; ``output_attentions`` and ``assistant_early_exit``; with one of the
+                three options also beam search, assistants, a cache, ``custom_generate``, ``guidance_scale``,
+                ``synced_gpus`` and scores, logits or hidden states in the output.
         """
         thinking = Thinking(draft_length, think, return_thoughts)
+        if args:
+            kwargs |= inspect.signature(super().generate).bind_partial(inputs, *args).arguments
+            kwargs.pop("inputs", None)
         self._check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
-        if isinstance(kwargs.get("streamer"), ThoughtStreamer) and not return_thoughts:
-            raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         if (cache := only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
             kwargs[CACHE] = cache
+        self._check_arguments(kwargs, thinking)
         if thinking.plain:
             # Calls cost less in inference mode, but a cache made in it could not be used outside of it.
             kept = any(
                 kwargs.get(name) is not None or getattr(self.generation_config, name, None)
                 for name in _MAY_KEEP_A_CACHE
             )
-            with torch.inference_mode(not args and not kept):
-                output = super().generate(inputs, *args, thought_states=ThoughtStates(), **kwargs)
+            with torch.inference_mode(not kept):
+                output = super().generate(inputs, **kwargs)
             return output.clone() if isinstance(output, Tensor) and output.is_inference() else output
-        if cache is not None:
-            raise ValueError(
-                f"{CACHE} must be None with draft_length, think or return_thoughts, got {type(cache).__name__}"
-            )
-        return super().generate(inputs, *args, thinking=thinking, **kwargs)
+        return super().generate(inputs, thinking=thinking, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, thinking: Thinking | None = None, **kwargs):
         """As in transformers, which looks for ``inputs_embeds`` here; the thought tokens are never generated."""
@@ -83,22 +93,74 @@ class ThinkingGeneration(GenerationHooks):
         grow_in_place(cache)
 
     def sample(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
+        states = self._new_states(input_ids, kwargs.get("attention_mask"))
         if thinking is None:
-            return super().sample(input_ids, *args, **kwargs)
+            return super().sample(input_ids, *args, thought_states=states, **kwargs)
         return decode(self, input_ids, *args, thinking=thinking, **kwargs)
 
-    def beam_search(self, *args, thinking: Thinking | None = None, **kwargs):
+    def beam_search(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
         self._only_without_options(thinking, "beam search", "num_beams must be 1")
-        return super().beam_search(*args, **kwargs)
+        states = self._new_states(input_ids, kwargs.get("attention_mask"))
+        return super().beam_search(input_ids, *args, thought_states=states, **kwargs)
 
-    def assisted_decoding(self, *args, thinking: Thinking | None = None, **kwargs):
+    def assisted_decoding(self, input_ids, *args, thinking: Thinking | None = None, **kwargs):
         self._only_without_options(thinking, "assisted decoding", "assistant_model and prompt lookup must be left out")
-        return super().assisted_decoding(*args, **kwargs)
+        states = self._new_states(input_ids, kwargs.get("attention_mask"))
+        return super().assisted_decoding(input_ids, *args, thought_states=states, **kwargs)
+
+    def for_assistant(self, arguments: dict) -> dict:
+        return {name: value for name, value in arguments.items() if name != "thought_states"}
 
     @staticmethod
     def _only_without_options(thinking: Thinking | None, mode: str, demand: str) -> None:
         if thinking is not None:
             raise ValueError(f"{demand} with draft_length, think or return_thoughts, got {mode}")
+
+    def _check_arguments(self, arguments: dict, thinking: Thinking) -> None:
+        """Refuse what would be left unheard, or break in the middle."""
+
+        def asked(name: str):
+            sources = arguments.get("generation_config"), self.generation_config
+            values = (arguments.get(name), *(getattr(source, name, None) for source in sources))
+            return next((value for value in values if value is not None), None)
+
+        wrong = [name for name in _NOT_OF_GENERATE if arguments.get(name) is not None]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} must be left out of generate()")
+        if asked("output_attentions") or self.config.output_attentions:
+            raise ValueError("output_attentions must be False: attention is fused and has no weights to give")
+        if (layers := asked("assistant_early_exit")) is not None:
+            raise ValueError(
+                f"assistant_early_exit must be None, got {layers}: with draft_length the model drafts for itself"
+            )
+        if arguments.get("assistant_model") is not None and not ASSISTANTS_WORK:
+            raise ValueError("assistant_model must be None with transformers 5.15, which fails on rejected drafts")
+        if isinstance(arguments.get("streamer"), ThoughtStreamer) and not thinking.return_thoughts:
+            raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
+        for name in () if thinking.plain else (CACHE, "custom_generate"):
+            if (value := arguments.get(name)) is not None:
+                raise ValueError(
+                    f"{name} must be None with draft_length, think or return_thoughts, got {type(value).__name__}"
+                )
+
+    @staticmethod
+    def _new_states(input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStates:
+        """States that know where the prompts begin, also if they are read in pieces, the first of which is padding.
+
+        Raises:
+            ValueError: right padding. Text goes on behind the last column, and the padding would become a part of it.
+        """
+        states = ThoughtStates()
+        if attention_mask is None or attention_mask.dim() > 2:
+            return states
+        rows = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"attention_mask must pad prompts on the left in generate(), got 0 at the end of rows {rows}"
+            )
+        if attention_mask.shape == input_ids.shape:
+            states.first_key(attention_mask, input_ids.shape)
+        return states
 
     def _check_prompt(self, prompt: object, attention_mask: Tensor | None) -> None:
         if not isinstance(prompt, Tensor) or prompt.dim() != 2:

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -12,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 __all__ = [
+    "ASSISTANTS_WORK",
     "CACHE",
     "CACHE_NAMES",
     "GenerationHooks",
@@ -27,6 +29,9 @@ __all__ = [
 # The cache among arguments and in outputs; the old name is taken until 5.40.
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+# 5.15 keeps in the cache of an assistant model what it drafted in vain, and fails some rounds later.
+ASSISTANTS_WORK = not transformers.__version__.startswith("5.15.")
 
 
 def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -72,6 +77,10 @@ class GenerationHooks:
         """The loop of assistant models and prompt lookup."""
         return super()._assisted_decoding(*args, **kwargs)
 
+    def for_assistant(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments of ``forward`` that are handed on to an assistant model."""
+        return arguments
+
     def on_new_cache(self, cache: Cache) -> None:
         """Called with the empty cache that ``generate`` makes where it was given none."""
 
@@ -83,6 +92,9 @@ class GenerationHooks:
 
     def _assisted_decoding(self, *args, **kwargs):
         return self.assisted_decoding(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        return super()._get_candidate_generator(*args, model_kwargs=self.for_assistant(model_kwargs), **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args):
         given = model_kwargs.get(CACHE)

@@ -122,12 +122,25 @@ def test_drafts_are_accepted_as_the_rule_says():
     scores, draft_scores = (x.log().expand(draws, 2, -1) for x in (p, q))
     for token, probability in enumerate((1 / 3, 1, 1)):
         drafts = torch.full((draws, 1), token)
-        accepted, following = verify(drafts, draft_scores, scores, do_sample=True)
+        accepted, following = verify(drafts, draft_scores[:, :1], scores, do_sample=True)
         error = (probability * (1 - probability) / draws) ** 0.5
         assert abs(accepted.double().mean() - probability) <= 5 * error
         assert (following[accepted == 0] == 1).all()  # the only token of which the base model drafts too little
         share = torch.bincount(following[accepted == 1], minlength=3) / (accepted == 1).sum()
         torch.testing.assert_close(share, p, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_verdicts_do_not_depend_on_the_prediction_behind_the_drafts(do_sample):
+    draft_scores, scores, drafts = torch.randn(500, 2, 7), torch.randn(500, 3, 7), torch.randint(0, 7, (500, 2))
+    outcomes = []
+    for known in (scores, scores[:, :2]):
+        torch.manual_seed(0)
+        outcomes.append(verify(drafts, draft_scores, known, do_sample))
+    (accepted, following), (judged, instead) = outcomes
+    assert torch.equal(accepted, judged)
+    assert torch.equal(following[accepted < 2], instead[accepted < 2])
+    assert (accepted == 2).any()
 
 
 def test_equal_predictions_reject_nothing():
