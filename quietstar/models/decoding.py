@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar.models.attention import TextCache, ThoughtStates
-from quietstar.models.documents import first_key
+from quietstar.models.documents import document_starts
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
 from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.text_rules import TextRules
@@ -101,7 +101,10 @@ class _Loop:
         behind = position_ids[:, -1:] + torch.arange(1, capacity - prompt + 1, device=position_ids.device)
         self.position_ids = torch.cat([position_ids, behind], dim=1).to(device).expand(batch, -1)
         self.attention_mask = None if attention_mask is None else attention_mask.to(device)
-        self.key_start = first_key(self.attention_mask, (batch, prompt))
+        starts = document_starts(self.attention_mask, self.position_ids[:, :prompt], (batch, prompt))
+        if starts is not None and starts.dim() == 2:
+            raise ValueError("position_ids must go up by one in generate(), got packed documents")
+        self.key_start = starts
 
         self.cache = TextCache(capacity, self.key_start, model.config.sliding_window)
         self.thought_states = ThoughtStates(self.draft_length.longest + 1)
