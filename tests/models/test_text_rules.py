@@ -125,15 +125,36 @@ def test_a_function_of_the_prefix_is_asked_once_per_token(model, text, options):
 
 
 def test_drafts_go_through_what_keeps_no_state(model, text):
-    """They are accepted the more often: a penalty is no secret to them, a grammar of one's own is."""
+    """What is left of the vocabulary is no secret to them; what a grammar of one's own allows is."""
     rates = []
-    for processors, penalty in (([], 5.0), ([Cycle()], None)):
+    for processors, suppressed in (([], [*range(10), *range(13, 38)]), ([Cycle()], None)):
         output = model.generate(
             text, max_new_tokens=16, do_sample=False, draft_length=3, return_dict_in_generate=True,
-            repetition_penalty=penalty, logits_processor=LogitsProcessorList(processors),
+            suppress_tokens=suppressed, logits_processor=LogitsProcessorList(processors),
         )  # fmt: skip
         rates.append(output.acceptance_rate)
-    assert rates[0] > 2 * rates[1]
+    assert rates[0] > 0.3
+    assert rates[1] < 0.15
+
+
+@options
+def test_predictions_are_kept_from_processors_that_write(model, text, options):
+    """Log-probabilities are those before processors."""
+
+    def forbids_in_place(_, scores):
+        scores[:, ::2] = -torch.inf
+        return scores
+
+    def forbids(input_ids, scores):
+        return forbids_in_place(input_ids, scores.clone())
+
+    outputs = [
+        model.generate(text, max_new_tokens=8, do_sample=False, logits_processor=LogitsProcessorList([process]),
+                       **options | {"return_thoughts": True})
+        for process in (forbids_in_place, forbids)
+    ]  # fmt: skip
+    for name in ("sequences", "base_logprobs", "logprobs"):
+        assert torch.equal(*(output[name] for output in outputs)), name
 
 
 @pytest.mark.parametrize(
