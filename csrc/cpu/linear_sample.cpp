@@ -15,6 +15,9 @@
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
+// In place of a token where none can be drawn: see linear_sample/winner.py.
+constexpr int64_t kNoToken = -1;
+
 // Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 constexpr float kSlack = 1e-5f;
 
@@ -98,9 +101,13 @@ struct Groups {
   int32_t* places;        // whose arrival the first is
 };
 
+// +∞ also if one is NaN.
 float largest_in_group(const float* logits) {
-  Vec highest = load(logits, Whole{});
-  for (int i = kLanes; i < kGroup; i += kLanes) highest = larger(load(logits + i, Whole{}), highest);
+  Vec highest = splat(-kInfinity);
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const Vec z = load(logits + i, Whole{});
+    highest = larger(z < kInfinity ? z : splat(kInfinity), highest);
+  }
   return largest_of(highest);
 }
 
@@ -112,13 +119,13 @@ void score_first(const Groups& groups, int64_t count, float temperature, float s
   });
 }
 
-// The token of the best score; only the logits of groups that are not out are read.
+// The token of the best score, or none; only the logits of groups that are not out are read.
 int64_t draw(const Noise& noise, const float* logits, const Groups& groups, int64_t count, float temperature) {
   float best = -kInfinity;
-  int64_t winner = 0;
+  int64_t winner = kNoToken;
   for (int64_t drawn = 0; drawn < count; ++drawn) {
     const auto [bound, group] = find_largest(groups.bounds, count);
-    if (!(bound >= best) || bound == -kInfinity) break;
+    if (!(bound >= best) || bound == -kInfinity || bound == kInfinity) break;
     groups.bounds[group] = -kInfinity;
     float scores[kGroup];
     noise.arrivals(group, groups.first[group], groups.places[group], scores);
@@ -174,12 +181,17 @@ void sample_rows(const SampleRows& a) {
   for_rows(a.rows, useful_threads(a.rows, 2 * size, a.threads), [&](int64_t row, int thread) {
     float* logits = a.logits + row * size;
     const Groups groups = groups_at(scratch.of_thread(thread), even);
+    const auto find_bounds = [&] {
+      for (int64_t i = 0; i < a.groups; ++i) groups.bounds[i] = largest_in_group(logits + i * kGroup);
+    };
     const Noise noise{(uint64_t)a.seed, (uint64_t)(a.first_row + row)};
     for (int64_t i = 0; i < a.suppressed_count; ++i) logits[a.suppressed[i]] = -kInfinity;
-    if (filtered) keep_most_likely(a, logits, scratch.of_thread(thread) + 3 * even);
-
+    find_bounds();
+    if (filtered && find_largest(groups.bounds, a.groups).value < kInfinity) {
+      keep_most_likely(a, logits, scratch.of_thread(thread) + 3 * even);
+      find_bounds();
+    }
     noise.first_arrivals(0, even, groups.first, groups.places);
-    for (int64_t i = 0; i < a.groups; ++i) groups.bounds[i] = largest_in_group(logits + i * kGroup);
     score_first(groups, a.groups, a.temperature, kSlack);
     a.tokens[row] = draw(noise, logits, groups, a.groups, a.temperature);
   });

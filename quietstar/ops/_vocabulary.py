@@ -1,6 +1,7 @@
 """Arguments that name tokens: which targets count, which tokens are suppressed, how a loss is reduced over rows."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,12 +15,45 @@ IGNORED, INVALID = -1, -2
 
 REDUCTIONS = ("mean", "sum", "none")
 
+# Logits are divided in float32. Beyond these bounds the quotients of ordinary logits, or 1 / temperature, are not finite
+# or all 0.
+_TEMPERATURES = 1e-30, 1e30
 
-def suppressed_ids(suppress: Sequence[int] | Tensor | None, vocabulary: int, device: torch.device) -> Tensor | None:
+
+def check_head(vocabulary: int, hidden_size: int, hidden: str) -> None:
+    """A head has at least one token, and at least one column for the argument ``hidden`` to be multiplied with."""
+    if vocabulary == 0:
+        raise ValueError("weight must have at least one row, got none")
+    if hidden_size == 0:
+        raise ValueError(f"{hidden} must have at least one column, got none")
+
+
+def checked_number(name: str, value: float) -> float:
+    """``value`` as a float; TypeError if it is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def checked_temperature(temperature: float, *, zero: bool) -> float:
+    """``temperature`` as a float, positive and of a size to divide by, or 0 where that has a meaning."""
+    temperature = checked_number("temperature", temperature)
+    if temperature == 0 and zero:
+        return temperature
+    if not 0 < temperature < math.inf:
+        kind = "0 or positive, and finite" if zero else "positive and finite"
+        raise ValueError(f"temperature must be {kind}, got {temperature}")
+    low, high = _TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature must be between {low} and {high}, got {temperature}")
+    return temperature
+
+
+def suppressed_ids(suppress: Iterable[int] | Tensor | None, vocabulary: int, device: torch.device) -> Tensor | None:
     """``suppress`` as an int64 tensor, or None if it names no token.
 
     Raises:
-        TypeError: not a sequence of integers.
+        TypeError: not integers.
         ValueError: not one-dimensional, on another device, an id outside the vocabulary, or no token left.
     """
     if suppress is None:
@@ -33,9 +67,9 @@ def suppressed_ids(suppress: Sequence[int] | Tensor | None, vocabulary: int, dev
         ids = suppress.to(torch.int64)
         known = suppress.tolist() if can_read_values(suppress) else None
     else:
-        if isinstance(suppress, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in suppress):
+        known = list(suppress) if isinstance(suppress, Iterable) else [None]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in known):
             raise TypeError(f"suppress must be token ids (integers), got {suppress!r}")
-        known = list(suppress)
         # Filled in on the device: a copy would read the host's memory again whenever a CUDA graph is replayed.
         ids = torch.empty(len(known), dtype=torch.int64, device=device)
         for place, token in enumerate(known):

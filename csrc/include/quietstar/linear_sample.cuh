@@ -23,6 +23,9 @@ constexpr int kTeams = kSampleThreads / kTeamLanes;
 constexpr int kTeamWidth = kGroup / kTeamLanes;  // tokens of a lane
 constexpr int kMostCandidates = 3072;
 
+// In place of a token where none can be drawn: see linear_sample/winner.py.
+constexpr std::int64_t kNoToken = -1;
+
 // Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 constexpr float kSlack = 1e-5f;
 
@@ -39,7 +42,7 @@ __device__ __forceinline__ float float_of(std::uint32_t order) {
 struct SampleShared {
   float largest[kMostWarps];
   unsigned long long sum;
-  std::uint32_t best;  // score, in order
+  std::uint32_t best;  // score, in order; +∞ if the row has no token
   unsigned candidate_count;
   float team_score[kTeams];
   std::int64_t team_token[kTeams];
@@ -124,10 +127,12 @@ struct Weighed {
   }
 };
 
-// The smallest logit that may be drawn: see keep_most_likely in linear_sample/reference.py.
+// The smallest logit that may be drawn: see keep_most_likely in linear_sample/reference.py. Of a row that has no token,
+// any number.
 __device__ __forceinline__ float threshold(const SampleRows& a, const float* logits, const float* group_largest) {
   const std::int64_t size = a.groups * kGroup;
   const float largest = largest_in_block(group_largest, a.groups);
+  if (!(largest < kInfinity)) return -kInfinity;
   Weighed all{logits, size, false, largest, a.temperature};
   std::uint32_t cut = order_of(-kInfinity);
   if (a.top_k != 0) {
@@ -188,9 +193,11 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      float largest = z[j].element[0];
+      float largest = -kInfinity;  // +∞ also if one is NaN
 #pragma unroll
-      for (int i = 1; i < kTeamWidth; ++i) largest = larger(largest, z[j].element[i]);
+      for (int i = 0; i < kTeamWidth; ++i) {
+        largest = larger(largest, z[j].element[i] < kInfinity ? z[j].element[i] : kInfinity);
+      }
       largest = largest_of_lanes(largest, kTeamLanes);
       const std::int64_t group = begin + j * kTeams + team;
       if (member == 0 && group < a.groups) bounds[group] = largest;
@@ -207,6 +214,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
     for (int i = 0; i < 2; ++i) {
       const float largest = both.element[i];
       both.element[i] = largest >= smallest ? largest / a.temperature - logf(first.time[i]) + kSlack : -kInfinity;
+      if (both.element[i] == kInfinity && 2 * pair + i < a.groups) atomicMax(&shared.best, order_of(kInfinity));
     }
     store(bounds + 2 * pair, both);
   }
@@ -221,7 +229,8 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
       next.take(bounds[group], group);
     }
     next.share();
-    const bool goes_on = next.score > -kInfinity && next.score >= float_of(atomicMax(&shared.best, 0u));
+    const float best = float_of(atomicMax(&shared.best, 0u));
+    const bool goes_on = next.score > -kInfinity && next.score >= best && best < kInfinity;
     if (!__any_sync(kWholeWarp, goes_on)) break;
     // A team that is done goes along with the other of its warp, without effect.
     const std::int64_t group = goes_on ? next.token : 0;
@@ -253,7 +262,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int other = 1; other < kTeams; ++other) winner.take(shared.team_score[other], shared.team_token[other]);
-  a.tokens[blockIdx.x] = winner.token;
+  a.tokens[blockIdx.x] = winner.score > -kInfinity ? winner.token : kNoToken;
 }
 
 }  // namespace quietstar::cuda

@@ -97,18 +97,34 @@ __device__ __forceinline__ void store_scaled(T* output, std::int64_t column, con
   store(output + column, vector);
 }
 
+// z = (1 − w) b + w t of a row, where −∞ counts unless its own weight is exactly 0, and t − b, of which −∞ has no part.
+struct RowMix {
+  float weight;
+
+  __device__ __forceinline__ float difference(float b, float t) const {
+    return b == -kInfinity || t == -kInfinity ? 0 : t - b;
+  }
+
+  __device__ __forceinline__ float mixed(float b, float t) const {
+    const float of_base = weight == 1 ? 0 : (weight - 1) * kInfinity,
+                of_thought = weight == 0 ? 0 : -weight * kInfinity;
+    if (b == -kInfinity) return t == -kInfinity ? t : t + of_base;
+    if (t == -kInfinity) return b + of_thought;
+    return (1 - weight) * b + weight * t;
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_kernel(MixForward a) {
   const std::int64_t row = blockIdx.x;
-  const float weight = a.mix.weight[row];
+  const RowMix mix = {a.mix.weight[row]};
   T* const mixed = row_of<T>(a.mixed, row, a.mix.vocabulary);
   const RowReader<T, 2> reader{{row_of<T>(a.mix.base, row), row_of<T>(a.mix.thought, row)}, a.mix.vocabulary};
   reader.for_each_vector(begin_alike(mixed, reader.input[0]), [&](std::int64_t column, const auto* vector) {
     auto result = vector[0];
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof result / sizeof(T)); ++i) {
-      const float b = to_float(vector[0].element[i]), t = to_float(vector[1].element[i]);
-      result.element[i] = rounded<T>((1 - weight) * b + weight * t);
+      result.element[i] = rounded<T>(mix.mixed(to_float(vector[0].element[i]), to_float(vector[1].element[i])));
     }
     store(mixed + column, result);
   });
@@ -117,7 +133,7 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_kernel(
 template <class T, bool kWithWeight>
 __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_backward_kernel(MixBackward a) {
   const std::int64_t row = blockIdx.x;
-  const float weight = a.mix.weight[row];
+  const RowMix mix = {a.mix.weight[row]};
   T* const d_base = row_of<T>(a.d_base, row, a.mix.vocabulary);
   T* const d_thought = row_of<T>(a.d_thought, row, a.mix.vocabulary);
   constexpr int kInputs = kWithWeight ? 3 : 1;
@@ -135,11 +151,11 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_backwar
     for (int i = 0; i < N; ++i) {
       gradient[i] = to_float(vector[0].element[i]);
       if constexpr (kWithWeight) {
-        sums.total += gradient[i] * (to_float(vector[2].element[i]) - to_float(vector[1].element[i]));
+        sums.total += gradient[i] * mix.difference(to_float(vector[1].element[i]), to_float(vector[2].element[i]));
       }
     }
-    store_scaled(d_base, column, gradient, 1 - weight);
-    store_scaled(d_thought, column, gradient, weight);
+    store_scaled(d_base, column, gradient, 1 - mix.weight);
+    store_scaled(d_thought, column, gradient, mix.weight);
   });
   if constexpr (kWithWeight) {
     const float total = merged_over_block(sums).total;
@@ -150,7 +166,7 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_backwar
 template <class T>
 __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mixed_cross_entropy_kernel(MixedCrossEntropy a) {
   const std::int64_t row = blockIdx.x;
-  const float weight = a.mix.weight[row];
+  const RowMix mix = {a.mix.weight[row]};
   const RowReader<T, 2> reader{{row_of<T>(a.mix.base, row), row_of<T>(a.mix.thought, row)}, a.mix.vocabulary};
   Softmax sums;
   reader.for_each_vector(true, [&](std::int64_t, const auto* vector) {
@@ -158,9 +174,9 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mixed_cross
     float z[N], difference[N], highest = sums.peak;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float b = to_float(vector[0].element[i]);
-      difference[i] = to_float(vector[1].element[i]) - b;
-      z[i] = b + weight * difference[i];
+      const float b = to_float(vector[0].element[i]), t = to_float(vector[1].element[i]);
+      difference[i] = mix.difference(b, t);
+      z[i] = mix.mixed(b, t);
       highest = larger(highest, z[i]);
     }
     if (highest > sums.peak) sums.raise(highest);  // seldom, after the first few
@@ -174,19 +190,20 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mixed_cross
   sums = merged_over_block(sums);
   if (threadIdx.x != 0) return;
   const std::int64_t target = a.target[row];
-  const float b = to_float(reader.input[0][target]), difference = to_float(reader.input[1][target]) - b;
+  const float b = to_float(reader.input[0][target]), t = to_float(reader.input[1][target]);
   const float log_total = logf(sums.total);
   a.largest[row] = sums.peak;
   a.log_total[row] = log_total;
-  a.nll[row] = log_total - (b + weight * difference - sums.peak);
-  a.slope[row] = sums.moment / sums.total - difference;
+  a.nll[row] = log_total - (mix.mixed(b, t) - sums.peak);
+  a.slope[row] = sums.moment / sums.total - mix.difference(b, t);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor)
     mixed_cross_entropy_backward_kernel(MixedCrossEntropyBackward a) {
   const std::int64_t row = blockIdx.x;
-  const float weight = a.mix.weight[row], scale = a.scale[row];
+  const RowMix mix = {a.mix.weight[row]};
+  const float scale = a.scale[row];
   T* const d_base = row_of<T>(a.d_base, row, a.mix.vocabulary);
   T* const d_thought = row_of<T>(a.d_thought, row, a.mix.vocabulary);
   if (scale == 0) {  // whatever the logits of such a row are: they may not even be finite
@@ -205,13 +222,12 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor)
     float gradient[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float b = to_float(vector[0].element[i]);
-      const float z = b + weight * (to_float(vector[1].element[i]) - b);
+      const float z = mix.mixed(to_float(vector[0].element[i]), to_float(vector[1].element[i]));
       const float probability = exp2_approximate((z - largest - log_total) * kLog2E);
       gradient[i] = scale * (column + i == target ? probability - 1 : probability);
     }
-    store_scaled(d_base, column, gradient, 1 - weight);
-    store_scaled(d_thought, column, gradient, weight);
+    store_scaled(d_base, column, gradient, 1 - mix.weight);
+    store_scaled(d_thought, column, gradient, mix.weight);
   });
 }
 

@@ -10,8 +10,8 @@ from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices

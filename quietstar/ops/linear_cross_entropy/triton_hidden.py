@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quietstar.ops.linear_cross_entropy.hidden import MixedHidden, Rows
 
-_BLOCK, _WARPS = 2048, 8
+# Fused multiply-adds by name, since Triton's default is to change.
+_OPTIONS = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -82,9 +83,9 @@ class FusedMixedHidden(MixedHidden):
             return super().read(rows)
         count, hidden_size = rows.stop - rows.start, self.thought.shape[1]
         mixed = self.thought.new_empty(count, hidden_size)
-        mix_hidden_kernel[(count, triton.cdiv(hidden_size, _BLOCK))](
+        mix_hidden_kernel[(count, triton.cdiv(hidden_size, _OPTIONS["BLOCK"]))](
             self.base, self.thought, self.weight, self.index, mixed, rows.start,
-            self.base.stride(), self.thought.stride(), hidden_size, BLOCK=_BLOCK, num_warps=_WARPS,
+            self.base.stride(), self.thought.stride(), hidden_size, **_OPTIONS,
         )  # fmt: skip
         return mixed
 
@@ -100,7 +101,7 @@ class FusedMixedHidden(MixedHidden):
             d_base = d_mixed
         split_gradient_kernel[(d_mixed.shape[0],)](
             d_mixed, self.base, self.thought, self.weight, self.index, d_base, d_thought, d_weight, rows.start,
-            self.base.stride(), self.thought.stride(), d_mixed.shape[1], BLOCK=_BLOCK, num_warps=_WARPS,
+            self.base.stride(), self.thought.stride(), d_mixed.shape[1], **_OPTIONS,
         )  # fmt: skip
         if repeats:
             self._add_to_base(rows, d_mixed)

@@ -120,6 +120,6 @@ def cross_entropy_rows(
         kernel, block = streaming_kernel, 8192
     kernel[(rows,)](
         logits, target, scale, nll, gradient, logits.stride(0), gradient.stride(0), vocabulary, limit, 1 / temperature,
-        BLOCK=block, num_warps=min(max(block // 512, 4), 32),
+        BLOCK=block, num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=True,  # whatever Triton's default is
     )  # fmt: skip
     return nll, None if scale is None else gradient

@@ -1,7 +1,6 @@
 """The public function: checks, choice of backend, dispatch."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from quietstar.ops._checks import Dims, check_floating, check_same_device, check
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
-from quietstar.ops._vocabulary import suppressed_ids
+from quietstar.ops._vocabulary import check_head, checked_number, checked_temperature, suppressed_ids
 from quietstar.ops.linear_sample import reference
 from quietstar.ops.linear_sample.registration import linear_sample_op
+from quietstar.ops.linear_sample.winner import check_drawn
 
 _BACKENDS: dict[str, Availability] = {
     "triton": triton_unavailable,
@@ -31,7 +31,7 @@ def linear_sample(
     weight: Tensor,
     *,
     temperature: float = 1.0,
-    suppress: Sequence[int] | Tensor | None = None,
+    suppress: Iterable[int] | Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Tensor,
@@ -43,26 +43,31 @@ def linear_sample(
     token id alone (``quietstar.ops.linear_sample.noise``), so neither chunks nor backend change the tokens, except
     where two tokens tie to within the rounding of their logits. No gradient.
 
+    A logit of −∞ is a token of probability 0. A row with a logit of NaN or +∞ that is not suppressed, or with no logit
+    above −∞, has no token: an error on the CPU, −1 in place of the token on CUDA and when compiled.
+
     Args:
-        hidden: [rows, H], floating point.
+        hidden: [rows, H], floating point, H ≥ 1.
         weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
-        temperature: ≥ 0; divides the logits. 0 is greedy: the largest logit, the lowest id on ties.
+        temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, the lowest id on ties.
         suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
             the device of ``weight``.
         top_k: ≥ 1, draw only from the k likeliest tokens, and those as likely as the k-th.
         top_p: in (0, 1], draw only from the smallest set of likeliest tokens that together have at least this
             probability (at this temperature, after ``top_k``), and those as likely as the last of them.
-        seed: integer of 64 bits, or an int64 scalar tensor. On the device of ``weight`` it is not read on the host: a
-            captured CUDA graph draws anew after ``seed.add_(1)``.
+        seed: integer of 64 bits, or an int64 scalar tensor, on the device of ``weight`` or on the CPU. On the device
+            of ``weight`` it is not read on the host: a captured CUDA graph draws anew after ``seed.add_(1)``.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
-        Token ids, int64 [rows].
+        Token ids, int64 [rows]; never a suppressed one.
 
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
-        ValueError: shapes or devices that disagree, temperature < 0, top_k < 1, top_p outside (0, 1], a suppressed id
-            out of range, everything suppressed, a seed beyond 64 bits, an unknown or unavailable backend.
+        ValueError: shapes or devices that disagree, H = 0, a temperature out of range, top_k < 1, top_p outside
+            (0, 1], a suppressed id out of range, everything suppressed, a seed beyond 64 bits, an unknown or
+            unavailable backend; on the CPU also a row from which no token can be drawn (``QUIETSTAR_CHECK_VALUES``
+            turns the check on for CUDA too).
     """
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
@@ -71,18 +76,17 @@ def linear_sample(
     check_same_device(hidden=hidden, weight=weight)
     hidden, weight = autocast_inputs(hidden, weight)
     check_same_dtype(hidden=hidden, weight=weight)
-    if dims["V"] == 0:
-        raise ValueError("weight must have at least one row, got none")
-    temperature = _number("temperature", temperature)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 or positive, and finite, got {temperature}")
+    check_head(dims["V"], dims["H"], "hidden")
+    temperature = checked_temperature(temperature, zero=True)
     if top_k is not None:
         if isinstance(top_k, bool) or not isinstance(top_k, int):
             raise TypeError(f"top_k must be None or an integer, got {type(top_k).__name__}")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k >= dims["V"]:
+            top_k = None
     if top_p is not None:
-        top_p = _number("top_p", top_p)
+        top_p = checked_number("top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if top_p == 1:  # rounding in the sum of probabilities must not cost the last tokens
@@ -95,21 +99,24 @@ def linear_sample(
     name = select_backend("linear_sample", backend, _BACKENDS, hidden)
     if name == "reference":
         with autocast_off(weight.device):
-            return reference.linear_sample(*arguments)
-    return linear_sample_op(*arguments, name)
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+            tokens = reference.linear_sample(*arguments)
+    else:
+        tokens = linear_sample_op(*arguments, name)
+    check_drawn(tokens)
+    return tokens
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as a scalar tensor on ``device``."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(f"seed must be an integer or an int64 scalar, got {seed.dtype} of shape {list(seed.shape)}")
-        return seed
+        if seed.device == device:
+            return seed
+        if seed.device.type != "cpu":
+            raise ValueError(f"seed must be on the device of weight, {device}, or on the CPU, got {seed.device}")
+        # Filled in on the device, see suppressed_ids.
+        return torch.empty((), dtype=torch.int64, device=device).fill_(seed)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer or an int64 scalar, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:

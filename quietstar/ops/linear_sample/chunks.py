@@ -25,14 +25,14 @@ class SampleKernel(Protocol):
         top_k: int | None,
         top_p: float | None,
     ) -> Tensor:
-        """Token ids [n], int64.
+        """Token ids [n], int64; ``winner.NO_TOKEN`` where none can be drawn.
 
         Args:
             logits: contiguous [n, V rounded up to whole groups of the noise] in float32 (float64), −∞ from V on.
-                May be overwritten, but for the −∞.
+                May be overwritten, but for the −∞ from V on.
             vocabulary: V.
             first_row: row number of the chunk's first row, for the noise.
-            seed: int64 scalar tensor.
+            seed: int64 scalar tensor on the device of the logits.
             suppress, temperature, top_k, top_p: as in ``linear_sample``.
         """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
+from quietstar.ops.linear_sample.winner import NO_TOKEN, best_token
 
 # Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
 _FIRST_DRAWN = 4
@@ -37,7 +38,7 @@ def sample_rows(
     if suppress is not None:
         logits.index_fill_(1, suppress, float("-inf"))
     if temperature == 0:
-        return logits.argmax(dim=1)
+        return best_token(logits)
     if top_k is not None or top_p is not None:
         for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[0].nbytes, logits.device)):
             logits[part] = keep_most_likely(logits[part], temperature, top_k, top_p)
@@ -62,8 +63,9 @@ class _Race:
             self._draw(torch.arange(self.logits.shape[0], device=self.logits.device))
         else:
             self._draw_what_can_win()
-        group = self.score.argmax(dim=1, keepdim=True)  # the lowest on ties
-        return (group * GROUP + self.place.gather(1, group)).squeeze(1)
+        group = best_token(self.score)
+        place = self.place.gather(1, group.clamp_min(0)[:, None]).squeeze(1)
+        return (group * GROUP + place).masked_fill_(group == NO_TOKEN, NO_TOKEN)
 
     def _draw_what_can_win(self) -> None:
         rows, groups = self.shape

@@ -7,6 +7,7 @@ from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.noise import GROUP
+from quietstar.ops.linear_sample.winner import best_token
 
 # A single row is bound by reading the weight either way.
 FEWEST_ROWS = 2
@@ -27,12 +28,12 @@ def sample_rows(
     if temperature == 0:
         if suppress is not None:
             logits.index_fill_(1, suppress, float("-inf"))
-        return logits.argmax(dim=1)
+        return best_token(logits)
     tokens = torch.empty(rows, dtype=torch.int64)
     suppress = None if suppress is None else suppress.contiguous()
     _C.cpu.sample_rows(
         address(logits), address(tokens), address(suppress), 0 if suppress is None else len(suppress), int(seed),
-        first_row, temperature, 0 if top_k is None else min(top_k, vocabulary), 1.0 if top_p is None else top_p,
+        first_row, temperature, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p,
         rows, padded // GROUP, torch.get_num_threads(),
     )  # fmt: skip
     return tokens

@@ -6,10 +6,14 @@ from torch import Tensor
 
 from quietstar.ops._precision import widen
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
+from quietstar.ops.linear_sample.winner import best_token
 
 
 def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits with −∞ at all but the most likely tokens. Equally likely tokens stay or go together."""
+    """Logits with −∞ at all but the most likely tokens. Equally likely tokens stay or go together.
+
+    NaN and +∞ stay, whatever else does.
+    """
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -17,7 +21,7 @@ def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_
         ordered = logits.sort(dim=-1, descending=True).values
         probabilities = (ordered / temperature).softmax(dim=-1)
         likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of the tokens before each
-        last = (likelier < top_p).sum(dim=-1, keepdim=True) - 1
+        last = ((likelier < top_p).sum(dim=-1, keepdim=True) - 1).clamp_min(0)  # where they are NaN
         logits = logits.masked_fill(logits < ordered.gather(-1, last), float("-inf"))
     return logits
 
@@ -31,16 +35,16 @@ def linear_sample(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    """Token ids [rows]."""
+    """Token ids [rows], ``winner.NO_TOKEN`` where none can be drawn."""
     logits = F.linear(widen(hidden), widen(weight))
     if suppress is not None:
         logits = logits.index_fill(-1, suppress, float("-inf"))
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return best_token(logits)
     logits = keep_most_likely(logits, temperature, top_k, top_p)
     vocabulary = logits.shape[1]
     groups = torch.arange(-(-vocabulary // GROUP), device=logits.device)
     rows = torch.arange(logits.shape[0], device=logits.device)
     first, places = first_arrivals(seed, rows, len(groups))
     times = arrivals(seed, rows[:, None], groups.expand_as(first), first, places).flatten(1)[:, :vocabulary]
-    return (logits / temperature - times.log()).argmax(dim=1)
+    return best_token(logits / temperature - times.log())

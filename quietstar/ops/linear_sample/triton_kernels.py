@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quietstar.ops.linear_sample import noise
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals, first_arrivals, row_words
+from quietstar.ops.linear_sample.winner import NO_TOKEN, best_token
 
 _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
 
@@ -23,6 +24,16 @@ _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
 _SLACK = tl.constexpr(1e-5)
 
 _KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
+
+# Compiler options of all kernels here: a score is rounded alike wherever it is made, and whatever Triton's default.
+AS_WRITTEN = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def without_nan(logits):
+    """+∞ for NaN, which maxima would pass over: a row that holds either has no token."""
+    return tl.where(logits < float("inf"), logits, float("inf"))
 
 
 @triton.jit
@@ -89,14 +100,14 @@ def threshold_kernel(logits, thresholds, size, temperature, top_k, top_p, BLOCK:
 
 @triton.jit(do_not_specialize=["first_row"])
 def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS: tl.constexpr):
-    """The most that any token of each group can score. Grid: rows · blocks of GROUPS groups."""
+    """The most that any token of each group can score, +∞ for NaN. Grid: rows · blocks of GROUPS groups."""
     blocks = tl.cdiv(groups, GROUPS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)
     exists = group < groups
     offsets = (row * groups + group) * GROUP
     z = tl.load(logits + offsets[:, None] + tl.arange(0, GROUP)[None, :], mask=exists[:, None], other=float("-inf"))
-    largest = tl.max(z, 1)
+    largest = tl.max(without_nan(z), 1)
     if thresholds is not None:
         largest = tl.where(largest >= tl.load(thresholds + row), largest, float("-inf"))
     row_low, row_high = row_words(first_row + row)
@@ -106,20 +117,21 @@ def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperatu
 
 @triton.jit(do_not_specialize=["first_row"])
 def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, temperature, ALL_GROUPS: tl.constexpr):
-    """The winner of a row, the lowest token on ties. Grid: rows."""
+    """The winner of a row, the lowest token on ties; none if a bound is +∞, or all are −∞. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, ALL_GROUPS)
     bound = tl.load(bounds + row * groups + every, mask=every < groups, other=float("-inf"))
     top, group = tl.max(bound, 0, return_indices=True)
     best = tl.full((), float("-inf"), tl.float32)
-    winner = tl.full((), 0, tl.int32)
-    while (top > float("-inf")) & (top + _SLACK >= best):
+    winner = tl.full((), _NO_TOKEN, tl.int32)
+    while (top > float("-inf")) & (top < float("inf")) & (top + _SLACK >= best):
         times = arrivals(tl.load(seed), first_row + row + tl.zeros((1,), tl.int64), group, 1)
         place = tl.arange(0, GROUP)[:, None]
         z = tl.load(logits + (row * groups + group) * GROUP + place)
         if thresholds is not None:
             z = tl.where(z >= tl.load(thresholds + row), z, float("-inf"))
-        score, place = tl.max(tl.reshape(z / temperature - tl.log(times), (GROUP,)), 0, return_indices=True)
+        # One column as a sum: a reshape to one dimension is reordered by the compiler, and the places with it.
+        score, place = tl.max(tl.sum(z / temperature - tl.log(times), 1), 0, return_indices=True)
         token = group * GROUP + place
         better = (score > best) | ((score == best) & (token < winner))
         winner = tl.where(better, token, winner)
@@ -139,25 +151,26 @@ def sample_rows(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`. The seed is on their device."""
+    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
     rows, size = logits.shape
     groups = size // noise.GROUP
     if suppress is not None:
         logits.index_fill_(1, suppress, float("-inf"))
     if temperature == 0:
-        return logits.argmax(dim=1)
+        return best_token(logits)
     thresholds = None
     if top_k is not None or top_p is not None:
         thresholds = logits.new_empty(rows)
-        threshold_kernel[(rows,)](logits, thresholds, size, temperature, top_k, top_p, BLOCK=4096, num_warps=8)
+        threshold_kernel[(rows,)](logits, thresholds, size, temperature, top_k, top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN)
     bounds = logits.new_empty(rows, groups)
     bounds_kernel[(rows * triton.cdiv(groups, _GROUPS_A_PROGRAM),)](
-        logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS=_GROUPS_A_PROGRAM, num_warps=4
+        logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS=_GROUPS_A_PROGRAM, num_warps=4,
+        **AS_WRITTEN,
     )
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     all_groups = triton.next_power_of_2(groups)
     race_kernel[(rows,)](
         logits, thresholds, seed, bounds, tokens, first_row, groups, temperature,
-        ALL_GROUPS=all_groups, num_warps=min(max(all_groups // 1024, 1), 8),
+        ALL_GROUPS=all_groups, num_warps=min(max(all_groups // 1024, 1), 8), **AS_WRITTEN,
     )  # fmt: skip
     return tokens

@@ -15,10 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
-from quietstar.ops.linear_sample.triton_kernels import sample_rows
+from quietstar.ops.linear_sample.triton_kernels import AS_WRITTEN, sample_rows, without_nan
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals
+from quietstar.ops.linear_sample.winner import NO_TOKEN
 
 MOST_ROWS = 128
+
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 
 class Tile(NamedTuple):
@@ -42,7 +45,7 @@ _TILES = {
 
 @triton.jit
 def _store_winners(logits, first_row, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature):
-    """Best score and its token for every column of ``logits`` [tokens, rows]."""
+    """Best score, +∞ also for NaN, and its token for every column of ``logits`` [tokens, rows]."""
     BLOCK_V: tl.constexpr = logits.shape[0]
     BLOCK_M: tl.constexpr = logits.shape[1]
     token = first_token + tl.arange(0, BLOCK_V)
@@ -53,7 +56,7 @@ def _store_winners(logits, first_row, first_token, seed, suppressed, scores, tok
     if temperature is not None:
         times = arrivals(tl.load(seed), row.to(tl.int64), first_token // GROUP, BLOCK_V // GROUP)
         logits = logits / temperature - tl.log(times)
-    best, place = tl.max(tl.where(allowed[:, None], logits, float("-inf")), 0, return_indices=True)
+    best, place = tl.max(tl.where(allowed[:, None], without_nan(logits), float("-inf")), 0, return_indices=True)
     offsets = tl.program_id(0) * rows + row
     tl.store(scores + offsets, best, mask=row < rows)
     tl.store(tokens + offsets, first_token + place, mask=row < rows)
@@ -105,12 +108,13 @@ def matmul_sample_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def pick_kernel(scores, candidates, tokens, blocks, rows, ALL_BLOCKS: tl.constexpr):
-    """The best of a row's candidates [blocks, rows], the first on ties. Grid: rows."""
+    """The best of a row's candidates [blocks, rows], the first on ties, if its score is finite. Grid: rows."""
     row = tl.program_id(0)
     block = tl.arange(0, ALL_BLOCKS)
     score = tl.load(scores + block * rows + row, mask=block < blocks, other=float("-inf"))
-    best = tl.argmax(score, 0)
-    tl.store(tokens + row, tl.load(candidates + best * rows + row))
+    score, best = tl.max(score, 0, return_indices=True)
+    token = tl.load(candidates + best * rows + row)
+    tl.store(tokens + row, tl.where((score > float("-inf")) & (score < float("inf")), token, _NO_TOKEN))
 
 
 def sample(
@@ -123,7 +127,6 @@ def sample(
     top_p: float | None,
 ) -> Tensor:
     """Token ids int64 [rows], see ``reference.linear_sample``."""
-    seed = seed.to(hidden.device, non_blocking=True)
     if not 0 < hidden.shape[0] <= MOST_ROWS or top_k is not None or top_p is not None:
         return sample_in_chunks(sample_rows, hidden, weight, seed, suppress, temperature, top_k, top_p)
     (rows, hidden_size), vocabulary = hidden.shape, weight.shape[0]
@@ -139,10 +142,10 @@ def sample(
     matmul_sample_kernel[(blocks,)](
         hidden, weight, seed, suppressed, scores, candidates, hidden.stride(), weight.stride(), rows, vocabulary,
         hidden_size, temperature or None, BLOCK_V=tile.tokens, BLOCK_M=block_m, BLOCK_K=step,
-        WHOLE_STEPS=hidden_size % step == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        WHOLE_STEPS=hidden_size % step == 0, num_warps=tile.num_warps, num_stages=tile.num_stages, **AS_WRITTEN,
     )  # fmt: skip
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     pick_kernel[(rows,)](
-        scores, candidates, tokens, blocks, rows, ALL_BLOCKS=triton.next_power_of_2(blocks), num_warps=1
+        scores, candidates, tokens, blocks, rows, ALL_BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **AS_WRITTEN
     )
     return tokens

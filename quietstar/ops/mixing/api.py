@@ -35,6 +35,10 @@ def mix_logits(
     Log-probabilities of the result are the interpolated log-probabilities up to normalisation (Quiet-STaR,
     arXiv 2403.09629, section 4.3). Computed in float32 at least. Differentiable (once) in all three.
 
+    −∞ marks a token as impossible. In both predictions it is −∞ in the mix, whatever the (finite) weight; in one of
+    them, −∞ times its own weight, and the other prediction alone if that weight is exactly 0. Such a token has no part
+    in the gradient of the weight.
+
     Args:
         base_logits: [..., V], floating point, any strides.
         thought_logits: [..., V], shape and dtype of ``base_logits``.
@@ -72,6 +76,9 @@ def mixed_cross_entropy(
         d nll / d w = E[t − b] − (t − b)_target,    the expectation under softmax(z)
 
     Extra memory: the gradients and a few numbers per row. Differentiable (once) in the logits and the weight.
+
+    A token that is −∞ in the mix has probability 0 and no gradient; as the target, an infinite nll. NaN or +∞ in the
+    mix, or nothing but −∞, makes the nll of the row NaN.
 
     Args:
         base_logits: [..., V], floating point, any strides.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quietstar.ops._precision import compute_dtype, widen
 from quietstar.ops._rows import BLOCK_BYTES, blocks, rows_within
+from quietstar.ops.mixing.reference import mixed_infinities
 
 Index = tuple[int | slice, ...]
 
@@ -15,8 +16,7 @@ def mix(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
     """(1 − w) · base + w · thought, computed in the compute dtype, in the dtype of the logits."""
     result = torch.empty_like(base, memory_format=torch.contiguous_format)
     for index in _blocks(base):
-        b = widen(base[index])
-        result[index] = torch.lerp(b, widen(thought[index]), mixing_weight[index][..., None].to(b.dtype))
+        result[index] = _mixed(widen(base[index]), widen(thought[index]), mixing_weight[index])
     return result
 
 
@@ -28,7 +28,7 @@ def mix_backward(
     for index in _blocks(base):
         g = widen(grad[index])
         if d_weight is not None:
-            d_weight[index] = torch.linalg.vecdot(g, widen(thought[index]) - widen(base[index]))
+            d_weight[index] = torch.linalg.vecdot(g, _difference(widen(base[index]), widen(thought[index])))
         _split(g, mixing_weight[index], index, d_base, d_thought)
     return d_base, d_thought, d_weight
 
@@ -48,9 +48,8 @@ def cross_entropy(
     results = tuple(torch.empty(target.shape, dtype=compute_dtype(base.dtype), device=base.device) for _ in range(4))
     nll, slope, largest, log_total = results
     for index in _blocks(base):
-        b = widen(base[index])
-        difference = widen(thought[index]) - b
-        z = torch.addcmul(b, mixing_weight[index][..., None].to(b.dtype), difference)
+        b, t = widen(base[index]), widen(thought[index])
+        z, difference = _mixed(b, t, mixing_weight[index]), _difference(b, t)
         at_target = target[index][..., None]
         top = z.amax(dim=-1, keepdim=True)
         target_logit = z.sub_(top).gather(-1, at_target).squeeze(-1)
@@ -78,13 +77,31 @@ def cross_entropy_backward(
     """
     d_base, d_thought, _ = _gradients(base, thought, [*needs, False])
     for index in _blocks(base):
-        b, weight, row_scale = widen(base[index]), mixing_weight[index], scale[index][..., None]
-        z = torch.addcmul(b, weight[..., None].to(b.dtype), widen(thought[index]) - b)
+        weight, row_scale = mixing_weight[index], scale[index][..., None]
+        z = _mixed(widen(base[index]), widen(thought[index]), weight)
         g = z.sub_(largest[index][..., None]).sub_(log_total[index][..., None]).exp_().mul_(row_scale)
         g.masked_fill_(row_scale == 0, 0)
         g.scatter_add_(-1, target[index][..., None], -row_scale)
         _split(g, weight, index, d_base, d_thought)
     return d_base, d_thought
+
+
+def _mixed(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
+    """The mix of a block of the compute dtype, a new tensor: see ``reference.mixed``."""
+    weight = mixing_weight[..., None].to(base.dtype)
+    mix = torch.lerp(base, thought, weight)
+    return mix if _is_finite(mix) else mixed_infinities(base, thought, weight)
+
+
+def _difference(base: Tensor, thought: Tensor) -> Tensor:
+    """thought − base, a new tensor, 0 where either is −∞."""
+    difference = thought - base
+    return difference if _is_finite(difference) else difference.masked_fill_(base.isneginf() | thought.isneginf(), 0)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, if that is known without waiting for a device."""
+    return tensor.device.type == "cpu" and bool(tensor.sum().isfinite())
 
 
 def _blocks(logits: Tensor) -> Iterator[Index]:

@@ -1,5 +1,7 @@
 """The specification: the mix written out, PyTorch's cross-entropy, gradients by autograd."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,10 +10,36 @@ from quietstar.ops._precision import widen
 from quietstar.ops._vocabulary import mark_nll
 
 
+class _Zeroed(torch.autograd.Function):
+    """0 where ``where`` says so, with the gradient of the unchanged tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor, where):
+        return tensor.masked_fill(where, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def mixed(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) -> Tensor:
-    """(1 − w) · base + w · thought, in the compute dtype."""
-    base = widen(base_logits)
-    return torch.lerp(base, widen(thought_logits), mixing_weight[..., None].to(base.dtype))
+    """(1 − w) · base + w · thought, in the compute dtype; with infinities, :func:`mixed_infinities`.
+
+    Gradients are those of the formula, but infinities have no part in that of w.
+    """
+    base, thought = widen(base_logits), widen(thought_logits)
+    weight = mixing_weight[..., None].to(base.dtype)
+    infinite = base.isinf() | thought.isinf()
+    mix = torch.lerp(_Zeroed.apply(base, infinite), _Zeroed.apply(thought, infinite), weight)
+    return mix + mixed_infinities(base.detach(), thought.detach(), weight.detach()).masked_fill(~infinite, 0)
+
+
+def mixed_infinities(base: Tensor, thought: Tensor, weight: Tensor) -> Tensor:
+    """The mix with the weight [..., 1]: −∞ if both are, else the sum, to which −∞ of weight exactly 0 adds nothing."""
+    no_base, no_thought = base.isneginf(), thought.isneginf()
+    of_base = ((1 - weight) * base).masked_fill_(no_base & (weight == 1), 0)
+    of_thought = (weight * thought).masked_fill_(no_thought & (weight == 0), 0)
+    return of_base.add_(of_thought).masked_fill_(no_base & no_thought, -math.inf)
 
 
 def mixed_nll(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor, target: Tensor) -> Tensor:

@@ -42,6 +42,23 @@ def _load(row_start, columns, inside):
 
 
 @triton.jit
+def _difference(b, t):
+    """t − b, of which −∞ has no part."""
+    minus_infinity = float("-inf")
+    return tl.where((b == minus_infinity) | (t == minus_infinity), 0.0, t - b)
+
+
+@triton.jit
+def _mixed(b, t, weight):
+    """(1 − w) b + w t, where −∞ counts unless its own weight is exactly 0; −∞ if both are."""
+    infinity = float("inf")
+    of_base = tl.where(weight == 1, 0.0, (weight - 1) * infinity)
+    of_thought = tl.where(weight == 0, 0.0, -weight * infinity)
+    z = tl.where(t == -infinity, b + of_thought, (1 - weight) * b + weight * t)
+    return tl.where(b == -infinity, tl.where(t == -infinity, t, t + of_base), z)
+
+
+@triton.jit
 def _store_split(d_base, d_thought, first, columns, gradient, weight, inside):
     """The gradient of the mix handed on to base and thought, contiguous, in a row that starts at ``first``."""
     if d_base is not None:
@@ -64,7 +81,7 @@ def mix_kernel(
     weight = tl.load(mixing_weight + row).to(tl.float32)
     b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, inside)
     t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, inside)
-    tl.store(mixed + row * units * ALIGN + columns, (1 - weight) * b + weight * t, mask=inside)
+    tl.store(mixed + row * units * ALIGN + columns, _mixed(b, t, weight), mask=inside)
 
 
 @triton.jit
@@ -86,7 +103,7 @@ def mix_backward_kernel(
         g = _load(grad, columns, inside)
         if d_weight is not None:
             b = _load(base, columns, inside)
-            products += g * (_load(thought, columns, inside) - b)
+            products += g * _difference(b, _load(thought, columns, inside))
         _store_split(d_base, d_thought, row * units * ALIGN, columns, g, weight, inside)
     if d_weight is not None:
         tl.store(d_weight + row, tl.sum(products, 0))
@@ -99,7 +116,7 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """What ``library.cross_entropy`` returns, for one row. Grid: rows.
 
-    Each of BLOCK places keeps its own running maximum of z = b + w·(t − b), Σ exp(z − maximum) and
+    Each of BLOCK places keeps its own running maximum of the mix z, Σ exp(z − maximum) and
     Σ exp(z − maximum)·(t − b): threads wait for each other once a row, not once a block. Whichever of maximum and z is
     larger, one exponential brings the other to its scale.
     """
@@ -115,8 +132,9 @@ def cross_entropy_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         b = _load(base, columns, inside)
-        difference = _load(thought, columns, inside) - b
-        z = tl.where(inside, b + weight * difference, float("-inf"))
+        t = _load(thought, columns, inside)
+        difference = _difference(b, t)
+        z = tl.where(inside, _mixed(b, t, weight), float("-inf"))
         rises = z > peak
         smaller = tl.exp(-tl.abs(z - peak))
         total = tl.where(rises, total * smaller + 1, total + smaller)
@@ -128,11 +146,11 @@ def cross_entropy_kernel(
 
     place = tl.load(target + row)
     b = _load(base, place, True)
-    difference = _load(thought, place, True) - b
+    t = _load(thought, place, True)
     tl.store(largest + row, top)
     tl.store(log_total + row, tl.log(sum_row))
-    tl.store(nll + row, tl.log(sum_row) - (b + weight * difference - top))
-    tl.store(slope + row, tl.sum(moment * shrink, 0) / sum_row - difference)
+    tl.store(nll + row, tl.log(sum_row) - (_mixed(b, t, weight) - top))
+    tl.store(slope + row, tl.sum(moment * shrink, 0) / sum_row - _difference(b, t))
 
 
 @triton.jit
@@ -152,8 +170,7 @@ def cross_entropy_backward_kernel(
     if row_scale != 0:  # ignored rows are not read
         b = _load(_row_start(base, row, sizes, base_strides, ALIGN), columns, inside)
         t = _load(_row_start(thought, row, sizes, thought_strides, ALIGN), columns, inside)
-        z = b + weight * (t - b)
-        probability = tl.exp(z - tl.load(largest + row) - tl.load(log_total + row))
+        probability = tl.exp(_mixed(b, t, weight) - tl.load(largest + row) - tl.load(log_total + row))
         gradient = row_scale * (probability - tl.where(columns == tl.load(target + row), 1.0, 0.0))
     _store_split(d_base, d_thought, row * units * ALIGN, columns, gradient, weight, inside)
 
@@ -226,7 +243,8 @@ class _Rows:
         align = math.gcd(16 // size, vocabulary, *itertools.chain(*strides))
         self.layout = sizes[1:], *(tuple(step // align for step in steps) for steps in strides), vocabulary // align
         block = _BLOCK_BYTES // size
-        self.options = {"ALIGN": align, "BLOCK": block, "num_warps": _WARPS}
+        # Fused multiply-adds by name, since Triton's default is to change.
+        self.options = {"ALIGN": align, "BLOCK": block, "num_warps": _WARPS, "enable_fp_fusion": True}
         self.whole = (math.prod(sizes),)
         self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, block),)
 
