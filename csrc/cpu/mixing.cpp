@@ -9,10 +9,13 @@
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-// z = (1 − w) b + w t of a row, and t − b, of which −∞ has no part.
+inline IntVec is_infinite(Vec v) { return (v == kInfinity) | (v == -kInfinity); }
+
+// z = (1 − w) b + w t of a row, −∞ if both are, where else −∞ of a weight of exactly 0 adds nothing; and t − b, of
+// which infinities have no part.
 //
-// Where −∞ is not asked for, it makes what is summed over the row infinite or NaN. Rows with it are few, so it is asked
-// for once that has come out.
+// Where infinities are not asked for, they make what is summed over the row infinite or NaN. Rows with them are few, so
+// they are asked for once that has come out.
 template <bool kWithInfinities>
 struct RowMix {
   float weight;
@@ -20,13 +23,12 @@ struct RowMix {
   Vec difference(Vec b, Vec t) const {
     const Vec difference = t - b;
     if constexpr (!kWithInfinities) return difference;
-    return (b == -kInfinity) | (t == -kInfinity) ? Vec{} : difference;
+    return is_infinite(b) | is_infinite(t) ? Vec{} : difference;
   }
 
   Vec mixed(Vec b, Vec t) const {
     const Vec z = (1 - weight) * b + weight * t;
     if constexpr (!kWithInfinities) return z;
-    // What −∞ adds on either side: nothing if its own weight is exactly 0.
     const float of_base = weight == 1 ? 0 : (weight - 1) * kInfinity,
                 of_thought = weight == 0 ? 0 : -weight * kInfinity;
     const Vec without_thought = t == -kInfinity ? b + of_thought : z;

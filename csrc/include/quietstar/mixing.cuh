@@ -97,12 +97,13 @@ __device__ __forceinline__ void store_scaled(T* output, std::int64_t column, con
   store(output + column, vector);
 }
 
-// z = (1 − w) b + w t of a row, where −∞ counts unless its own weight is exactly 0, and t − b, of which −∞ has no part.
+// z = (1 − w) b + w t of a row, −∞ if both are, where else −∞ of a weight of exactly 0 adds nothing; and t − b, of
+// which infinities have no part.
 struct RowMix {
   float weight;
 
   __device__ __forceinline__ float difference(float b, float t) const {
-    return b == -kInfinity || t == -kInfinity ? 0 : t - b;
+    return fabsf(b) == kInfinity || fabsf(t) == kInfinity ? 0 : t - b;
   }
 
   __device__ __forceinline__ float mixed(float b, float t) const {

@@ -36,7 +36,7 @@ def mix_logits(
     arXiv 2403.09629, section 4.3). Computed in float32 at least. Differentiable (once) in all three.
 
     −∞ marks a token as impossible. In both predictions it is −∞ in the mix, whatever the (finite) weight; in one of
-    them, −∞ times its own weight, and the other prediction alone if that weight is exactly 0. Such a token has no part
+    them, −∞ times its own weight, and the other prediction alone if that weight is exactly 0. Infinities have no part
     in the gradient of the weight.
 
     Args:

@@ -94,9 +94,9 @@ def _mixed(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
 
 
 def _difference(base: Tensor, thought: Tensor) -> Tensor:
-    """thought − base, a new tensor, 0 where either is −∞."""
+    """thought − base, a new tensor, 0 where either is infinite."""
     difference = thought - base
-    return difference if _is_finite(difference) else difference.masked_fill_(base.isneginf() | thought.isneginf(), 0)
+    return difference if _is_finite(difference) else difference.masked_fill_(base.isinf() | thought.isinf(), 0)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -43,14 +43,14 @@ def _load(row_start, columns, inside):
 
 @triton.jit
 def _difference(b, t):
-    """t − b, of which −∞ has no part."""
-    minus_infinity = float("-inf")
-    return tl.where((b == minus_infinity) | (t == minus_infinity), 0.0, t - b)
+    """t − b, of which infinities have no part."""
+    infinity = float("inf")
+    return tl.where((tl.abs(b) == infinity) | (tl.abs(t) == infinity), 0.0, t - b)
 
 
 @triton.jit
 def _mixed(b, t, weight):
-    """(1 − w) b + w t, where −∞ counts unless its own weight is exactly 0; −∞ if both are."""
+    """(1 − w) b + w t; −∞ if both are, else −∞ of a weight of exactly 0 adds nothing."""
     infinity = float("inf")
     of_base = tl.where(weight == 1, 0.0, (weight - 1) * infinity)
     of_thought = tl.where(weight == 0, 0.0, -weight * infinity)
