@@ -15,8 +15,7 @@ IGNORED, INVALID = -1, -2
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Logits are divided in float32. Beyond these bounds the quotients of ordinary logits, or 1 / temperature, are not finite
-# or all 0.
+# Logits are divided in float32. Beyond these, quotients of ordinary logits, or 1 / temperature, are infinite or 0.
 _TEMPERATURES = 1e-30, 1e30
 
 
@@ -112,9 +111,11 @@ def mark_nll(nll: Tensor, target: Tensor) -> Tensor:
     return nll.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, float("nan"))
 
 
-def check_reduction(reduction: str, row_weight: Tensor | None, target: Tensor) -> None:
-    """Check ``reduction`` and, if given, ``row_weight`` against it and against the rows of ``target``."""
+def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None, target: Tensor) -> None:
+    """Check how a loss is reduced over the rows of ``target``: which are ignored, and what the others weigh."""
     check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
     if row_weight is None:
         return
     check_tensor("row_weight", row_weight)
@@ -140,9 +141,14 @@ def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype:
     return counts.to(dtype)
 
 
+def counted_nll(row_scale: Tensor, nll: Tensor) -> Tensor:
+    """The nll, 0 where it is not finite and the row's scale is 0: such a row adds nothing to a sum."""
+    return nll.masked_fill((row_scale == 0) & ~nll.isfinite(), 0)
+
+
 def weighted_sum(row_scale: Tensor, nll: Tensor) -> Tensor:
     """Sum of row_scale · nll, to which a row of scale 0 adds 0 even if its nll is not finite."""
-    return (row_scale * nll.masked_fill((row_scale == 0) & ~nll.isfinite(), 0)).sum()
+    return (row_scale * counted_nll(row_scale, nll)).sum()
 
 
 def check_mixing_weight(mixing_weight: Tensor, model: str, dtype: torch.dtype) -> None:

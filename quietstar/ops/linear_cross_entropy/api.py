@@ -1,7 +1,6 @@
 """The public functions: checks, choice of backend, dispatch."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,8 +19,10 @@ from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
+    check_head,
     check_mixing_weight,
     check_reduction,
+    checked_temperature,
     marked_target,
     row_scales,
     suppressed_ids,
@@ -45,7 +46,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     temperature: float = 1.0,
-    suppress: Sequence[int] | Tensor | None = None,
+    suppress: Iterable[int] | Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     row_weight: Tensor | None = None,
@@ -63,15 +64,16 @@ def linear_cross_entropy(
     Extra memory: the gradients, one chunk of logits (``quietstar.ops._rows.CHUNK_BYTES``), and d weight in float32.
 
     Args:
-        hidden: [rows, H], floating point. Must be finite also where the target is ignored.
+        hidden: [rows, H], floating point, H ≥ 1.
         weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
-        temperature: positive; divides the logits.
+        temperature: from 1e-30 to 1e30; divides the logits.
         suppress: token ids that get probability 0, as integers (a few; each is sent to a GPU by itself) or an int
             tensor [n] on the device of ``weight``.
-        ignore_index: rows with this target have nll 0 and no gradient.
+        ignore_index: rows with this target have nll 0 and no gradient, whatever they hold.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
-        row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll).
+        row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll). A row of weight 0 adds
+            neither to the loss nor to a gradient, even if its nll is not finite.
         return_nll: also return the per-row nll, detached.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
@@ -82,9 +84,10 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
         ValueError: shapes or devices that disagree, a target or suppressed id out of range, a suppressed target,
-            everything suppressed, temperature ≤ 0, an unknown reduction, ``row_weight`` without "sum", an unknown or
-            unavailable backend. Values of tensors are read on the CPU only; on CUDA, and when compiled, the nll of a
-            row with a wrong target is NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
+            everything suppressed, a temperature out of range, H = 0, an unknown reduction, ``row_weight`` without
+            "sum", an unknown or unavailable backend. Values of tensors are read on the CPU only; on CUDA, and when
+            compiled, the nll of a row with a wrong target is NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks
+            on for CUDA too).
     """
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
@@ -92,15 +95,12 @@ def linear_cross_entropy(
     dims.bind("target", target, "rows")
     check_floating("hidden", hidden)
     check_same_device(hidden=hidden, weight=weight, target=target)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     hidden, weight = autocast_inputs(hidden, weight)
     check_same_dtype(hidden=hidden, weight=weight)
     return _cross_entropy(
         "linear_cross_entropy", hidden, None, None, weight, target, None,
-        temperature=float(temperature), suppress=suppressed_ids(suppress, dims["V"], weight.device),
+        temperature=checked_temperature(temperature, zero=False),
+        suppress=suppressed_ids(suppress, dims["V"], weight.device),
         ignore_index=ignore_index, reduction=reduction, row_weight=row_weight, return_nll=return_nll, backend=backend,
     )  # fmt: skip
 
@@ -185,18 +185,17 @@ def _cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What both functions share, from the checks of the rows on."""
     check_integer("target", target)
-    check_reduction(reduction, row_weight, target)
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row, got none")
+    check_reduction(reduction, ignore_index, row_weight, target)
+    check_head(*weight.shape, "hidden" if thought_hidden is None else "base_hidden")
     target = marked_target(target, weight.shape[0], ignore_index, suppress)
     scale = None if reduction == "none" else row_scales(target, reduction, row_weight, weight.dtype)
     name = select_backend(op, backend, _BACKENDS, hidden)
 
     if name == "reference":
         with autocast_off(weight.device):
-            if thought_hidden is not None:
-                hidden = reference.mixed_hidden(hidden, thought_hidden, mixing_weight, base_index)
-            nll = reference.row_nll(hidden, weight, target, suppress, temperature)
+            nll = _reference_nll(
+                hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, temperature, row_weight
+            )
         loss = nll if scale is None else weighted_sum(scale, nll)
     else:
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -212,3 +211,31 @@ def _cross_entropy(
                 temperature, return_nll, needs, name,
             )  # fmt: skip
     return (loss, nll.detach()) if return_nll else loss
+
+
+def _reference_nll(
+    hidden: Tensor,
+    thought_hidden: Tensor | None,
+    mixing_weight: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    base_index: Tensor | None,
+    suppress: Tensor | None,
+    temperature: float,
+    row_weight: Tensor | None,
+) -> Tensor:
+    """Per-row nll by the specification; of rows that do not count, no gradient."""
+
+    def nll(absent: Tensor) -> Tensor:
+        rows = hidden
+        if thought_hidden is not None:
+            rows = reference.mixed_hidden(hidden, thought_hidden, mixing_weight.masked_fill(absent, 0), base_index)
+        return reference.row_nll(rows, weight, target, suppress, temperature, absent)
+
+    ignored = target < 0
+    if row_weight is None:
+        return nll(ignored)
+    weightless = row_weight == 0
+    with torch.no_grad():
+        every = nll(ignored)
+    return torch.where(weightless, every, nll(ignored | weightless))

@@ -15,7 +15,7 @@ from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
-from quietstar.ops._vocabulary import weighted_sum
+from quietstar.ops._vocabulary import counted_nll, weighted_sum
 from quietstar.ops.linear_cross_entropy.chunks import ChunkKernel, cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 from quietstar.ops.linear_cross_entropy.matmuls import cross_entropy_chunk
@@ -46,13 +46,16 @@ def _cross_entropy(
     temperature, every_nll, needs, backend,
 ):  # fmt: skip
     *needs_hidden, needs_weight = needs
+    contributing = target >= 0
+    if row_scale is not None:
+        contributing &= row_scale != 0
     if thought_hidden is None:
         source = PlainHidden(hidden, needs_hidden[0])
     else:
         mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
-        source = mixed(hidden, thought_hidden, mixing_weight, base_index, needs_hidden)
+        source = mixed(hidden, thought_hidden, mixing_weight, base_index, contributing, needs_hidden)
     nll, d_weight = cross_entropy_in_chunks(
-        _chunk_kernel(backend), source, weight, target, row_scale,
+        _chunk_kernel(backend), source, weight, target, row_scale, contributing,
         temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
     )  # fmt: skip
     return nll, *(weight.new_empty(0) if d is None else d for d in (*source.gradients(), d_weight))
@@ -113,6 +116,14 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return _scaled_gradient_op(gradient, factor, dtype)
 
 
+def _peak(row_scale: Tensor, temperature: float) -> Tensor:
+    """The largest |row_scale| / temperature: divided by it, no gradient of a logit is beyond 1, or float16."""
+    if row_scale.shape[0] == 0:
+        return row_scale.new_ones(())
+    peak = row_scale.abs().amax() / temperature
+    return torch.where(peak == 0, 1, peak)
+
+
 class ReducedCrossEntropy(torch.autograd.Function):
     """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all."""
 
@@ -122,18 +133,14 @@ class ReducedCrossEntropy(torch.autograd.Function):
         temperature, return_nll, needs, backend,
     ):  # fmt: skip
         *needs, needs_row_scale = needs
-        # In float16, gradients are made for scales of at most 1 and brought to size in the backward, together with the
-        # incoming gradient: 1 / rows would push them below the smallest number.
-        peak = row_scale.new_ones(())
-        if weight.dtype == torch.float16 and row_scale.shape[0]:
-            peak = row_scale.abs().amax()
-            peak = torch.where(peak == 0, 1, peak)
+        # What 1 / rows would push below the smallest float16 is brought to size together with the incoming gradient.
+        peak = _peak(row_scale, temperature) if weight.dtype == torch.float16 else row_scale.new_ones(())
         nll, *gradients = _cross_entropy_op(
             hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
             row_scale / peak if any(needs) else row_scale, temperature,
             return_nll or needs_row_scale, needs, backend,
         )  # fmt: skip
-        ctx.save_for_backward(*gradients, peak, nll if needs_row_scale else None)
+        ctx.save_for_backward(*gradients, peak, counted_nll(row_scale, nll) if needs_row_scale else None)
         ctx.needs = (*needs, needs_row_scale)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, thought_hidden, mixing_weight, weight)]
         ctx.mark_non_differentiable(nll)
@@ -172,11 +179,13 @@ class RowCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nll):
         temperature, needs, backend = ctx.options
         *inputs, target, base_index, suppress = ctx.saved_tensors
+        peak = _peak(grad_nll, temperature) if inputs[-1].dtype == torch.float16 else None
         _, *gradients = _cross_entropy_op(
-            *inputs, target, base_index, suppress, grad_nll, temperature, False, needs, backend
-        )
+            *inputs, target, base_index, suppress, grad_nll if peak is None else grad_nll / peak,
+            temperature, False, needs, backend,
+        )  # fmt: skip
         wanted = (
-            gradient.to(x.dtype) if needed else None
+            None if not needed else gradient.to(x.dtype) if peak is None else _scaled(gradient, peak, x.dtype)
             for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
         )
         return *wanted, *(None,) * 6

@@ -50,6 +50,7 @@ def cross_entropy_in_chunks(
     weight: Tensor,
     target: Tensor,
     row_scale: Tensor | None,
+    contributing: Tensor,
     *,
     temperature: float,
     suppress: Tensor | None,
@@ -64,8 +65,10 @@ def cross_entropy_in_chunks(
         weight: [V, H].
         target: int64 [rows], marked as in ``_vocabulary``.
         row_scale: [rows] in the compute dtype. None: no gradients.
+        contributing: bool [rows], which rows have a target and, if there is one, a scale other than 0. Of the others,
+            whatever they hold, nothing reaches a gradient.
         temperature, suppress: see :class:`ChunkKernel`.
-        every_nll: whether the nll of rows with row_scale 0 is wanted; it may be left at 0 otherwise.
+        every_nll: whether the nll of rows with row_scale 0 is wanted; it may be 0 or NaN otherwise.
         weight_needs_gradient: d weight is None if not.
 
     Returns:
@@ -73,18 +76,19 @@ def cross_entropy_in_chunks(
     """
     wide = compute_dtype(weight.dtype)
     labelled = target >= 0
-    contributing = labelled if row_scale is None else labelled & (row_scale != 0)
+    wanted = labelled if every_nll else contributing
     if row_scale is not None:
         row_scale = row_scale.masked_fill(~labelled, 0)
     nll = torch.zeros(target.shape[0], dtype=wide, device=target.device)
     d_weight = None
 
     most = rows_within(CHUNK_BYTES, weight.shape[0] * wide.itemsize, weight.device)
-    for chunk, contributes in _chunks(contributing, labelled if every_nll else contributing, most):
+    for chunk, contributes in _chunks(contributing, wanted, most):
         needs_hidden = row_scale is not None and contributes and hidden.needs_gradient
         needs_weight = row_scale is not None and contributes and weight_needs_gradient
-        nll[chunk], d_hidden, d_weight = chunk_kernel(
-            hidden.read(chunk),
+        rows, absent = _without_absent(hidden.read(chunk), contributing[chunk], wanted[chunk])
+        chunk_nll, d_hidden, d_weight = chunk_kernel(
+            rows,
             weight,
             target[chunk].clamp_min(0),
             row_scale[chunk] if needs_hidden or needs_weight else None,
@@ -94,11 +98,25 @@ def cross_entropy_in_chunks(
             needs_hidden,
             needs_weight,
         )
+        nll[chunk] = chunk_nll.masked_fill_(absent, float("nan"))
         if needs_hidden:
             hidden.write_gradient(chunk, d_hidden)
     if weight_needs_gradient and d_weight is None:  # no row contributes
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     return mark_nll(nll, target), d_weight
+
+
+def _without_absent(rows: Tensor, contributing: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with 0 in those that are absent, and which are: those that only make up the chunk, and broken ones.
+
+    They do not contribute. But d weight would be NaN if one of them were, since 0 · NaN is.
+    """
+    others = ~contributing
+    if others.device.type == "cpu" and not others.any():
+        return rows, others
+    broken = ~torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()
+    absent = others & (broken | ~wanted)
+    return rows.masked_fill(absent[:, None], 0), absent
 
 
 def _chunks(contributing: Tensor, wanted: Tensor, most: int) -> Iterator[tuple[Rows, bool]]:

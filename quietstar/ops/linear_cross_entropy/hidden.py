@@ -36,9 +36,19 @@ class MixedHidden:
     d thought = w dX, dw = dX · (thought − base).
     """
 
-    def __init__(self, base: Tensor, thought: Tensor, mixing_weight: Tensor, index: Tensor | None, needs: list[bool]):
-        self.base, self.thought, self.index = base, thought, index
+    def __init__(
+        self,
+        base: Tensor,
+        thought: Tensor,
+        mixing_weight: Tensor,
+        index: Tensor | None,
+        contributing: Tensor,
+        needs: list[bool],
+    ):
+        self.base, self.thought, self.index, self.contributing = base, thought, index, contributing
         self.weight = widen(mixing_weight)[:, None]
+        # Rows that do not contribute have gradient 0, which becomes NaN if multiplied with NaN.
+        self.gradient_weight = self.weight.masked_fill(~contributing[:, None], 0)
         self.needs_gradient = any(needs)
         wide = compute_dtype(base.dtype)
         needs_base, needs_thought, needs_weight = needs
@@ -57,7 +67,7 @@ class MixedHidden:
         return torch.lerp(base, thought, self.weight[rows].to(base.dtype)).to(self.thought.dtype)
 
     def write_gradient(self, rows: Rows, d_mixed: Tensor) -> None:
-        weight = self.weight[rows].to(d_mixed.dtype)
+        weight = self.gradient_weight[rows].to(d_mixed.dtype)
         if self.d_weight is not None:
             base, thought = self._sources(rows)
             self.d_weight[rows] = torch.linalg.vecdot(d_mixed, thought - base)
@@ -79,4 +89,5 @@ class MixedHidden:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_base = None if self.d_base is None else self.d_base.to(self.base.dtype)
-        return d_base, self.d_thought, self.d_weight
+        d_weight = None if self.d_weight is None else self.d_weight.masked_fill(~self.contributing, 0)
+        return d_base, self.d_thought, d_weight

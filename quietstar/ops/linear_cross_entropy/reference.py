@@ -18,8 +18,11 @@ def mixed_hidden(
     return mixed.to(thought_hidden.dtype)
 
 
-def row_nll(hidden: Tensor, weight: Tensor, target: Tensor, suppress: Tensor | None, temperature: float) -> Tensor:
-    """Per-row nll [rows]; ``target`` marked as in ``_vocabulary``."""
+def row_nll(
+    hidden: Tensor, weight: Tensor, target: Tensor, suppress: Tensor | None, temperature: float, absent: Tensor
+) -> Tensor:
+    """Per-row nll [rows]; ``target`` marked as in ``_vocabulary``. What rows that are ``absent`` hold has no effect."""
+    hidden = hidden.masked_fill(absent[:, None], 0)
     logits = F.linear(widen(hidden), widen(weight)) / temperature
     if suppress is not None:
         logits = logits.index_fill(-1, suppress, float("-inf"))

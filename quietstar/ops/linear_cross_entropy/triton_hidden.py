@@ -75,7 +75,7 @@ class FusedMixedHidden(MixedHidden):
 
     def __init__(self, *arguments: object):
         super().__init__(*arguments)
-        self.weight = self.weight.contiguous()
+        self.weight, self.gradient_weight = self.weight.contiguous(), self.gradient_weight.contiguous()
         self.index = None if self.index is None else self.index.contiguous()
 
     def read(self, rows: Rows) -> Tensor:
@@ -100,7 +100,7 @@ class FusedMixedHidden(MixedHidden):
         if repeats:
             d_base = d_mixed
         split_gradient_kernel[(d_mixed.shape[0],)](
-            d_mixed, self.base, self.thought, self.weight, self.index, d_base, d_thought, d_weight, rows.start,
+            d_mixed, self.base, self.thought, self.gradient_weight, self.index, d_base, d_thought, d_weight, rows.start,
             self.base.stride(), self.thought.stride(), d_mixed.shape[1], **_OPTIONS,
         )  # fmt: skip
         if repeats:

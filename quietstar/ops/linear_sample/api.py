@@ -49,7 +49,7 @@ def linear_sample(
     Args:
         hidden: [rows, H], floating point, H ≥ 1.
         weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
-        temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, the lowest id on ties.
+        temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, lowest id on ties.
         suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
             the device of ``weight``.
         top_k: ≥ 1, draw only from the k likeliest tokens, and those as likely as the k-th.

@@ -161,12 +161,14 @@ def sample_rows(
     thresholds = None
     if top_k is not None or top_p is not None:
         thresholds = logits.new_empty(rows)
-        threshold_kernel[(rows,)](logits, thresholds, size, temperature, top_k, top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN)
+        threshold_kernel[(rows,)](
+            logits, thresholds, size, temperature, top_k, top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN
+        )
     bounds = logits.new_empty(rows, groups)
     bounds_kernel[(rows * triton.cdiv(groups, _GROUPS_A_PROGRAM),)](
         logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS=_GROUPS_A_PROGRAM, num_warps=4,
         **AS_WRITTEN,
-    )
+    )  # fmt: skip
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     all_groups = triton.next_power_of_2(groups)
     race_kernel[(rows,)](

@@ -1,6 +1,5 @@
 """Which token wins a row: the best of its scores, or none."""
 
-import torch
 from torch import Tensor
 
 from quietstar.ops._checks import can_read_values

@@ -106,7 +106,7 @@ def mixed_cross_entropy(
         raise ValueError(
             f"target must have the shape of mixing_weight, {list(mixing_weight.shape)}, got {list(target.shape)}"
         )
-    check_reduction(reduction, None, target)
+    check_reduction(reduction, ignore_index, None, target)
     target = marked_target(target, base_logits.shape[-1], ignore_index)
     # Rows without a target pass no gradient on, but a gradient of 0 times a weight of NaN is NaN.
     mixing_weight = mixing_weight.masked_fill(target < 0, 0)

@@ -90,11 +90,13 @@ def _mixed(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
     """The mix of a block of the compute dtype, a new tensor: see ``reference.mixed``."""
     weight = mixing_weight[..., None].to(base.dtype)
     mix = torch.lerp(base, thought, weight)
-    return mix if _is_finite(mix) else mixed_infinities(base, thought, weight)
+    if _is_finite(mix):
+        return mix
+    return torch.where(base.isinf() | thought.isinf(), mixed_infinities(base, thought, weight), mix)
 
 
 def _difference(base: Tensor, thought: Tensor) -> Tensor:
-    """thought − base, a new tensor, 0 where either is infinite."""
+    """The difference thought − base, a new tensor, 0 where either is infinite."""
     difference = thought - base
     return difference if _is_finite(difference) else difference.masked_fill_(base.isinf() | thought.isinf(), 0)
 

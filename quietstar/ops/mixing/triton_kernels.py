@@ -43,7 +43,7 @@ def _load(row_start, columns, inside):
 
 @triton.jit
 def _difference(b, t):
-    """t − b, of which infinities have no part."""
+    """The difference t − b, of which infinities have no part."""
     infinity = float("inf")
     return tl.where((tl.abs(b) == infinity) | (tl.abs(t) == infinity), 0.0, t - b)
 
