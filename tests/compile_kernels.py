@@ -3,6 +3,8 @@
 ``compiled(script, function)`` runs ``function`` of a Python file in a process of its own for every architecture. There,
 kernels are compiled as they are launched, with the very arguments and options of the launch, on CPU tensors; none is
 run. The function calls what launches the kernels and ignores the results, which are garbage.
+
+``launched(script, *functions)`` does the same in a tenth of the time, up to Triton's own intermediate code.
 """
 
 import functools
@@ -51,6 +53,22 @@ def spill_limit() -> int:
     return {("3", "6"): 8, ("3", "7"): 24}.get((major, minor), 0)
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    name: str
+    ttir: str
+    """Triton's own intermediate code, optimised."""
+    options: list[str]
+    """Names of the options the launch gives."""
+
+
+@functools.cache
+def launched(script: str, *functions: str) -> list[Launch]:
+    """The launches that ``functions`` of the file ``script`` make, for a Hopper GPU."""
+    return [Launch(*fields) for fields in _in_its_own_process(script, ",".join(functions), 90, "ttir")]
+
+
 @functools.cache
 def compiled(script: str, function: str, architectures: tuple[int, ...] = (80, 90, 100)) -> dict[int, list[Kernel]]:
     """The kernels that ``function`` of the file ``script`` launches, by architecture, one on each core."""
@@ -60,29 +78,62 @@ def compiled(script: str, function: str, architectures: tuple[int, ...] = (80, 9
 
 
 def _compiled_for(script: str, function: str, architecture: int) -> list[Kernel]:
+    return [Kernel(*fields) for fields in _in_its_own_process(script, function, architecture, "cubin")]
+
+
+def _in_its_own_process(script: str, function: str, architecture: int, stage: str) -> list[list]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(["", *sys.path])
-    command = [sys.executable, __file__, script, function, str(architecture)]
+    command = [sys.executable, __file__, script, function, str(architecture), stage]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, "see stderr"
-    return [Kernel(*fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _compile_launches(script: str, function: str, architecture: int) -> list[Kernel]:
+class _Stopped(Exception):
+    """Ends the compilation of a kernel behind its first stage."""
+
+
+def _stop_behind_ttir() -> None:
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    add_stages = CUDABackend.add_stages
+
+    def add_first_stage(self, stages, *arguments):
+        add_stages(self, stages, *arguments)
+        make_ttir = stages["ttir"]
+
+        def stop(*arguments):
+            raise _Stopped(str(make_ttir(*arguments)))
+
+        stages["ttir"] = stop
+
+    CUDABackend.add_stages = add_first_stage
+
+
+def _compile_launches(script: str, function: str, architecture: int, stage: str) -> list[Kernel] | list[Launch]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launch = runpy.run_path(script)[function]
-    found = {}
+    functions = runpy.run_path(script)
+    found, launches = {}, []
     run = JITFunction.run
 
     def only_compile(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+        except _Stopped as stopped:
+            launches.append(Launch(self.__name__, str(stopped), list(options)))
+            return None
+        if stage == "ttir":  # compiled before, and kept
+            launches.append(Launch(self.__name__, kernel.asm["ttir"], list(options)))
         found[kernel.hash] = kernel
         return kernel
 
     JITFunction.run = only_compile
+    if stage == "ttir":
+        _stop_behind_ttir()
     driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: architecture,
@@ -93,8 +144,9 @@ def _compile_launches(script: str, function: str, architecture: int) -> list[Ker
             ),
         )
     )
-    launch()
-    return [_kernel(kernel) for kernel in found.values()]
+    for name in function.split(","):
+        functions[name]()
+    return launches if stage == "ttir" else [_kernel(kernel) for kernel in found.values()]
 
 
 def _kernel(kernel) -> Kernel:
@@ -113,4 +165,4 @@ def _kernel(kernel) -> Kernel:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compile_launches(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(_compile_launches(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))

@@ -53,7 +53,7 @@ def _cross_entropy(
         source = PlainHidden(hidden, needs_hidden[0])
     else:
         mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
-        source = mixed(hidden, thought_hidden, mixing_weight, base_index, contributing, needs_hidden)
+        source = mixed(hidden, thought_hidden, mixing_weight, base_index, needs_hidden, ~contributing)
     nll, d_weight = cross_entropy_in_chunks(
         _chunk_kernel(backend), source, weight, target, row_scale, contributing,
         temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,

@@ -42,13 +42,14 @@ class MixedHidden:
         thought: Tensor,
         mixing_weight: Tensor,
         index: Tensor | None,
-        contributing: Tensor,
         needs: list[bool],
+        others: Tensor | None = None,
     ):
-        self.base, self.thought, self.index, self.contributing = base, thought, index, contributing
-        self.weight = widen(mixing_weight)[:, None]
-        # Rows that do not contribute have gradient 0, which becomes NaN if multiplied with NaN.
-        self.gradient_weight = self.weight.masked_fill(~contributing[:, None], 0)
+        """Rows marked in ``others``, bool [rows], have no gradient, whatever they hold: 0 times it might be NaN."""
+        self.base, self.thought, self.index, self.others = base, thought, index, others
+        self.weight = self.gradient_weight = widen(mixing_weight)[:, None]
+        if others is not None:
+            self.gradient_weight = self.weight.masked_fill(others[:, None], 0)
         self.needs_gradient = any(needs)
         wide = compute_dtype(base.dtype)
         needs_base, needs_thought, needs_weight = needs
@@ -89,5 +90,6 @@ class MixedHidden:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_base = None if self.d_base is None else self.d_base.to(self.base.dtype)
-        d_weight = None if self.d_weight is None else self.d_weight.masked_fill(~self.contributing, 0)
-        return d_base, self.d_thought, d_weight
+        if self.d_weight is not None and self.others is not None:
+            self.d_weight.masked_fill_(self.others, 0)
+        return d_base, self.d_thought, self.d_weight
