@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ALL, ANY_DTYPE, with_dtypes
+from backends import ALL, ANY_DTYPE, FAST, with_dtypes
+from impossible_tokens import assert_impossible_tokens_right
 from memory import peak_bytes
 from tolerances import assert_as_accurate
 
@@ -172,6 +173,52 @@ def test_strides(function):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(DTYPES))
+@pytest.mark.parametrize("vocabulary", [5, 77, 1000])
+@pytest.mark.parametrize("function", ["mix", "cross entropy"])
+def test_impossible_tokens(function, vocabulary, dtype, backend):
+    assert_impossible_tokens_right(function, backend, dtype, vocabulary)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_what_is_broken_is_seen(backend):
+    """A row of −∞, and NaN or +∞ in one prediction, even if its weight is 0; an impossible target is something else."""
+    base, thought, _ = make_inputs((4,))
+    base[0] = thought[0] = float("-inf")
+    base[1, 5], thought[2, 5], base[3, 6], thought[3, 6] = float("inf"), float("nan"), float("-inf"), float("-inf")
+    target = torch.full((4,), 6)
+    nll = mixed_cross_entropy(base, thought, torch.zeros(4), target, reduction="none", backend=backend)
+    assert nll.isnan().tolist() == [True, True, True, False]
+    assert nll[3] == float("inf")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("function", ["mix", "cross entropy"])
+def test_a_second_derivative_is_an_error(function, backend):
+    """Not a gradient without a graph, which a penalty on it would not move."""
+    inputs = [x.requires_grad_() for x in make_inputs()]
+    result = mix_logits(*inputs, backend=backend) if function == "mix" else None
+    if result is None:
+        result = mixed_cross_entropy(*inputs, make_target(), backend=backend)
+    for gradient in torch.autograd.grad(result.sum(), inputs, create_graph=True):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_expanded_numbers(backend):
+    """Targets and weights of stride 0, and gradients too."""
+    base, thought, _ = make_inputs((3, 4))
+    weight, target = torch.tensor(0.3), torch.tensor(5)
+    results = []
+    for spread in (lambda x: x.expand(3, 4), lambda x: x.expand(3, 4).contiguous()):
+        leaves = [x.clone().requires_grad_() for x in (base, thought, weight)]
+        nll = mixed_cross_entropy(*leaves[:2], spread(leaves[2]), spread(target), reduction="none", backend=backend)
+        results.append((nll.detach(), *torch.autograd.grad(nll.sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.usefixtures("default_backend")
 @pytest.mark.parametrize("function", ["mix", "cross entropy"])
 def test_each_subset_of_gradients(function):
@@ -304,6 +351,7 @@ BAD_TARGET = [
     ({"target": torch.zeros(2, 3)}, TypeError, "target must be int32 or int64, got torch.float32"),
     ({"target": torch.full((2, 3), 5)}, ValueError, "target must be in [0, 5) or ignore_index = -100, got 5"),
     ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
+    ({"ignore_index": -1.5}, TypeError, "ignore_index must be an integer, got float"),
 ]
 
 

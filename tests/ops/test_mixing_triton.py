@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from impossible_tokens import assert_impossible_tokens_right
 from tolerances import assert_as_accurate
 
 from quietstar.ops import mix_logits, mixed_cross_entropy
@@ -11,7 +12,9 @@ from quietstar.ops import mix_logits, mixed_cross_entropy
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:overflow encountered"),  # by the interpreter, in lanes that are masked
+    # By the interpreter, in lanes that are masked or not chosen.
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,7 +135,6 @@ def test_all_rows_ignored(reduction):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_ignored_rows_may_hold_anything():
     problem = Problem("cross entropy", ignored=(0, 1, 2))
     expected = problem.solve()
@@ -141,6 +143,12 @@ def test_ignored_rows_may_hold_anything():
         x.detach()[1] = float("inf")
     for name, value in problem.solve().items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("vocabulary", [5, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_impossible_tokens(dtype, vocabulary, function):
+    assert_impossible_tokens_right(function, "triton", dtype, vocabulary, DEVICE)
 
 
 def test_probabilities_of_huge_logits():

@@ -5,6 +5,7 @@ import simt
 import torch
 import torch.nn.functional as F
 from cross_entropy_problem import CASES, Problem, assert_problem_solved
+from impossible_tokens import assert_impossible_tokens_right
 from simt import DEVICE
 from tolerances import assert_as_accurate
 
@@ -124,6 +125,13 @@ def test_ignored_rows_may_hold_anything():
     inputs[0][0], inputs[1][2, 5], inputs[2][0] = INF, float("nan"), float("nan")
     for a, b in zip(result_and_gradients(our_mixing, "cross entropy", inputs, target, incoming), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@both_functions
+@every_dtype
+def test_impossible_tokens(dtype, function):
+    for vocabulary in (5, 1000):
+        assert_impossible_tokens_right(function, "cuda", dtype, vocabulary, DEVICE)
 
 
 # The linear cross-entropies.
