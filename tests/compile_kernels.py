@@ -90,7 +90,7 @@ def _in_its_own_process(script: str, function: str, architecture: int, stage: st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Stopped(Exception):
+class _StopError(Exception):
     """Ends the compilation of a kernel behind its first stage."""
 
 
@@ -104,7 +104,7 @@ def _stop_behind_ttir() -> None:
         make_ttir = stages["ttir"]
 
         def stop(*arguments):
-            raise _Stopped(str(make_ttir(*arguments)))
+            raise _StopError(str(make_ttir(*arguments)))
 
         stages["ttir"] = stop
 
@@ -123,7 +123,7 @@ def _compile_launches(script: str, function: str, architecture: int, stage: str)
     def only_compile(self, *args, grid, warmup, **options):
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-        except _Stopped as stopped:
+        except _StopError as stopped:
             launches.append(Launch(self.__name__, str(stopped), list(options)))
             return None
         if stage == "ttir":  # compiled before, and kept

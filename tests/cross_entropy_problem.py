@@ -84,6 +84,7 @@ CASES = {
     "ignore_index in the vocabulary": {"ignored": (3, 5), "ignore_index": 0},
     "temperature": {"temperature": 3.0, "reduction": "none"},
     "low temperature": {"temperature": 0.1},
+    "low temperature, none": {"temperature": 0.01, "reduction": "none", "grad": 50.0},
     "suppress": {"suppress": (0, 5, 76), "vocabulary": 78},
     "suppress and temperature": {"suppress": (3,), "temperature": 3.0, "reduction": "sum", "row_weight": True},
     "huge logits": {"size": 1000.0},
@@ -94,6 +95,45 @@ CASES = {
     "repeated base rows": {"mixed": True, "base_rows": 4, "ignored": (0, 9)},
     "repeated base rows, none": {"mixed": True, "base_rows": 4, "reduction": "none"},
 }
+
+
+def assert_rows_that_do_not_count_may_hold_anything(backend, device="cpu", **case):
+    """What counts has the loss and the gradients it has if they hold numbers; theirs are 0."""
+    problem = Problem(ignored=(0, 4), device=device, **case)
+    without = torch.zeros(11, dtype=torch.bool)
+    without[[0, 4]] = True
+    row_weight = problem.inputs["row_weight"]
+    if row_weight is not None:
+        without |= row_weight.cpu() == 0
+        problem.frozen = ("row_weight",)
+    expected = problem.ours(backend)
+    for name in ("hidden", "thought", "mixing"):
+        x = problem.inputs[name]
+        if x is not None and len(x) == len(without):
+            for row, value in zip(without.nonzero()[:, 0].tolist(), 9 * [float("nan"), float("inf")], strict=False):
+                x[row] = value
+    for name, value in problem.ours(backend).items():
+        assert value is None or torch.equal(value, expected[name]), name
+
+
+def assert_stride_0_changes_nothing(backend, device="cpu"):
+    """Of what has one number for a row."""
+    rows = 5
+    numbers = {
+        "mixing_weight": torch.tensor(0.3), "target": torch.tensor(3), "base_index": torch.tensor(1),
+        "row_weight": torch.tensor(-2.0),
+    }  # fmt: skip
+    hidden = torch.randn(2, 6), torch.randn(rows, 6)
+    weight, results = torch.randn(77, 6), []
+    for spread in (lambda x: x.to(device).expand(rows), lambda x: x.to(device).expand(rows).contiguous()):
+        leaves = [x.to(device).clone().requires_grad_() for x in (*hidden, weight)]
+        options = {name: spread(x) for name, x in numbers.items()}
+        loss, nll = mixed_linear_cross_entropy(
+            *leaves[:2], weight=leaves[2], reduction="sum", return_nll=True, backend=backend, **options
+        )
+        results.append((loss.detach(), nll, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def assert_problem_solved(problem, actual):

@@ -6,8 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-from backends import ALL, ANY_DTYPE, with_dtypes
-from cross_entropy_problem import CASES, INPUTS, Problem, assert_problem_solved
+from backends import ALL, ANY_DTYPE, FAST, with_dtypes
+from cross_entropy_problem import (
+    CASES,
+    INPUTS,
+    Problem,
+    assert_problem_solved,
+    assert_rows_that_do_not_count_may_hold_anything,
+    assert_stride_0_changes_nothing,
+)
 from memory import largest_allocation, peak_bytes
 from tolerances import assert_as_accurate
 
@@ -82,6 +89,53 @@ def test_rows_that_do_not_count_are_harmless_where_all_are_computed(options, mon
     monkeypatch.setattr(chunks, "_selected", lambda mask, step: _rows.slices(mask.shape[0], step))
     problem = Problem(ignored=(0, 4), **options)
     assert_problem_solved(problem, problem.ours(default_backend))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
+@pytest.mark.parametrize("mixed", [{}, {"mixed": True}, {"mixed": True, "base_rows": 3}], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_rows_that_do_not_count_may_hold_anything(backend, mixed, options, everywhere, monkeypatch):
+    """Also where all rows are computed, as on a GPU."""
+    if everywhere:
+        monkeypatch.setattr(chunks, "_selected", lambda mask, step: _rows.slices(mask.shape[0], step))
+    assert_rows_that_do_not_count_may_hold_anything(backend, **mixed, **options)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_broken_row_of_weight_zero_has_the_nll_it_has(backend, everywhere, monkeypatch):
+    if everywhere:
+        monkeypatch.setattr(chunks, "_selected", lambda mask, step: _rows.slices(mask.shape[0], step))
+    hidden, weight = torch.randn(3, 4), torch.randn(77, 4, requires_grad=True)
+    hidden[1] = float("nan")
+    loss, nll = linear_cross_entropy(
+        hidden, weight, torch.tensor([1, 2, 3]), reduction="sum", row_weight=torch.tensor([0.0, 0.0, 2.0]),
+        return_nll=True, backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert nll.isnan().tolist() == [False, True, False]
+    assert nll[0] > 0
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_stride_0_changes_nothing(backend):
+    assert_stride_0_changes_nothing(backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_second_derivative_is_an_error(backend, mixed, reduction):
+    """Not a gradient without a graph, which a penalty on it would not move."""
+    problem = Problem(mixed=mixed, reduction=reduction)
+    inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
+    leaves = [x for x in inputs.values() if x is not None]
+    loss = problem._call(backend, **inputs).sum()
+    for gradient in torch.autograd.grad(loss, leaves, create_graph=True):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -392,6 +446,9 @@ BAD = [
     ({"suppress": torch.tensor([3.0])}, TypeError, "suppress must be int32 or int64, got torch.float32"),
     ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ({"temperature": float("nan")}, ValueError, "temperature must be positive and finite, got nan"),
+    ({"temperature": 1e-40}, ValueError, "temperature must be between 1e-30 and 1e+30, got 1e-40"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got float"),
+    ({"hidden": torch.randn(3, 0), "weight": torch.randn(5, 0)}, ValueError, "hidden must have at least one column"),
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
     ({"reduction": "average"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'average'"),
     ({"row_weight": torch.ones(3)}, ValueError, "row_weight must come with reduction='sum', got reduction='mean'"),
@@ -410,6 +467,7 @@ BAD_MIXED = [
     ({"mixing_weight": torch.randn(3).half()}, TypeError, "mixing_weight must be float32 or have the dtype of base_"),
     ({"thought_hidden": torch.randn(3, 4).half()}, TypeError, "thought_hidden must have the dtype of base_hidden"),
     ({"target": torch.tensor([0, 9, 1])}, ValueError, "target must be in [0, 5) or ignore_index = -100, got 9"),
+    ({"base_index": torch.tensor([0, 1, 1], device="meta")}, ValueError, "base_index must be on the device of base_"),
 ]
 
 

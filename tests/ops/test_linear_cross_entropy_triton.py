@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_problem import CASES, INPUTS, Problem, assert_problem_solved
+from cross_entropy_problem import (
+    CASES,
+    INPUTS,
+    Problem,
+    assert_problem_solved,
+    assert_rows_that_do_not_count_may_hold_anything,
+    assert_stride_0_changes_nothing,
+)
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows
@@ -14,7 +21,9 @@ from quietstar.ops.linear_cross_entropy import chunks
 kernels = pytest.importorskip("quietstar.ops.linear_cross_entropy.triton_kernels")
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:overflow encountered"),  # by the interpreter, in lanes that are masked
+    # By the interpreter, in lanes that are masked or rows that do not count.
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,6 +110,16 @@ def test_gradient_of_a_confident_prediction(margin, vocabulary):
 def test_all_rows_ignored(mixed, reduction):
     for name, value in solve(mixed=mixed, ignored=range(11), reduction=reduction).items():
         assert torch.equal(value, torch.zeros_like(value)), name
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
+@pytest.mark.parametrize("mixed", [{}, {"mixed": True}, {"mixed": True, "base_rows": 3}], ids=str)
+def test_rows_that_do_not_count_may_hold_anything(mixed, options):
+    assert_rows_that_do_not_count_may_hold_anything("triton", DEVICE, **mixed, **options)
+
+
+def test_stride_0_changes_nothing():
+    assert_stride_0_changes_nothing("triton", DEVICE)
 
 
 def test_no_rows():

@@ -2,11 +2,13 @@
 
 import math
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from backends import ALL, with_dtypes
+from backends import ALL, FAST, with_dtypes
+from broken_rows import assert_broken_rows_have_no_token
 from scipy import stats
 
 from quietstar.ops import _rows, linear_sample
@@ -265,6 +267,74 @@ def test_a_lone_token_wins_however_unlikely_its_noise(backend):
     assert (linear_sample(hidden, weight, suppress=suppress, seed=1, backend=backend) == 257).all()
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_rows_from_which_no_token_can_be_drawn(backend):
+    module = {"torch": "library", "cpu": "native_cpu"}[backend]
+    assert_broken_rows_have_no_token(import_module(f"quietstar.ops.linear_sample.{module}").sample_rows)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_a_broken_model_does_not_look_like_text(options, rows, backend):
+    """NaN, +∞, or −∞ throughout is an error that names the row, unless it is suppressed; −∞ in places is not."""
+    hidden, weight = torch.ones(rows, 4), torch.randn(300, 4)
+    options = {"seed": 1, "backend": backend, **options}
+    whole = linear_sample(hidden, weight, suppress=(64,), **options)
+    for value in (math.nan, math.inf):
+        weight[64] = value
+        with pytest.raises(ValueError, match=r"hidden and weight must give .* in row 0"):
+            linear_sample(hidden, weight, **options)
+        assert torch.equal(linear_sample(hidden, weight, suppress=(64,), **options), whole)
+    weight[64] = -math.inf
+    assert torch.equal(linear_sample(hidden, weight, **options), whole)
+    for value in (math.nan, -math.inf):
+        last = hidden.clone()
+        last[-1] = value
+        with pytest.raises(ValueError, match=rf"hidden and weight must give .* in row {rows - 1}"):
+            linear_sample(last, weight.abs(), suppress=(64,), **options)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_where_values_are_not_read_a_broken_row_is_marked(backend):
+    hidden, weight = torch.ones(3, 4), torch.randn(300, 4)
+    options = {"seed": 1, "backend": backend}
+    whole = linear_sample(hidden, weight, **options)
+    hidden[1] = math.nan
+    torch._dynamo.reset()
+    tokens = torch.compile(linear_sample, fullgraph=True, backend="aot_eager")(hidden, weight, **options)
+    assert tokens.tolist() == [whole[0], -1, whole[2]]
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_float16_logits_beyond_float16(backend):
+    """They are large only before the temperature divides them."""
+    hidden = torch.full((20, 4), 200.0)
+    weight = torch.tensor([250.0, 249.0, 0.0, -250.0])[:, None].expand(4, 4)
+    options = {"temperature": 1e3, "seed": 1, "backend": backend}
+    tokens = linear_sample(hidden.half(), weight.half(), **options) if backend != "cpu" else None
+    expected = linear_sample(hidden, weight, **options)
+    assert tokens is None or torch.equal(tokens, expected)
+    assert set(expected.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_extreme_temperatures(backend):
+    hidden, weight = torch.randn(20, 4), torch.randn(300, 4)
+    greedy = linear_sample(hidden, weight, temperature=0, seed=1, backend=backend)
+    assert torch.equal(linear_sample(hidden, weight, temperature=1e-30, seed=1, backend=backend), greedy)
+    tokens = linear_sample(hidden, weight, temperature=1e30, suppress=(0,), seed=1, backend=backend)
+    assert len(tokens.unique()) > 10
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_suppress_may_be_any_iterable(backend):
+    hidden, weight = torch.ones(200, 1), torch.zeros(4, 1)
+    for suppress in (iter([1, 3]), {1, 3}, torch.tensor(1).expand(2) * torch.tensor([1, 3])):
+        tokens = linear_sample(hidden, weight, suppress=suppress, seed=1, backend=backend)
+        assert set(tokens.tolist()) == {0, 2}
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_no_rows(backend):
     assert linear_sample(torch.randn(0, 4), torch.randn(9, 4), seed=1, backend=backend).shape == (0,)
@@ -310,12 +380,20 @@ BAD = [
     ({"weight": torch.randn(0, 4)}, ValueError, "weight must have at least one row"),
     ({"temperature": -0.1}, ValueError, "temperature must be 0 or positive, and finite, got -0.1"),
     ({"temperature": math.inf}, ValueError, "temperature must be 0 or positive, and finite, got inf"),
+    ({"temperature": math.nan}, ValueError, "temperature must be 0 or positive, and finite, got nan"),
+    ({"temperature": 1e-40}, ValueError, "temperature must be between 1e-30 and 1e+30, got 1e-40"),
+    ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number, got Tensor"),
+    ({"hidden": torch.randn(3, 0), "weight": torch.randn(5, 0)}, ValueError, "hidden must have at least one column"),
     ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    ({"top_k": True}, TypeError, "top_k must be None or an integer, got bool"),
     ({"top_k": 2.0}, TypeError, "top_k must be None or an integer, got float"),
     ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
     ({"top_p": 1.1}, ValueError, "top_p must be in (0, 1], got 1.1"),
+    ({"top_p": math.nan}, ValueError, "top_p must be in (0, 1], got nan"),
     ({"top_p": "most"}, TypeError, "top_p must be a number, got str"),
+    ({"suppress": 3}, TypeError, "suppress must be token ids (integers), got 3"),
+    ({"suppress": [True]}, TypeError, "suppress must be token ids (integers), got [True]"),
     ({"suppress": range(5)}, ValueError, "suppress must leave at least one token, got all 5"),
     ({"suppress": torch.tensor([0, 5])}, ValueError, "suppress must be token ids in [0, 5), got 5"),
     ({"seed": 1.0}, TypeError, "seed must be an integer or an int64 scalar, got float"),
@@ -326,6 +404,7 @@ BAD = [
         "seed must be an integer or an int64 scalar, got torch.int64 of shape [1]",
     ),
     ({"seed": torch.tensor(1.0)}, TypeError, "seed must be an integer or an int64 scalar, got torch.float32"),
+    ({"seed": torch.tensor(1, device="meta")}, ValueError, "seed must be on the device of weight, cpu, or on the CPU"),
     ({"seed": 2**63}, ValueError, f"seed must fit 64 bits, got {2**63}"),
     ({"backend": "cuda"}, ValueError, "'cuda' cannot run linear_sample here: "),
 ]

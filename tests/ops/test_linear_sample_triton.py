@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from broken_rows import OPTIONS as OPTIONS_OF_BROKEN_ROWS
+from broken_rows import assert_broken_rows_have_no_token
 
 from quietstar.ops import _rows, linear_sample
 from quietstar.ops.linear_sample import noise
@@ -14,7 +16,11 @@ triton_kernels = pytest.importorskip("quietstar.ops.linear_sample.triton_kernels
 triton_matmul = pytest.importorskip("quietstar.ops.linear_sample.triton_matmul")
 triton_noise = pytest.importorskip("quietstar.ops.linear_sample.triton_noise")
 tl = triton.language
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # By the interpreter, in lanes that are not chosen.
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
@@ -151,10 +157,24 @@ def test_a_lone_token_wins_however_unlikely_its_noise(kernels):
     assert (linear_sample(hidden, weight, suppress=suppress, seed=1, backend="triton") == 257).all()
 
 
-def test_a_row_of_minus_infinity_ends(kernels):
-    hidden = torch.tensor([[-INF], [1.0]], device=DEVICE)
-    tokens = linear_sample(hidden, torch.ones(70, 1, device=DEVICE), seed=1, backend="triton")
-    assert 0 <= tokens[0] < 70
+def test_rows_from_which_no_token_can_be_drawn():
+    assert_broken_rows_have_no_token(triton_kernels.sample_rows, DEVICE, OPTIONS_OF_BROKEN_ROWS[:3])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_broken_rows_in_the_epilogue_of_the_matmul(temperature):
+    hidden, weight = torch.ones(6, 1, device=DEVICE), torch.rand(300, 1, device=DEVICE) + 1
+    hidden[1], hidden[2], hidden[3] = math.nan, INF, -INF
+    weight[70] = -INF  # so that row 3 has +∞ too
+    seed, suppress = torch.tensor(3, device=DEVICE), torch.tensor([5], device=DEVICE)
+    tokens = triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None)
+    assert (tokens == -1).tolist() == [False, True, True, True, False, False]
+    hidden[3] = -INF
+    weight[70] = 1.0
+    tokens = triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None)
+    assert (tokens == -1).tolist() == [False, True, True, True, False, False]
+    weight[5] = math.nan
+    assert torch.equal(triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None), tokens)
 
 
 def test_seed_may_be_a_tensor(kernels):

@@ -4,7 +4,14 @@ import pytest
 import simt
 import torch
 import torch.nn.functional as F
-from cross_entropy_problem import CASES, Problem, assert_problem_solved
+from broken_rows import assert_broken_rows_have_no_token
+from cross_entropy_problem import (
+    CASES,
+    Problem,
+    assert_problem_solved,
+    assert_rows_that_do_not_count_may_hold_anything,
+    assert_stride_0_changes_nothing,
+)
 from impossible_tokens import assert_impossible_tokens_right
 from simt import DEVICE
 from tolerances import assert_as_accurate
@@ -144,6 +151,16 @@ def test_linear_cross_entropies(case, dtype):
     assert_problem_solved(problem, problem.ours("cuda"))
 
 
+@pytest.mark.parametrize("mixed", [{}, {"mixed": True, "base_rows": 3}], ids=str)
+def test_rows_that_do_not_count_may_hold_anything(mixed):
+    for options in ({}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}):
+        assert_rows_that_do_not_count_may_hold_anything("cuda", DEVICE, **mixed, **options)
+
+
+def test_stride_0_changes_nothing():
+    assert_stride_0_changes_nothing("cuda", DEVICE)
+
+
 def plain_rows(logits, target, scale, temperature):
     logits = logits.detach().requires_grad_()
     nll = F.cross_entropy(logits / temperature, target, reduction="none")
@@ -243,13 +260,16 @@ def test_more_candidates_than_shared_memory_holds():
         assert torch.equal(linear_sample(hidden, weight, seed=5, backend="cuda", **options), expected)
 
 
-def test_a_lone_token_wins_and_a_row_of_minus_infinity_ends():
+def test_a_lone_token_wins():
     hidden, weight = torch.ones(9, 1, device=DEVICE), torch.full((300, 1), -80.0, device=DEVICE)
     suppress = [token for token in range(300) if token != 257]
     assert (linear_sample(hidden, weight, suppress=suppress, seed=1, backend="cuda") == 257).all()
-    for options in ({}, {"top_k": 3}, {"top_p": 0.5}):
-        tokens = linear_sample(-hidden * INF, -weight, seed=1, backend="cuda", **options)
-        assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_rows_from_which_no_token_can_be_drawn():
+    from quietstar.ops.linear_sample.native_cuda import sample_rows
+
+    assert_broken_rows_have_no_token(sample_rows, DEVICE)
 
 
 # All of them.

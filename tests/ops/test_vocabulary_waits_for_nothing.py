@@ -82,9 +82,10 @@ def test_linear_cross_entropies(mixed, options, backend):
 @pytest.mark.parametrize("rows", [5, ROWS])  # in Triton's matmul, and after it
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("suppress", [None, (1, 2), "tensor"])
-@pytest.mark.parametrize("seed", [3, "tensor"])
+@pytest.mark.parametrize("seed", [3, "tensor", "on the CPU"])
 def test_linear_sample(seed, suppress, options, rows, backend):
-    seed = torch.zeros((), dtype=torch.int64) if seed == "tensor" else seed
+    if seed != 3:
+        seed = torch.zeros((), dtype=torch.int64, device="cpu" if seed == "on the CPU" else "meta")
     suppress = numbers(VOCABULARY, 2) if suppress == "tensor" else suppress
     tokens = linear_sample(
         random(rows, SIZE), random(VOCABULARY, SIZE), seed=seed, suppress=suppress, backend=backend, **options
