@@ -25,6 +25,10 @@ _STAGES = tl.constexpr(3)
 # The largest of no logits: −inf − (−inf) would be NaN.
 _LOWEST = tl.constexpr(-3.4e38)
 
+# The largest float32: what is beyond is infinite. No narrower dtype has it, so that logits are compared as float32, not
+# two at a time in their own dtype before they are widened.
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def _row_start(tensor, row, sizes, strides, ALIGN: tl.constexpr):
@@ -44,8 +48,7 @@ def _load(row_start, columns, inside):
 @triton.jit
 def _difference(b, t):
     """The difference t − b, of which infinities have no part."""
-    infinity = float("inf")
-    return tl.where((tl.abs(b) == infinity) | (tl.abs(t) == infinity), 0.0, t - b)
+    return tl.where((tl.abs(b) > _LARGEST) | (tl.abs(t) > _LARGEST), 0.0, t - b)
 
 
 @triton.jit
@@ -54,8 +57,9 @@ def _mixed(b, t, weight):
     infinity = float("inf")
     of_base = tl.where(weight == 1, 0.0, (weight - 1) * infinity)
     of_thought = tl.where(weight == 0, 0.0, -weight * infinity)
-    z = tl.where(t == -infinity, b + of_thought, (1 - weight) * b + weight * t)
-    return tl.where(b == -infinity, tl.where(t == -infinity, t, t + of_base), z)
+    no_base, no_thought = b < -_LARGEST, t < -_LARGEST
+    z = tl.where(no_thought, b + of_thought, (1 - weight) * b + weight * t)
+    return tl.where(no_base, tl.where(no_thought, t, t + of_base), z)
 
 
 @triton.jit
