@@ -48,18 +48,16 @@ def _load(row_start, columns, inside):
 @triton.jit
 def _difference(b, t):
     """The difference t − b, of which infinities have no part."""
-    return tl.where((tl.abs(b) > _LARGEST) | (tl.abs(t) > _LARGEST), 0.0, t - b)
+    return tl.where(tl.maximum(tl.abs(b), tl.abs(t)) > _LARGEST, 0.0, t - b)
 
 
 @triton.jit
 def _mixed(b, t, weight):
     """(1 − w) b + w t; −∞ if both are, else −∞ of a weight of exactly 0 adds nothing."""
-    infinity = float("inf")
-    of_base = tl.where(weight == 1, 0.0, (weight - 1) * infinity)
-    of_thought = tl.where(weight == 0, 0.0, -weight * infinity)
     no_base, no_thought = b < -_LARGEST, t < -_LARGEST
-    z = tl.where(no_thought, b + of_thought, (1 - weight) * b + weight * t)
-    return tl.where(no_base, tl.where(no_thought, t, t + of_base), z)
+    of_base = tl.where(no_base & (weight == 1), 0.0, (1 - weight) * b)
+    of_thought = tl.where(no_thought & (weight == 0), 0.0, weight * t)
+    return tl.where(no_base & no_thought, b, of_base + of_thought)
 
 
 @triton.jit
