@@ -29,7 +29,7 @@ from quietstar.ops._vocabulary import (
     weighted_sum,
 )
 from quietstar.ops.linear_cross_entropy import reference
-from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy
+from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy, link_to
 
 _BACKENDS: dict[str, Availability] = {
     "triton": triton_unavailable,
@@ -207,7 +207,8 @@ def _cross_entropy(
             )  # fmt: skip
         else:
             loss, nll = ReducedCrossEntropy.apply(
-                hidden, thought_hidden, mixing_weight, weight, scale, target, base_index, suppress,
+                hidden, thought_hidden, mixing_weight, weight, scale,
+                link_to(hidden, thought_hidden, mixing_weight, weight, scale), target, base_index, suppress,
                 temperature, return_nll, needs, name,
             )  # fmt: skip
     return (loss, nll.detach()) if return_nll else loss

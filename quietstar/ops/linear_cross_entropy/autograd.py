@@ -124,12 +124,20 @@ def _peak(row_scale: Tensor, temperature: float) -> Tensor:
     return torch.where(peak == 0, 1, peak)
 
 
+def link_to(*inputs: Tensor | None) -> Tensor:
+    """An empty tensor that depends on the inputs, for ``once_differentiable`` to tie gradients to; it keeps none."""
+    return torch.cat([x[:0].flatten() for x in inputs if x is not None])
+
+
 class ReducedCrossEntropy(torch.autograd.Function):
-    """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all."""
+    """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all.
+
+    ``link`` is :func:`link_to` the tensors that may need a gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx, hidden, thought_hidden, mixing_weight, weight, row_scale, target, base_index, suppress,
+        ctx, hidden, thought_hidden, mixing_weight, weight, row_scale, link, target, base_index, suppress,
         temperature, return_nll, needs, backend,
     ):  # fmt: skip
         *needs, needs_row_scale = needs
@@ -140,7 +148,7 @@ class ReducedCrossEntropy(torch.autograd.Function):
             row_scale / peak if any(needs) else row_scale, temperature,
             return_nll or needs_row_scale, needs, backend,
         )  # fmt: skip
-        ctx.save_for_backward(*gradients, peak, counted_nll(row_scale, nll) if needs_row_scale else None)
+        ctx.save_for_backward(*gradients, peak, counted_nll(row_scale, nll) if needs_row_scale else None, link)
         ctx.needs = (*needs, needs_row_scale)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, thought_hidden, mixing_weight, weight)]
         ctx.mark_non_differentiable(nll)
@@ -149,14 +157,14 @@ class ReducedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        *gradients, peak, nll = ctx.saved_tensors
+        *gradients, peak, nll, _ = ctx.saved_tensors
         *needs, needs_row_scale = ctx.needs
         factor = grad_loss * peak
         wanted = (
             _scaled(gradient, factor, dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
         )
-        return *wanted, grad_loss * nll if needs_row_scale else None, *(None,) * 7
+        return *wanted, grad_loss * nll if needs_row_scale else None, *(None,) * 8
 
 
 class RowCrossEntropy(torch.autograd.Function):

@@ -55,8 +55,8 @@ def _difference(b, t):
 def _mixed(b, t, weight):
     """(1 − w) b + w t; −∞ if both are, else −∞ of a weight of exactly 0 adds nothing."""
     no_base, no_thought = b < -_LARGEST, t < -_LARGEST
-    of_base = tl.where(no_base & (weight == 1), 0.0, (1 - weight) * b)
-    of_thought = tl.where(no_thought & (weight == 0), 0.0, weight * t)
+    of_base = tl.where(no_base, tl.where(weight == 1, 0.0, (weight - 1) * float("inf")), (1 - weight) * b)
+    of_thought = tl.where(no_thought, tl.where(weight == 0, 0.0, weight * float("-inf")), weight * t)
     return tl.where(no_base & no_thought, b, of_base + of_thought)
 
 
