@@ -1,5 +1,7 @@
 """The public function: checks, choice of backend, dispatch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from quietstar.ops._checks import (
     check_same_dtype,
 )
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
+from quietstar.ops._precision import autocast_off, compute_dtype
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
@@ -74,15 +77,19 @@ def thought_attention(
     This is the attention of Quiet-STaR's parallel thought generation (arXiv 2403.09629, section 4.2); with S = 1 and
     growing T it is also that of EAGLE-3's training-time test. Differentiable (once) in all five tensors.
 
+    What no row of a sequence sees (base keys behind its last anchor, in front of ``key_start``, outside of all windows;
+    everything of an inactive anchor, incoming gradients included) may hold anything, NaN too: it changes no result and
+    gets no gradient. NaN in a key that some rows see may reach other rows of that sequence.
+
     Args:
-        query: [B, Hq, P, S, D], the last S of the T steps. Any strides.
+        query: [B, Hq, P, S, D], the last S of the T steps. Any strides. Every size but D may be 0.
         key, value: [B, Hkv, L, D], the base sequence; Hq is a multiple of Hkv.
         thought_key, thought_value: [B, Hkv, P, T, D], T ≥ S.
         anchors: int [P] or [B, P], values in [−1, L); default ``arange(L)``, then P must be L. Any order, repeats
-            allowed. −1 is an inactive anchor: output 0, lse −inf, no gradient.
+            allowed. −1 is an inactive anchor, and with L = 0 the only one: output 0, lse −inf, no gradient.
         key_start: int [B], values in [0, L]: first visible base key (left padding). Default 0.
         window: sliding window in tokens, ≥ 1: base key j is visible iff a − j < window. Default unlimited.
-        scale: factor on the scores before the softmax. Default D^−½.
+        scale: factor on the scores (kept in float32 or wider) before the softmax, of any sign. Default D^−½.
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
@@ -91,10 +98,12 @@ def thought_attention(
         [B, Hq, P, S] in float32 (float64 for float64), differentiable too.
 
     Raises:
-        TypeError: not a tensor, a dtype that is not floating (anchors and key_start: not int32/int64), or mixed dtypes.
-        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, T < S, values of ``anchors`` or
+        TypeError: not a tensor, a dtype that is not floating (anchors and key_start: not int32/int64), mixed dtypes, or
+            a scale that is not a number.
+        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, D = 0, T < S, values of ``anchors`` or
             ``key_start`` out of range (read on the CPU only: on CUDA the check would wait for the device, see
-            ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, an unknown or unavailable backend.
+            ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, a scale that is not finite, an unknown or
+            unavailable backend.
     """
     dims = Dims()
     dims.bind("query", query, "B Hq P S D")
@@ -102,7 +111,9 @@ def thought_attention(
     dims.bind("value", value, "B Hkv L D")
     dims.bind("thought_key", thought_key, "B Hkv P T D")
     dims.bind("thought_value", thought_value, "B Hkv P T D")
-    if dims["Hkv"] == 0 or dims["Hq"] % dims["Hkv"]:
+    if dims["D"] == 0:
+        raise ValueError("query must have heads of at least D = 1 element, got D = 0")
+    if dims["Hq"] % dims["Hkv"] if dims["Hkv"] else dims["Hq"]:
         raise ValueError(f"query must have Hq a multiple of Hkv = {dims['Hkv']} heads of key, got Hq = {dims['Hq']}")
     if dims["T"] < dims["S"]:
         raise ValueError(
@@ -132,7 +143,7 @@ def thought_attention(
         check_range("key_start", key_start, 0, dims["L"])
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an integer >= 1, got {window!r}")
-    scale = dims["D"] ** -0.5 if scale is None else float(scale)
+    scale = dims["D"] ** -0.5 if scale is None else _checked_scale(scale, query.dtype)
 
     inputs = query, key, value, thought_key, thought_value
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -142,11 +153,21 @@ def thought_attention(
             anchors = torch.arange(dims["L"], device=query.device)
         if key_start is None:
             key_start = torch.zeros(dims["B"], dtype=torch.int64, device=query.device)
-        output, lse = reference.thought_attention(
-            query, key, value, thought_key, thought_value, anchors.expand(dims["B"], -1), key_start, window, scale
-        )
+        with autocast_off(query.device):
+            output, lse = reference.thought_attention(
+                query, key, value, thought_key, thought_value, anchors.expand(dims["B"], -1), key_start, window, scale
+            )
     else:
         output, lse = ThoughtAttention.apply(
             query, key, value, thought_key, thought_value, anchors, key_start, window, scale, name
         )
     return (output, lse) if return_lse else output
+
+
+def _checked_scale(scale: float, dtype: torch.dtype) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be None or a number, got {type(scale).__name__}")
+    wide = compute_dtype(dtype)
+    if not math.isfinite(scale) or abs(scale) > torch.finfo(wide).max:
+        raise ValueError(f"scale must be finite in {wide}, got {scale}")
+    return float(scale)

@@ -8,7 +8,11 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+
+from quietstar.ops._differentiable import once_differentiable
+from quietstar.ops._precision import compute_dtype
+from quietstar.ops._registration import register_op
 
 _MODULES = {"torch": "library", "triton": "triton_backend", "cuda": "native_cuda", "cpu": "native_cpu"}
 
@@ -21,33 +25,31 @@ def _module(backend: str) -> ModuleType:
     return import_module(f"{__package__}.{_MODULES[backend]}")
 
 
-torch.library.define("quietstar::thought_attention", f"({_KEYS}, {_MASK}) -> (Tensor, Tensor)")
-torch.library.define(
-    "quietstar::thought_attention_backward",
-    f"(Tensor grad_output, Tensor? grad_lse, {_KEYS}, Tensor output, Tensor lse, {_MASK})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+def _sees_nothing(query: Tensor, key: Tensor) -> bool:
+    """Whether there is no query, or no base key: then every anchor is inactive. Backends need not know such sizes."""
+    return query.numel() == 0 or key.shape[2] == 0
 
 
-@torch.library.impl("quietstar::thought_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
+    if _sees_nothing(query, key):
+        output, lse = _forward_fake(query, key)
+        return output.zero_(), lse.fill_(-torch.inf)
     output, lse = _module(backend).forward(
         query, key, value, thought_key, thought_value, anchors, key_start, window, scale
     )
     return output.contiguous(), lse.contiguous()
 
 
-@torch.library.register_fake("quietstar::thought_attention")
-def _forward_fake(query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+def _forward_fake(query, *_):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
 
 
-@torch.library.impl("quietstar::thought_attention_backward", "CompositeExplicitAutograd")
 def _backward(
     grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
     anchors, key_start, window, scale, backend,
 ):  # fmt: skip
+    if _sees_nothing(query, key):
+        return tuple(x.new_zeros(x.shape) for x in (query, key, value, thought_key, thought_value))
     grads = _module(backend).backward(
         grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
         anchors, key_start, window, scale,
@@ -55,12 +57,17 @@ def _backward(
     return tuple(grad.contiguous() for grad in grads)
 
 
-@torch.library.register_fake("quietstar::thought_attention_backward")
-def _backward_fake(
-    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse,
-    anchors, key_start, window, scale, backend,
-):  # fmt: skip
+def _backward_fake(grad_output, grad_lse, query, key, value, thought_key, thought_value, *_):
     return tuple(x.new_empty(x.shape) for x in (query, key, value, thought_key, thought_value))
+
+
+_forward_op = register_op(f"thought_attention({_KEYS}, {_MASK}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_backward_op = register_op(
+    f"thought_attention_backward(Tensor grad_output, Tensor? grad_lse, {_KEYS}, Tensor output, Tensor lse, {_MASK})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 class ThoughtAttention(torch.autograd.Function):
@@ -68,7 +75,7 @@ class ThoughtAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend):
-        output, lse = torch.ops.quietstar.thought_attention(
+        output, lse = _forward_op(
             query, key, value, thought_key, thought_value, anchors, key_start, window, scale, backend
         )
         ctx.save_for_backward(query, key, value, thought_key, thought_value, output, lse, anchors, key_start)
@@ -84,8 +91,6 @@ class ThoughtAttention(torch.autograd.Function):
             if grad_lse is None:
                 return (None,) * 10
             grad_output = torch.zeros_like(saved[0])
-        grads = torch.ops.quietstar.thought_attention_backward(
-            grad_output, grad_lse, *saved, anchors, key_start, *ctx.options
-        )
+        grads = _backward_op(grad_output, grad_lse, *saved, anchors, key_start, *ctx.options)
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None, None, None

@@ -9,23 +9,35 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
+# Elements of half precision in 16 bytes, by which the kernels for CUDA read.
+_ALIGNMENT = 8
 
-def supports(query: Tensor) -> bool:
-    """Whether a library kernel with a log-sum-exp output takes this device, dtype and head size."""
+
+def supports(query: Tensor, scale: float) -> bool:
+    """Whether a library kernel with a log-sum-exp output takes this device, dtype, head size and scale.
+
+    Called directly, it checks little of this itself.
+    """
+    # The mask comes before the scale: −inf · 0 is NaN, and −inf times a negative scale is a visible key.
+    if scale < torch.finfo(torch.float32).tiny:
+        return False
     if query.device.type == "cpu":
         return True
+    if query.device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    capability = torch.cuda.get_device_capability(query.device)
+    small = (8, 6) <= capability < (9, 0) or capability >= (12, 0)  # in shared memory: no backward of larger heads
     return (
-        query.device.type == "cuda"
+        capability >= (8, 0)
         and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.shape[-1] % _ALIGNMENT == 0
+        and query.shape[-1] <= (192 if small else 256)
     )
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of every row over base keys 0..anchor: output [B, Hq, P, S, D] and lse [B, Hq, P, S]."""
-    folded = _fold(query, repeats), *_expand(query, key, value, repeats)
+    folded = _fold(_readable(query), repeats), *_expand(query, key, value, repeats)
     if query.device.type == "cpu":
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*folded, is_causal=True, scale=scale)
     else:
@@ -44,8 +56,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value through the base part, given the *merged* output and lse."""
-    folded = _fold(query, repeats), *_expand(query, key, value, repeats)
-    grad, merged, log_sum = (_fold(x, repeats) for x in (grad_output, output, lse))
+    folded = _fold(_readable(query), repeats), *_expand(query, key, value, repeats)
+    grad, merged, log_sum = (_fold(x, repeats) for x in (_readable(grad_output), output, lse))
     positions = merged.shape[2]
     if query.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -61,6 +73,20 @@ def backward(
     return _unfold(grad_query, query), _reduce(grad_key, key), _reduce(grad_value, value)
 
 
+def _readable(rows: Tensor) -> Tensor:
+    """The rows in a layout that the kernels take: elements of a vector side by side, vectors apart, in aligned places.
+
+    The kernel for CPUs takes any last stride for 1, and its matrix products no rows that overlap.
+    """
+    *outer, last = rows.stride()
+    apart = all(
+        size == 1 or stride >= rows.shape[-1] and (rows.device.type == "cpu" or stride % _ALIGNMENT == 0)
+        for size, stride in zip(rows.shape, outer, strict=False)
+    )
+    aligned = rows.device.type == "cpu" or rows.data_ptr() % 16 == 0
+    return rows if last == 1 and apart and aligned else rows.contiguous()
+
+
 def _fold(rows: Tensor, repeats: int) -> Tensor:
     """[B, Hq, n·repeats, S, ...] -> [B·Hq, repeats·S, n, ...]."""
     return rows.flatten(0, 1).unflatten(1, (-1, repeats)).flatten(2, 3).transpose(1, 2)
@@ -72,7 +98,10 @@ def _unfold(folded: Tensor, query: Tensor) -> Tensor:
 
 
 def _expand(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-    """The keys and values that rows of 0..n−1 can see, one head per query head, expanded over the folded heads."""
+    """The keys and values that rows of 0..n−1 can see, one head per query head, expanded over the folded heads.
+
+    They are copies, whatever the strides of the given ones.
+    """
     positions, folded_heads = query.shape[2] // repeats, repeats * query.shape[3]
     group = query.shape[1] // key.shape[1]
     return tuple(

@@ -4,7 +4,10 @@ Every query row sees two disjoint sets of keys: a prefix of the base keys, share
 few thought keys of its own anchor (the diagonal part). The base part is plain causal attention once steps and
 repeated anchors are folded into heads, so a library kernel does it whenever the anchors are 0..n−1, each repeated
 equally often, and neither window nor padding hides a key. Otherwise it is computed in blocks of anchors with at most
-``SCORE_BYTES`` of scores at a time.
+``SCORE_BYTES`` of scores at a time. Away from the CPU no value of ``anchors`` or ``key_start`` is read, which would wait
+for the device: where they are given, blocks are computed, over all base keys.
+
+Scores are in float32 or wider: those of float16 may not fit it before they are scaled.
 
 Backward needs no merge: with the *merged* output and log-sum-exp, exp(score − lse) is the true probability of a base
 key and rowsum(dO · O) the true correction, so the library's own backward is exact for the base part.
@@ -16,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quietstar.ops._precision import compute_dtype, widen
 from quietstar.ops.thought_attention import flash
 
 SCORE_BYTES = 32 * 2**20
@@ -41,10 +45,11 @@ def forward(
     for rows, own in _diagonal_blocks(query, thought_key):
         kv_heads = thought_key[own].shape[1]
         scores = _diagonal_scores(query[rows], thought_key[own], scale)
-        block_lse = torch.logaddexp(_group(base_lse[rows], kv_heads), scores.logsumexp(dim=-1))
-        probability = scores.sub_(block_lse.unsqueeze(-1)).exp_().to(query.dtype)
-        share = (_group(base_lse[rows], kv_heads) - block_lse).exp_().unsqueeze(-1)
-        merged = (_group(base_output[rows], kv_heads) * share).add_(probability @ thought_value[own])
+        block_base_lse = _group(base_lse[rows], kv_heads)
+        block_lse = torch.logaddexp(block_base_lse, scores.logsumexp(dim=-1))
+        probability = scores.sub_(block_lse.unsqueeze(-1)).exp_()
+        share = (block_base_lse - block_lse).exp_().unsqueeze(-1)
+        merged = (_group(base_output[rows], kv_heads) * share).add_(probability @ widen(thought_value[own]))
         output[rows], lse[rows] = _ungroup(merged, query), _ungroup(block_lse, query)
     blank_inactive(anchors, output, lse)
     return output, lse
@@ -66,6 +71,12 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, thought_key and thought_value, in that order."""
+    hidden = inactive(anchors)
+    if hidden is not None:  # rows of zeros have zeros for gradients, and add nothing to those of the base keys
+        query, grad_output, thought_key, thought_value = (
+            x.masked_fill(hidden.unsqueeze(-1), 0) for x in (query, grad_output, thought_key, thought_value)
+        )
+        grad_lse = None if grad_lse is None else grad_lse.masked_fill(hidden, 0)
     base = base_backward(grad_output, grad_lse, query, key, value, output, lse, anchors, key_start, window, scale)
     delta, lse = _delta(grad_output, grad_lse, output, lse), _divisor(lse)
     grad_query, grad_thought_key, grad_thought_value = (
@@ -75,13 +86,12 @@ def backward(
         kv_heads = thought_key[own].shape[1]
         scores = _diagonal_scores(query[rows], thought_key[own], scale)
         probability = scores.sub_(_group(lse[rows], kv_heads).unsqueeze(-1)).exp_()
-        block_query, block_grad = _group(query[rows], kv_heads), _group(grad_output[rows], kv_heads)
-        grad_thought_value[own] = probability.to(query.dtype).mT @ block_grad
-        grad_scores = (block_grad @ thought_value[own].mT).to(lse.dtype)
-        grad_scores = grad_scores.sub_(_group(delta[rows], kv_heads).unsqueeze(-1)).mul_(probability).mul_(scale)
-        grad_scores = grad_scores.to(query.dtype)
+        block_query, block_grad = (widen(_group(x[rows], kv_heads)) for x in (query, grad_output))
+        grad_thought_value[own] = probability.mT @ block_grad
+        grad_scores = (block_grad @ widen(thought_value[own]).mT).sub_(_group(delta[rows], kv_heads).unsqueeze(-1))
+        grad_scores = grad_scores.mul_(probability).mul_(scale)
         grad_thought_key[own] = grad_scores.mT @ block_query
-        grad_query[rows] = base[0][rows] + _ungroup(grad_scores @ thought_key[own], query)
+        grad_query[rows] = base[0][rows] + _ungroup(grad_scores @ widen(thought_key[own]), query)
     return grad_query, base[1], base[2], grad_thought_key, grad_thought_value
 
 
@@ -98,7 +108,7 @@ def base_forward(
 
     The output is in the dtype of ``query`` or wider. Rows that see no base key have lse −inf.
     """
-    repeats = causal_repeats(anchors, key_start, window, query, key)
+    repeats = causal_repeats(anchors, key_start, window, scale, query, key)
     if repeats is not None:
         return flash.forward(query, key, value, repeats, scale)
     return _blocked_forward(query, key, value, anchors, key_start, window, scale)
@@ -119,7 +129,7 @@ def base_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What reaches query, key and value through the base keys, given the *merged* output and lse."""
     # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
-    repeats = causal_repeats(anchors, key_start, window, query, key) if grad_lse is None else None
+    repeats = causal_repeats(anchors, key_start, window, scale, query, key) if grad_lse is None else None
     if repeats is not None:
         return flash.backward(grad_output, query, key, value, output, _divisor(lse), repeats, scale)
     delta = _delta(grad_output, grad_lse, output, lse)
@@ -128,12 +138,20 @@ def base_backward(
 
 def blank_inactive(anchors: Tensor | None, output: Tensor, lse: Tensor) -> None:
     """Give the rows of inactive anchors output 0 and lse −inf, in place."""
-    if anchors is None:
-        return
-    inactive = _per_batch(anchors)[:, None, :, None] < 0
-    if inactive.is_cuda or inactive.any():  # a GPU would wait for the answer
-        output.masked_fill_(inactive.unsqueeze(-1), 0)
-        lse.masked_fill_(inactive, -torch.inf)
+    hidden = inactive(anchors)
+    if hidden is not None:
+        output.masked_fill_(hidden.unsqueeze(-1), 0)
+        lse.masked_fill_(hidden, -torch.inf)
+
+
+def inactive(anchors: Tensor | None) -> Tensor | None:
+    """Which anchors are inactive, bool [B or 1, 1, P, 1]; None if it is known that none is."""
+    return None if anchors is None else _unless_none(_per_batch(anchors)[:, None, :, None] < 0)
+
+
+def _unless_none(mask: Tensor) -> Tensor | None:
+    """The mask, but None if it is known to be False: only the values of a CPU are there without waiting."""
+    return None if mask.device.type == "cpu" and not mask.any() else mask
 
 
 def _delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
@@ -148,13 +166,15 @@ def _divisor(lse: Tensor) -> Tensor:
 
 
 def causal_repeats(
-    anchors: Tensor | None, key_start: Tensor | None, window: int | None, query: Tensor, key: Tensor
+    anchors: Tensor | None, key_start: Tensor | None, window: int | None, scale: float, query: Tensor, key: Tensor
 ) -> int | None:
-    """How often each of the anchors 0..n−1 is repeated if the base part is plain causal attention, else None.
+    """How often each of the anchors 0..n−1 is repeated if a library kernel can do the base part, else None.
 
-    Reads the values of ``anchors`` and ``key_start``: on CUDA that waits for the device.
+    Reads the values of ``anchors`` and ``key_start`` on a CPU, and gives up on them elsewhere.
     """
-    if not flash.supports(query):
+    if not flash.supports(query, scale):
+        return None
+    if query.device.type != "cpu" and not (anchors is None and key_start is None):
         return None
     if anchors is None:
         repeats, positions = 1, key.shape[2]
@@ -209,8 +229,7 @@ def _per_batch(anchors: Tensor) -> Tensor:
 def _diagonal_scores(query: Tensor, thought_key: Tensor, scale: float) -> Tensor:
     """Scores [B, Hkv, P, G·S, T] of each row with its anchor's thought keys; later steps are −inf."""
     steps, thought_steps = query.shape[3], thought_key.shape[3]
-    scores = _group(query, thought_key.shape[1]) @ thought_key.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
+    scores = (widen(_group(query, thought_key.shape[1])) @ widen(thought_key).mT).mul_(scale)
     if steps > 1:
         step = torch.arange(thought_steps, device=query.device)
         later = step > step[thought_steps - steps :, None]  # [S, T]
@@ -223,15 +242,22 @@ class _Block:
 
     def __init__(self, anchors: slice, keys: slice, visible: Tensor):
         self.anchors, self.keys = anchors, keys
-        self.visible = visible  # bool [B or 1, 1, 1, p, 1, l]
+        self.hidden = ~visible  # bool [B or 1, p, l]
+        self.unseen = _unless_none(self.hidden.all(dim=1)[:, None, :, None])  # by all rows: [B or 1, 1, l, 1]
 
     def rows(self, tensor: Tensor, kv_heads: int) -> Tensor:
         """[B, Hq, P, S, ...] -> this block's rows as [B, Hkv, G·p·S, ...]."""
         return tensor[:, :, self.anchors].unflatten(1, (kv_heads, -1)).flatten(2, 4)
 
+    def vectors(self, base: Tensor) -> Tensor:
+        """Of keys or values [B, Hkv, L, D] those of this block in float32 or wider, zeros where no row sees them."""
+        vectors = widen(base[:, :, self.keys])
+        return vectors if self.unseen is None else vectors.masked_fill(self.unseen, 0)
+
     def masked(self, scores: Tensor, query: Tensor) -> Tensor:
         """Scores [B, Hkv, G·p·S, l] with hidden keys at −inf, in place."""
-        scores.unflatten(2, (-1, self.visible.shape[3], query.shape[3])).masked_fill_(~self.visible, -torch.inf)
+        hidden = self.hidden[:, None, None, :, None]
+        scores.unflatten(2, (-1, hidden.shape[3], query.shape[3])).masked_fill_(hidden, -torch.inf)
         return scores
 
 
@@ -240,14 +266,18 @@ def _blocks(
 ) -> Iterator[_Block]:
     batch, query_heads, num_anchors, steps, _ = query.shape
     length = key.shape[2]
-    if anchors is None:
-        anchors = torch.arange(length, device=query.device)
-    anchors = _per_batch(anchors)
-    first_key = 0 if key_start is None else int(key_start.min())
+    readable = query.device.type == "cpu"
+    given = anchors is not None
+    anchors = _per_batch(anchors) if given else torch.arange(length, device=query.device)[None]
+    first_key = int(key_start.min()) if readable and key_start is not None else 0
     size = max(1, SCORE_BYTES // (4 * batch * query_heads * steps * length))
     for start in range(0, num_anchors, size):
         block = anchors[:, start : start + size]
-        low, high = int(block.clamp_min(0).min()), int(block.max())
+        low, high = 0, length - 1
+        if not given:
+            low, high = start, min(start + size, length) - 1
+        elif readable:
+            low, high = int(block.clamp_min(0).min()), int(block.max())
         keys = slice(first_key if window is None else max(first_key, low - window + 1), max(high + 1, first_key))
         position = torch.arange(keys.start, keys.stop, device=query.device)
         visible = position <= block[..., None]
@@ -255,20 +285,20 @@ def _blocks(
             visible &= block[..., None] - position < window
         if key_start is not None:
             visible = visible & (position >= key_start[:, None, None])
-        yield _Block(slice(start, start + size), keys, visible[:, None, None, :, None, :])
+        yield _Block(slice(start, start + size), keys, visible)
 
 
 def _blocked_forward(query, key, value, anchors, key_start, window, scale) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = compute_dtype(query.dtype)
     heads = key.shape[1]
     output = torch.empty(query.shape, dtype=dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
     for block in _blocks(query, key, anchors, key_start, window):
-        rows = block.rows(query, heads).to(dtype).mul(scale)
-        scores = block.masked(rows @ key[:, :, block.keys].to(dtype).mT, query)
+        rows = widen(block.rows(query, heads)).mul(scale)
+        scores = block.masked(rows @ block.vectors(key).mT, query)
         block_lse = scores.logsumexp(dim=-1, keepdim=True)
         probability = scores.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0)).exp_()
-        block_output = probability @ value[:, :, block.keys].to(dtype)
+        block_output = probability @ block.vectors(value)
         shape = output[:, :, block.anchors].shape
         output[:, :, block.anchors] = block_output.view(shape)
         lse[:, :, block.anchors] = block_lse.view(shape[:-1])
@@ -278,14 +308,13 @@ def _blocked_forward(query, key, value, anchors, key_start, window, scale) -> tu
 def _blocked_backward(
     grad_output, delta, query, key, value, lse, anchors, key_start, window, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = lse.dtype
     heads = key.shape[1]
-    grad_query = torch.empty(query.shape, dtype=dtype, device=query.device)
-    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
-    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    grad_query, grad_key, grad_value = (
+        torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)
+    )
     for block in _blocks(query, key, anchors, key_start, window):
-        rows, grad_rows = (block.rows(x, heads).to(dtype) for x in (query, grad_output))
-        keys, values = (x[:, :, block.keys].to(dtype) for x in (key, value))
+        rows, grad_rows = (widen(block.rows(x, heads)) for x in (query, grad_output))
+        keys, values = block.vectors(key), block.vectors(value)
         scores = block.masked((rows @ keys.mT).mul_(scale), query)
         probability = scores.sub_(block.rows(lse, heads).unsqueeze(-1)).exp_()
         grad_value[:, :, block.keys] += probability.mT @ grad_rows

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from quietstar.ops._precision import widen
+
 
 def visibility(
     base_length: int, steps: int, thought_steps: int, anchors: Tensor, key_start: Tensor, window: int | None
@@ -46,20 +48,26 @@ def thought_attention(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, P, S, D] and natural-log lse [B, Hq, P, S]; shapes as in the public function, anchors [B, P]."""
+    """Output [B, Hq, P, S, D] and natural-log lse [B, Hq, P, S]; shapes as in the public function, anchors [B, P].
+
+    Scores and sums are in float32 or wider. What no row sees is zero before it is multiplied: 0 · NaN would be NaN.
+    """
     num_anchors, steps = query.shape[2:4]
-    group = query.shape[1] // key.shape[1]
-    keys = torch.cat([key, thought_key.flatten(2, 3)], dim=2).repeat_interleave(group, dim=1)
-    values = torch.cat([value, thought_value.flatten(2, 3)], dim=2).repeat_interleave(group, dim=1)
     visible = visibility(key.shape[2], steps, thought_key.shape[3], anchors, key_start, window)
     visible = visible.flatten(1, 2)[:, None]  # [B, 1, P·S, L + P·T]
     active = visible.any(dim=-1, keepdim=True)
+    unseen = ~visible.any(dim=-2)[..., None]  # [B, 1, L + P·T, 1]
 
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.flatten(2, 3) @ keys.mT).to(accumulate) * scale
+    group = query.shape[1] // max(1, key.shape[1])
+    keys, values = (
+        torch.cat([base, thought.flatten(2, 3)], dim=2).masked_fill(unseen, 0).repeat_interleave(group, dim=1)
+        for base, thought in ((widen(key), widen(thought_key)), (widen(value), widen(thought_value)))
+    )
+    rows = widen(query).flatten(2, 3).masked_fill(~active, 0)
+    scores = (rows @ keys.mT) * scale
     scores = scores.masked_fill(~visible & active, -torch.inf)  # rows that see nothing stay finite: no NaN gradients
     lse = scores.logsumexp(dim=-1, keepdim=True)
-    output = (scores - lse).exp().to(query.dtype) @ values
+    output = (scores - lse).exp() @ values
     output = output.where(active, 0).unflatten(2, (num_anchors, steps))
     lse = lse.where(active, -torch.inf)[..., 0].unflatten(2, (num_anchors, steps))
-    return output, lse
+    return output.to(query.dtype), lse
