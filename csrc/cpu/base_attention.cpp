@@ -4,6 +4,9 @@
 // anchors and a key/value head: its rows are those of all heads of the group and of all steps, so that a key is loaded
 // once for many rows. Scores are transposed, [keys, rows]: rows lie in the lanes of a vector, and keys and values are
 // used as they lie in memory.
+//
+// What is not seen may be NaN, and 0 · NaN is NaN: a block of which no row sees some keys is copied, with zeros for
+// those, and rows that see no key are taken for zeros.
 
 #include "kernel_table.h"
 #include "parallel.h"
@@ -66,7 +69,13 @@ struct Tasks {
 // The keys that a row sees.
 struct Range {
   int64_t first, last;
+
+  bool empty() const { return first >= last; }
 };
+
+// Which keys of a block some row sees: a bit for each.
+using Seen = uint32_t;
+static_assert(kKeys <= 32, "a block's keys are the bits of Seen");
 
 // The rows of one task, and where they lie in the tensors.
 class Task {
@@ -90,10 +99,20 @@ class Task {
     Range all{tasks_.shape.length, 0};
     for (int64_t row = 0; row < rows_; row += tasks_.rows_of_an_anchor) {
       const Range keys = keys_of(row);
-      if (keys.first >= keys.last) continue;
+      if (keys.empty()) continue;
       all = {smaller(all.first, keys.first / kKeys * kKeys), all.last > keys.last ? all.last : keys.last};
     }
     return all;
+  }
+
+  Seen seen(int64_t block) const {
+    Seen seen = 0;
+    for (int64_t row = 0; row < rows_; row += tasks_.rows_of_an_anchor) {
+      const Range keys = keys_of(row);
+      const int64_t first = keys.first > block ? keys.first - block : 0, last = smaller(keys.last - block, kKeys);
+      if (first < last) seen |= ~Seen{0} >> (32 - (last - first)) << first;
+    }
+    return seen;
   }
 
   template <class T>
@@ -106,8 +125,13 @@ class Task {
   // As rows [most_rows, width].
   template <class T>
   void gather_rows(const Steps<const T>& from, float* to) const {
-    for (int64_t row = 0; row < rows_; ++row)
-      gather(row_of(from, row), to + row * tasks_.width, tasks_.shape.head_size);
+    for (int64_t row = 0; row < rows_; ++row, to += tasks_.width) {
+      if (keys_of(row).empty()) {
+        memset(to, 0, tasks_.width * sizeof(float));
+      } else {
+        gather(row_of(from, row), to, tasks_.shape.head_size);
+      }
+    }
   }
 
   // As columns [D, most_rows], with zeros behind the last.
@@ -115,6 +139,7 @@ class Task {
   void gather_columns(const Steps<const T>& from, float* to) const {
     memset(to, 0, tasks_.shape.head_size * tasks_.most_rows * sizeof(float));
     for (int64_t row = 0; row < rows_; ++row) {
+      if (keys_of(row).empty()) continue;
       const T* place = row_of(from, row);
       for (int64_t d = 0; d < tasks_.shape.head_size; ++d) to[d * tasks_.most_rows + row] = load_one(place + d);
     }
@@ -150,6 +175,26 @@ struct Ranges {
   static constexpr int kFloats = 2;  // of memory for a row
 };
 
+// The keys or values of a block: as they lie, or if some are not seen a copy in memory for kKeys rows of `width`
+// floats.
+struct BlockRows {
+  const float* data;
+  int64_t stride;
+
+  BlockRows(const BaseRows& from, int64_t head, int64_t block, int64_t inside, Seen seen, int64_t width, float* memory)
+      : data(from.row(head, block)), stride(from.stride()) {
+    if (seen == ~Seen{0} >> (32 - inside)) return;
+    for (int64_t key = 0; key < inside; ++key) {
+      if (seen >> key & 1) {
+        memcpy(memory + key * width, data + key * stride, width * sizeof(float));
+      } else {
+        memset(memory + key * width, 0, width * sizeof(float));
+      }
+    }
+    data = memory, stride = width;
+  }
+};
+
 inline IntVec load(const int32_t* from) {
   IntVec v;
   memcpy(&v, from, sizeof v);
@@ -163,7 +208,7 @@ void base_forward(const BaseForward<T>& a) {
   const Tasks tasks{a};
   const BaseRows keys(a, a.key), values(a, a.value);
   const int64_t width = tasks.width, most = tasks.most_rows;
-  const Scratch scratch(most * (a.head_size + width + kKeys + 3 + Ranges::kFloats), a.threads);
+  const Scratch scratch(most * (a.head_size + width + kKeys + 3 + Ranges::kFloats) + kKeys * width, a.threads);
   for_rows(tasks.heads * tasks.blocks, a.threads, [&](int64_t number, int thread) {
     const int64_t head = number / tasks.blocks;
     const Task task(tasks, head, number % tasks.blocks);
@@ -175,6 +220,7 @@ void base_forward(const BaseForward<T>& a) {
     float* sums = tops + most;
     float* shrinks = sums + most;
     const Ranges ranges(task, most, shrinks + most);
+    float* seen_values = shrinks + most * (1 + Ranges::kFloats);
     task.gather_columns(a.query, queries);
     memset(outputs, 0, rows * width * sizeof(float));
     for (int64_t row = 0; row < wide; ++row) tops[row] = kLowest, sums[row] = 0;
@@ -210,8 +256,8 @@ void base_forward(const BaseForward<T>& a) {
         for (int64_t d = 0; d < width; d += kLanes)
           store(output + d, load(output + d, Whole{}) * shrinks[row], Whole{});
       }
-      multiply({scores, 1, most}, values.row(head, block), values.stride(), rows, width, inside, {outputs, width},
-               true);
+      const BlockRows value_rows(values, head, block, inside, task.seen(block), width, seen_values);
+      multiply({scores, 1, most}, value_rows.data, value_rows.stride, rows, width, inside, {outputs, width}, true);
     }
 
     for (int64_t row = 0; row < rows; ++row) {
@@ -237,7 +283,8 @@ void base_backward(const BaseBackward<T>& a) {
   const auto sum_of_chain = [&](int64_t head, int64_t chain, int which) {
     return sums.of_thread(0) + (2 * (head * chains + chain) + which) * floats;
   };
-  const Scratch scratch(most * (2 * a.head_size + 3 * width + 2 * kKeys + 2 + Ranges::kFloats), a.threads);
+  const Scratch scratch(most * (2 * a.head_size + 3 * width + 2 * kKeys + 2 + Ranges::kFloats) + 2 * kKeys * width,
+                        a.threads);
   for_rows(tasks.heads * chains, a.threads, [&](int64_t number, int thread) {
     const int64_t head = number / chains, chain = number % chains;
     float *grad_keys = sum_of_chain(head, chain, 0), *grad_values = sum_of_chain(head, chain, 1);
@@ -251,6 +298,8 @@ void base_backward(const BaseBackward<T>& a) {
     float* grad_scores = probabilities + most * kKeys;
     float* lses = grad_scores + most * kKeys;
     float* deltas = lses + most;
+    float* seen_keys = deltas + most * (1 + Ranges::kFloats);
+    float* seen_values = seen_keys + kKeys * width;
     for (int64_t anchors = chain; anchors < tasks.blocks; anchors += chains) {
       const Task task(tasks, head, anchors);
       const int64_t rows = task.rows(), wide = rounded_up(rows, kLanes);
@@ -275,9 +324,13 @@ void base_backward(const BaseBackward<T>& a) {
       const Range all = task.keys();
       for (int64_t block = all.first; block < all.last; block += kKeys) {
         const int64_t inside = smaller(kKeys, a.length - block);
-        const float *key_rows = keys.row(head, block), *value_rows = values.row(head, block);
-        multiply({key_rows, keys.stride(), 1}, query_columns, most, inside, wide, a.head_size, {probabilities, most});
-        multiply({value_rows, values.stride(), 1}, grad_columns, most, inside, wide, a.head_size, {grad_scores, most});
+        const Seen seen = task.seen(block);
+        const BlockRows key_rows(keys, head, block, inside, seen, width, seen_keys);
+        const BlockRows value_rows(values, head, block, inside, seen, width, seen_values);
+        multiply({key_rows.data, key_rows.stride, 1}, query_columns, most, inside, wide, a.head_size,
+                 {probabilities, most});
+        multiply({value_rows.data, value_rows.stride, 1}, grad_columns, most, inside, wide, a.head_size,
+                 {grad_scores, most});
         for (int64_t row = 0; row < wide; row += kLanes) {
           const IntVec first = load(ranges.first + row), last = load(ranges.last + row);
           const Vec lse = load(lses + row, Whole{}), delta = load(deltas + row, Whole{});
@@ -293,7 +346,8 @@ void base_backward(const BaseBackward<T>& a) {
         multiply({grad_scores, most, 1}, queries, width, inside, width, rows, {grad_keys + block * width, width}, true);
         multiply({probabilities, most, 1}, grads, width, inside, width, rows, {grad_values + block * width, width},
                  true);
-        multiply({grad_scores, 1, most}, key_rows, keys.stride(), rows, width, inside, {grad_queries, width}, true);
+        multiply({grad_scores, 1, most}, key_rows.data, key_rows.stride, rows, width, inside, {grad_queries, width},
+                 true);
       }
       task.scatter_rows(grad_queries, a.grad_query);
     }

@@ -57,6 +57,18 @@ struct Task {
     for (int64_t t = 0; t < thought_steps; ++t) gather(first + t * from.step_stride, to + t * width, head_size);
   }
 
+  template <class T>
+  void clear_rows(const Steps<T>& tensor, Place place) const {
+    for (int64_t row = 0; row < rows; ++row) memset(row_of(tensor, place, row), 0, head_size * sizeof(T));
+  }
+
+  // Those of thought keys or values.
+  template <class T>
+  void clear_keys(const Steps<T>& tensor, Place place) const {
+    T* first = tensor.at(place.batch, place.kv_head, place.anchor);
+    for (int64_t t = 0; t < thought_steps; ++t) memset(first + t * tensor.step_stride, 0, head_size * sizeof(T));
+  }
+
   // The thought keys or values as columns, [D, keys].
   template <class T>
   void transpose_keys(const Steps<const T>& from, Place place, float* to) const {
@@ -149,6 +161,12 @@ void thought_backward(const ThoughtBackward<T>& a) {
     float* grad_queries = outputs + task.row_floats;
     float* probabilities = grad_queries + task.row_floats;
     float* grad_scores = probabilities + task.score_floats;
+    if (*task.row_of(a.lse, place, 0) == -kInfinity) {  // an inactive anchor: whatever it has may be NaN
+      task.clear_rows(a.grad_query, place);
+      task.clear_keys(a.grad_thought_key, place);
+      task.clear_keys(a.grad_thought_value, place);
+      return;
+    }
     task.gather_rows(a.query, place, queries);
     task.gather_rows(a.grad_output, place, grads);
     task.gather_rows(a.output, place, outputs);
@@ -161,14 +179,12 @@ void thought_backward(const ThoughtBackward<T>& a) {
     for (int64_t row = 0; row < task.rows; ++row) {
       float *probability = probabilities + row * task.keys, *grad_score = grad_scores + row * task.keys;
       const int64_t visible = task.visible(row);
-      const float given = *task.row_of(a.lse, place, row);
-      const bool active = given != -kInfinity;
-      const float lse = active ? given : kInfinity;  // exp(score − lse) is then 0
+      const float lse = *task.row_of(a.lse, place, row);
       Vec products{};
       for_vectors(0, task.width, [&](int64_t d, auto extent) {
         products += load(grads + row * task.width + d, extent) * load(outputs + row * task.width + d, extent);
       });
-      const float grad_lse = a.grad_lse.data && active ? *task.row_of(a.grad_lse, place, row) : 0;
+      const float grad_lse = a.grad_lse.data ? *task.row_of(a.grad_lse, place, row) : 0;
       const float delta = sum_of(products) - grad_lse;
       for_vectors(0, visible, [&](int64_t t, auto extent) {
         const Vec p = exp(inside_or(load(probability + t, Whole{}) * a.scale, -kInfinity, extent) - lse);
