@@ -85,20 +85,23 @@ class Task {
         batch_(head / tasks.shape.kv_heads),
         kv_head_(head % tasks.shape.kv_heads),
         anchor_(block * tasks.most_anchors),
-        rows_(smaller(tasks.most_anchors, tasks.shape.anchors - anchor_) * tasks.rows_of_an_anchor) {}
+        anchors_(smaller(tasks.most_anchors, tasks.shape.anchors - anchor_)),
+        rows_(anchors_ * tasks.rows_of_an_anchor) {}
 
   int64_t rows() const { return rows_; }
 
-  Range keys_of(int64_t row) const {
-    const int64_t place = batch_ * tasks_.shape.anchors + anchor_ + row / tasks_.rows_of_an_anchor;
+  Range keys_of(int64_t row) const { return keys_of_anchor(row / tasks_.rows_of_an_anchor); }
+
+  Range keys_of_anchor(int64_t anchor) const {
+    const int64_t place = batch_ * tasks_.shape.anchors + anchor_ + anchor;
     return {tasks_.shape.first[place], tasks_.shape.last[place]};
   }
 
   // The keys that any row sees, and maybe some in front of them: whole blocks.
   Range keys() const {
     Range all{tasks_.shape.length, 0};
-    for (int64_t row = 0; row < rows_; row += tasks_.rows_of_an_anchor) {
-      const Range keys = keys_of(row);
+    for (int64_t anchor = 0; anchor < anchors_; ++anchor) {
+      const Range keys = keys_of_anchor(anchor);
       if (keys.empty()) continue;
       all = {smaller(all.first, keys.first / kKeys * kKeys), all.last > keys.last ? all.last : keys.last};
     }
@@ -107,8 +110,8 @@ class Task {
 
   Seen seen(int64_t block) const {
     Seen seen = 0;
-    for (int64_t row = 0; row < rows_; row += tasks_.rows_of_an_anchor) {
-      const Range keys = keys_of(row);
+    for (int64_t anchor = 0; anchor < anchors_; ++anchor) {
+      const Range keys = keys_of_anchor(anchor);
       const int64_t first = keys.first > block ? keys.first - block : 0, last = smaller(keys.last - block, kKeys);
       if (first < last) seen |= ~Seen{0} >> (32 - (last - first)) << first;
     }
@@ -157,7 +160,7 @@ class Task {
 
  private:
   const Tasks& tasks_;
-  int64_t batch_, kv_head_, anchor_, rows_;
+  int64_t batch_, kv_head_, anchor_, anchors_, rows_;
 };
 
 // The ranges of keys of the rows of a task, for vectors of rows. Those behind the last row are empty.

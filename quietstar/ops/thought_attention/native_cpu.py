@@ -24,8 +24,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
     output, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[:-1])
-    if not output.numel():
-        return output, lse
     query, key, value, thought_key, thought_value = map(unit_columns, (query, key, value, thought_key, thought_value))
     # The merged output goes over that of the base part if it fits, which spares the memory and its page faults.
     base_output = output if output.dtype == torch.float32 else torch.empty(query.shape)
@@ -58,8 +56,6 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, thought_key and thought_value, in that order."""
-    if not query.numel():
-        return tuple(torch.zeros_like(x) for x in (query, key, value, thought_key, thought_value))
     grad_output, output = unit_columns(grad_output), unit_columns(output)
     query, key, value, thought_key, thought_value = map(unit_columns, (query, key, value, thought_key, thought_value))
     base_grad_query, grad_key, grad_value = (torch.empty(x.shape) for x in (query, key, value))

@@ -28,8 +28,6 @@ def forward(
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if output.numel() == 0:
-        return output, lse
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length = key.shape[1:3]
     sizes = [batch, query_heads, kv_heads, num_anchors, steps, thought_key.shape[3], length, head_size]
@@ -43,7 +41,7 @@ def forward(
     _C.cuda.thought_attention(
         DTYPE_CODES[query.dtype], sizes, *((address(x), x.stride()[:-1]) for x in held), address(anchors),
         0 if anchors is None or anchors.dim() == 1 else anchors.stride(0), address(key_start),
-        max(length, 1) if window is None else window, scale, address(output), address(lse), address(split_output),
+        length if window is None else window, scale, address(output), address(lse), address(split_output),
         address(split_lse), splits, *launch_place(query),
     )  # fmt: skip
     return output, lse

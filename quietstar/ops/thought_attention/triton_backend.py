@@ -3,7 +3,6 @@
 ``triton_tiles`` draws the layout that all kernels share.
 """
 
-import contextlib
 import math
 
 import torch
@@ -30,8 +29,6 @@ def forward(
     """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if output.numel() == 0:
-        return output, lse
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length = key.shape[1:3]
     thought_steps = thought_key.shape[3]
@@ -45,26 +42,26 @@ def forward(
     piece = launch.cut(steps * group, thought_steps, tile)
     # A single tile has nothing to gain from sorted anchors.
     anchors, order = _sorted(anchors) if num_rows > tile.block_m else (_per_batch(anchors), None)
+    key_start = _indices(key_start)
     result, log_sum = output, lse
     if splits > 1:
         parts = (batch, kv_heads, splits, num_rows)
         result = torch.empty(*parts, head_size, dtype=torch.float32, device=query.device)
         log_sum = torch.empty(parts, dtype=torch.float32, device=query.device)
     sizes = {"STEPS": steps, "GROUP": group, "HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
-    with _on(query.device):
-        forward_kernel[(batch * kv_heads * splits * triton.cdiv(num_rows, tile.block_m),)](
-            query, key, value, thought_key, thought_value, anchors, order, key_start, result, log_sum,
-            query.stride(), key.stride(), value.stride(), thought_key.stride(), thought_value.stride(),
-            output.stride(), lse.stride(), _batch_stride(anchors),
-            kv_heads, num_anchors, length, thought_steps, _hiding(window, length), splits, scale,
-            **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1, **tile.options(),
+    forward_kernel[(batch * kv_heads * splits * triton.cdiv(num_rows, tile.block_m),)](
+        query, key, value, thought_key, thought_value, anchors, order, key_start, result, log_sum,
+        query.stride(), key.stride(), value.stride(), thought_key.stride(), thought_value.stride(),
+        output.stride(), lse.stride(), _batch_stride(anchors),
+        kv_heads, num_anchors, length, thought_steps, _hiding(window, length), splits, scale,
+        **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
+        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1, **tile.options(),
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
+            result, log_sum, order, output, lse, output.stride(), lse.stride(), _batch_stride(anchors),
+            kv_heads, num_anchors, splits, **sizes, BLOCK_M=16, **tile.options(),
         )  # fmt: skip
-        if splits > 1:
-            combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
-                result, log_sum, order, output, lse, output.stride(), lse.stride(), _batch_stride(anchors),
-                kv_heads, num_anchors, splits, **sizes, BLOCK_M=16, **tile.options(),
-            )  # fmt: skip
     return output, lse
 
 
@@ -84,9 +81,6 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, thought_key and thought_value, in that order."""
-    inputs = query, key, value, thought_key, thought_value
-    if output.numel() == 0:
-        return tuple(map(torch.zeros_like, inputs))
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length = key.shape[1:3]
     thought_steps = thought_key.shape[3]
@@ -99,6 +93,7 @@ def backward(
     query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
     grad_output, output, lse = _vectors(grad_output), output.contiguous(), lse.contiguous()
     anchors, order = _sorted(anchors)
+    key_start = _indices(key_start)
     window = _hiding(window, length)
     sizes = {"HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
     rows = {"STEPS": steps, "GROUP": group}
@@ -115,42 +110,41 @@ def backward(
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
-    with _on(query.device):
-        tile = launch.tile_for(launch.QUERY_GRADIENT, query)
-        piece = launch.cut(steps * group, thought_steps, tile)
-        query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
-            grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order,
-            key_start,
-            grad_query, row_anchor, row_log_sum, row_delta, row_query, row_grad,
-            grad_output.stride(), None if grad_lse is None else grad_lse.stride(), query.stride(), key.stride(),
-            value.stride(), thought_key.stride(), thought_value.stride(), output.stride(), lse.stride(),
-            _batch_stride(anchors), kv_heads, num_anchors, length, thought_steps, window, scale,
-            **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-            BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, **tile.options(),
-        )  # fmt: skip
+    tile = launch.tile_for(launch.QUERY_GRADIENT, query)
+    piece = launch.cut(steps * group, thought_steps, tile)
+    query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
+        grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order,
+        key_start,
+        grad_query, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+        grad_output.stride(), None if grad_lse is None else grad_lse.stride(), query.stride(), key.stride(),
+        value.stride(), thought_key.stride(), thought_value.stride(), output.stride(), lse.stride(),
+        _batch_stride(anchors), kv_heads, num_anchors, length, thought_steps, window, scale,
+        **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
+        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, **tile.options(),
+    )  # fmt: skip
 
-        tile, splits = launch.key_gradient_launch(query, num_rows, heads, length)
-        grad_key, grad_value = (
-            torch.empty(splits, *key.shape, dtype=key.dtype if splits == 1 else torch.float32, device=key.device)
-            for _ in range(2)
-        )
-        key_gradient_kernel[(heads * splits * triton.cdiv(length, tile.block_n),)](
-            grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
-            grad_key, grad_value, grad_output.stride(), query.stride(), key.stride(), value.stride(),
-            batch, kv_heads, num_rows, length, window, splits, scale,
-            GROUP=group, **units, **sizes,
-            BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
-        )  # fmt: skip
+    tile, splits = launch.key_gradient_launch(query, num_rows, heads, length)
+    grad_key, grad_value = (
+        torch.empty(splits, *key.shape, dtype=key.dtype if splits == 1 else torch.float32, device=key.device)
+        for _ in range(2)
+    )
+    key_gradient_kernel[(heads * splits * triton.cdiv(length, tile.block_n),)](
+        grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+        grad_key, grad_value, grad_output.stride(), query.stride(), key.stride(), value.stride(),
+        batch, kv_heads, num_rows, length, window, splits, scale,
+        GROUP=group, **units, **sizes,
+        BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
+    )  # fmt: skip
 
-        tile = launch.thought_gradient_tile(query, steps * group, thought_steps)
-        groups = triton.cdiv(num_anchors, max(1, tile.block_n // thought_steps))
-        thought_gradient_kernel[(heads * groups * triton.cdiv(thought_steps, tile.block_n),)](
-            grad_output, query, thought_key, thought_value, order, row_log_sum, row_delta, row_query, row_grad,
-            grad_thought_key, grad_thought_value,
-            grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(),
-            grad_thought_key.stride(), _batch_stride(order), kv_heads, num_anchors, thought_steps, scale,
-            **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
-        )  # fmt: skip
+    tile = launch.thought_gradient_tile(query, steps * group, thought_steps)
+    groups = triton.cdiv(num_anchors, max(1, tile.block_n // thought_steps))
+    thought_gradient_kernel[(heads * groups * triton.cdiv(thought_steps, tile.block_n),)](
+        grad_output, query, thought_key, thought_value, order, row_log_sum, row_delta, row_query, row_grad,
+        grad_thought_key, grad_thought_value,
+        grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(),
+        grad_thought_key.stride(), _batch_stride(order), kv_heads, num_anchors, thought_steps, scale,
+        **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
+    )  # fmt: skip
     if sign < 0:
         grad_query.neg_()
     grad_key, grad_value = (x[0] if splits == 1 else x.sum(dim=0).to(key.dtype) for x in (grad_key, grad_value))
@@ -163,10 +157,15 @@ def _vectors(tensor: Tensor) -> Tensor:
 
 
 def _per_batch(anchors: Tensor | None) -> Tensor | None:
-    """[P] where all batches have the same anchors for sure, else [B, P]."""
-    if anchors is None:
-        return None
-    return anchors[0] if anchors.dim() == 2 and (anchors.stride(0) == 0 or anchors.shape[0] == 1) else anchors
+    """[P] where all batches have the same anchors for sure, else [B, P]; contiguous."""
+    if anchors is not None and anchors.dim() == 2 and (anchors.stride(0) == 0 or anchors.shape[0] == 1):
+        anchors = anchors[0]
+    return _indices(anchors)
+
+
+def _indices(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it, contiguous."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _sorted(anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -195,8 +194,3 @@ def _offset_dtype(rows: Tensor) -> torch.dtype:
 def _hiding(window: int | None, length: int) -> int | None:
     """The window if it hides a key, so that others do not pay for masking it."""
     return None if window is None or window >= length else window
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors say."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

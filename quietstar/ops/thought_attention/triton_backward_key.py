@@ -40,22 +40,27 @@ def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum
     probability = tl.exp2(scores * scale - log_sum[None, :])
     grad_value += dot(probability.to(query.dtype), grad_output)
     grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
-    grad_scores = (probability * grad_probability).to(query.dtype)
-    return grad_key + dot(grad_scores, query), grad_value
+    grad_scores = probability * grad_probability
+    if visible is not None:  # of hidden keys the probability is 0, but the key or value may be NaN
+        grad_scores = tl.where(visible, grad_scores, 0.0)
+    return grad_key + dot(grad_scores.to(query.dtype), query), grad_value
 
 
 @triton.jit
 def _load_rows(
-    query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+    query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
     QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Query, dO, lse and delta of rows. Without ``row_grad``, dO lies as the query does."""
+    """Query, dO, lse and delta of rows; query and dO are 0 where ``seeing`` is off: there they may be NaN.
+
+    Without ``row_grad``, dO lies as the query does.
+    """
     query_offsets = tl.load(row_query + rows).to(tl.int64) * QUERY_UNIT
     grad_offsets = query_offsets
     if row_grad is not None:
         grad_offsets = tl.load(row_grad + rows).to(tl.int64) * GRAD_UNIT
-    q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
-    do = load_vectors(grad_output, grad_offsets, None, HEAD, BLOCK_D)
+    q = load_vectors(query, query_offsets, seeing, HEAD, BLOCK_D)
+    do = load_vectors(grad_output, grad_offsets, seeing, HEAD, BLOCK_D)
     return q, do, tl.load(row_log_sum + rows), tl.load(row_delta + rows)
 
 
@@ -85,15 +90,17 @@ def _steps_base(
     """
     for i in tl.range(0, steps):
         rows = end - (i + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        seeing = None
         visible = None
         if MASKED:
             rows -= tl.where(i < hole_at, 0, hole)
             wanted = rows >= begin
             rows = tl.maximum(rows, 0)
             anchor = tl.where(wanted, tl.load(row_anchor + rows), -1)
+            seeing = anchor >= 0
             visible = sees_base(anchor[None, :], keys[:, None], 0, window)
         q, do, log_sum, delta = _load_rows(
-            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
             QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
         )  # fmt: skip
         grad_key, grad_value = _step(grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale)
@@ -246,13 +253,18 @@ def thought_gradient_kernel(
     for tile in tl.range(first * ROWS, end, BLOCK_M):
         index = tile + tl.arange(0, BLOCK_M)
         rows = tl.minimum(index, end - 1)
+        seeing = None
+        if order is not None:  # there are anchors, and some may be inactive: probability 0
+            seeing = tl.load(row_log_sum + rows) != float("inf")
         q, do, log_sum, delta = _load_rows(
-            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows,
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
             QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
         )  # fmt: skip
         row_step = (rows // GROUP) % STEPS + (thought_steps - STEPS)
         visible = (position[:, None] == (rows // ROWS)[None, :]) & (step[:, None] <= row_step[None, :])
         visible = visible & (index < end)[None, :]
+        if order is not None:
+            visible = visible & seeing[None, :]
         dk, dv = _step(dk, dv, k, v, q, do, visible, log_sum, delta, base_2(scale))
     dk *= scale
 

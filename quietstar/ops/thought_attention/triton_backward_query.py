@@ -14,6 +14,7 @@ import triton.language as tl
 
 from quietstar.ops.thought_attention.triton_tiles import (
     LOG2_E,
+    active_at,
     anchor_of,
     base_2,
     base_range,
@@ -25,6 +26,7 @@ from quietstar.ops.thought_attention.triton_tiles import (
     piece_columns,
     place_of,
     row_offsets,
+    seen_keys,
     sees_base,
     store_vectors,
     transposed,
@@ -54,15 +56,15 @@ def _steps_base(
     """``_step`` over ``steps`` blocks of base keys from ``begin`` on; ``base_range`` explains the bounds of MASKED."""
     for i in tl.range(0, steps):
         block = begin + i * BLOCK_N
-        exists = None
+        seen = None
         visible = None
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
-            exists = (keys >= first) & (keys < end)  # what no row sees is not even read: it may be NaN
             visible = sees_base(anchor[:, None], keys[None, :], first, window)
-        k = load_block(key, key_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
-        v = load_block(value, value_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
+            seen = seen_keys(keys, visible, first, end, window)
+        k = load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
+        v = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale)
     return grad_query
 
@@ -146,11 +148,13 @@ def query_gradient_kernel(
     dq = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
     for chunk in tl.range(0, PIECE_ANCHORS * thought_steps, BLOCK_T, num_stages=1):
         column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
-        column_place = place_of(tl.minimum(column_position, num_anchors - 1), order).to(tl.int64)
+        near = tl.minimum(column_position, num_anchors - 1)
+        column_place = place_of(near, order).to(tl.int64)
         key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
         value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
-        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+        seen = active_at(near, anchors)
+        k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
+        v = load_vectors(thought_value, value_offsets, seen, HEAD, BLOCK_D)
         visible = tl.expand_dims(column_position, -2) == row_position
         visible = visible & (tl.expand_dims(step, -2) <= row_step)
         dq = _step(dq, q_pieces, do_pieces, k, v, visible, log_sum_pieces, delta_pieces, base_2(scale))

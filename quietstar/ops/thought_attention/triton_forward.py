@@ -17,6 +17,7 @@ import triton.language as tl
 from quietstar.ops.thought_attention.triton_tiles import (
     LN_2,
     LOWEST,
+    active_at,
     anchor_of,
     base_2,
     base_range,
@@ -29,6 +30,7 @@ from quietstar.ops.thought_attention.triton_tiles import (
     piece_columns,
     place_of,
     row_offsets,
+    seen_keys,
     sees_base,
     store_vectors,
     transposed,
@@ -55,16 +57,16 @@ def _attend_base(
     """Attend to ``steps`` blocks of base keys from ``begin`` on. MASKED: ``base_range`` explains the other bounds."""
     for i in tl.range(0, steps):
         block = begin + i * BLOCK_N
-        exists = None
+        seen = None
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
-            exists = (keys >= first) & (keys < end)  # what no row sees is not even read: it may be NaN
-        scores = dot(query, transposed(load_block(key, key_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)))
-        if MASKED:
             visible = sees_base(anchor[:, None], keys[None, :], first, window)
+            seen = seen_keys(keys, visible, first, end, window)
+        scores = dot(query, transposed(load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)))
+        if MASKED:
             scores = tl.where(visible, scores, float("-inf"))
-        block_value = load_block(value, value_stride, block, exists, HEAD, BLOCK_D, BLOCK_N)
+        block_value = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         acc, peak, total = _attend(acc, peak, total, scores, scale, block_value)
     return acc, peak, total
 
@@ -126,11 +128,13 @@ def forward_kernel(
     # The next keys of a piece are fetched ahead where shared memory has room for them.
     for chunk in tl.range(0, columns, BLOCK_T, num_stages=2 if BLOCK_D <= 128 else 1):
         column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
-        column_place = place_of(tl.minimum(column_position, num_anchors - 1), order).to(tl.int64)
+        near = tl.minimum(column_position, num_anchors - 1)
+        column_place = place_of(near, order).to(tl.int64)
         key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
         value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
-        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+        seen = active_at(near, anchors)
+        k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
+        v = load_vectors(thought_value, value_offsets, seen, HEAD, BLOCK_D)
         visible = tl.expand_dims(column_position, -2) == row_position
         visible = visible & (tl.expand_dims(step, -2) <= row_step)
         scores = tl.where(visible, dot(q_pieces, transposed(k)), float("-inf"))

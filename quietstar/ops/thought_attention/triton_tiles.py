@@ -20,6 +20,9 @@ waste little of a diagonal with small blocks (a sampling step has G rows to an a
 Base keys come in blocks of BLOCK_N that every row of the tile sees in full and that need no mask. Only the edges are
 masked: around the tile's smallest and largest anchor, the edge of a window, and left padding. Their blocks have EDGE_N
 keys: fewer, because on average half of an edge block is waste.
+
+What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a mask,
+it is not even read.
 """
 
 import triton
@@ -152,6 +155,24 @@ def sees_base(anchor, keys, first, window):
     if window is not None:
         visible = visible & (keys > anchor - window)
     return visible
+
+
+@triton.jit
+def seen_keys(keys, visible, first, end, window):
+    """Which base ``keys`` in front of ``end`` some row of a tile sees, given what each does: ``visible`` [rows, keys]."""
+    seen = (keys >= first) & (keys < end)
+    if window is not None:  # between windows there may be keys that are in none
+        seen = seen & (tl.max(visible.to(tl.int32), 0) > 0)
+    return seen
+
+
+@triton.jit
+def active_at(position, anchors):
+    """Whether the anchors at ``position`` are active; None without anchors, when all are."""
+    if anchors is None:
+        return None
+    else:
+        return tl.load(anchors + position) >= 0
 
 
 @triton.jit
