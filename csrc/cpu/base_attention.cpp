@@ -265,9 +265,9 @@ void base_forward(const BaseForward<T>& a) {
 
     for (int64_t row = 0; row < rows; ++row) {
       float* output = outputs + row * width;
-      const float factor = sums[row] > 0 ? 1 / sums[row] : 0;
+      const float factor = sums[row] != 0 ? 1 / sums[row] : 0;
       for (int64_t d = 0; d < width; d += kLanes) store(output + d, load(output + d, Whole{}) * factor, Whole{});
-      *task.row_of(a.lse, row) = sums[row] > 0 ? tops[row] + logf(sums[row]) : -kInfinity;
+      *task.row_of(a.lse, row) = sums[row] != 0 ? tops[row] + logf(sums[row]) : -kInfinity;
     }
     task.scatter_rows(outputs, a.output);
   });

@@ -41,35 +41,36 @@ struct HalfAttention {
     return key * kHead * 2 + (piece ^ (key & 7)) * 16;
   }
 
-  // Brings keys and values of a tile to shared memory, zeros where there are none: 0 · NaN would not be 0.
+  // Brings keys and values of a tile to shared memory, zeros for those that no row sees: 0 · NaN would not be 0.
   __device__ __forceinline__ void fetch(int tile) const {
     if (tile < list.end) {
       for (int i = threadIdx.x; i < kTileKeys * kPieces; i += blockDim.x) {
         const int place = i / kPieces, piece = i % kPieces;
         const TileList::Key key = list.key(a, tile, place);
+        const bool seen = list.seen(a, head, key);
         const Steps &keys = key.base ? a.key : a.thought_key, &values = key.base ? a.value : a.thought_value;
         const auto at = [&](const Steps& tensor) {
           return static_cast<const T*>(tensor.data) + head.batch * tensor.batch_stride +
                  head.kv_head * tensor.head_stride + (key.base ? key.position : key.anchor) * tensor.anchor_stride +
                  key.step * tensor.step_stride + piece * 8;
         };
-        copy(stage(tile, false) + offset(place, piece), keys, at, key.valid, piece);
-        copy(stage(tile, true) + offset(place, piece), values, at, key.valid, piece);
+        copy(stage(tile, false) + offset(place, piece), keys, at, seen, piece);
+        copy(stage(tile, true) + offset(place, piece), values, at, seen, piece);
       }
     }
     commit_copies();
   }
 
   template <class At>
-  __device__ __forceinline__ void copy(unsigned char* to, const Steps& tensor, At& at, bool valid, int piece) const {
+  __device__ __forceinline__ void copy(unsigned char* to, const Steps& tensor, At& at, bool seen, int piece) const {
     if constexpr (kAligned) {
-      const bool inside = valid && piece * 8 < a.head_size;
+      const bool inside = seen && piece * 8 < a.head_size;
       copy_async(to, inside ? at(tensor) : static_cast<const T*>(tensor.data), inside);
     } else {
       Vector<T, 8> vector;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        vector.element[i] = valid && piece * 8 + i < a.head_size ? at(tensor)[i] : T{0};
+        vector.element[i] = seen && piece * 8 + i < a.head_size ? at(tensor)[i] : T{0};
       }
       store(reinterpret_cast<T*>(to), vector);
     }
@@ -225,11 +226,12 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
     sum[r] = sum_of_lanes(sum[r], 4);
     if (row[r] >= head.rows) continue;
     const RowResult<T> result(a, head, row[r], place.split);
-    const float factor = sum[r] > 0 ? 1 / sum[r] : 0;
+    const bool sees = sum[r] != 0;  // NaN does
+    const float factor = sees ? 1 / sum[r] : 0;
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n) {
       const int column = n * 8 + pair;
-      const float first = output[n][2 * r] * factor, second = output[n][2 * r + 1] * factor;
+      const float first = sees ? output[n][2 * r] * factor : 0, second = sees ? output[n][2 * r + 1] * factor : 0;
       if (a.head_size % 2 == 0) {
         if (column < a.head_size) result.store_pair(column, first, second);
       } else {

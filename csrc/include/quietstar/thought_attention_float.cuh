@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   }
   if (row >= head.rows) return;
   const RowResult<float> result(a, head, row, place.split);
-  const float factor = sum > 0 ? 1 / sum : 0;
+  const float factor = sum != 0 ? 1 / sum : 0;
 #pragma unroll
   for (int i = 0; i < kFloatColumns; ++i) {
     if (lane + i * kWarpSize < a.head_size) result.store(lane + i * kWarpSize, output[i] * factor);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_kernel(Thoug
   for (std::int64_t split = 0; split < a.splits; ++split) {
     total += exp2_approximate((a.split_lse[split * rows + row] - largest) * kLog2E);
   }
-  const float factor = total > 0 ? 1 / total : 0;
+  const float factor = total != 0 ? 1 / total : 0;
   for (std::int64_t column = lane_number(); column < a.head_size; column += kWarpSize) {
     float output = 0;
 #pragma unroll 4
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_kernel(Thoug
     }
     static_cast<T*>(a.output)[row * a.head_size + column] = rounded<T>(output * factor);
   }
-  if (lane_number() == 0) a.lse[row] = total > 0 ? largest + logf(total) : -kInfinity;
+  if (lane_number() == 0) a.lse[row] = total != 0 ? largest + logf(total) : -kInfinity;
 }
 
 }  // namespace quietstar::cuda

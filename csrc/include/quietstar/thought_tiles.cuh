@@ -33,13 +33,23 @@ struct AttentionHead {
         steps(static_cast<int>(a.steps)),
         rows(static_cast<int>(a.anchors_per_batch) * steps * group) {}
 
+  // Of an anchor; −1: it is inactive.
+  __device__ __forceinline__ std::int64_t position(const ThoughtAttention& a, int anchor) const {
+    return a.anchors ? a.anchors[batch * a.anchor_batch_stride + anchor] : anchor;
+  }
+
+  // The first base key that is not padding.
+  __device__ __forceinline__ std::int64_t start(const ThoughtAttention& a) const {
+    return a.key_start ? a.key_start[batch] : 0;
+  }
+
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
     if (row >= rows) return {-1, 0, -1, -1};
     const int anchor = row / (steps * group), step = row / group % steps;
-    const std::int64_t position = a.anchors ? a.anchors[batch * a.anchor_batch_stride + anchor] : anchor;
+    const std::int64_t position = this->position(a, anchor);
     if (position < 0) return {anchor, 0, -1, -1};
-    const std::int64_t start = a.key_start ? a.key_start[batch] : 0, high = min(position, a.length - 1);
-    return {anchor, static_cast<int>(max(start, position - min(a.window, a.length) + 1)), static_cast<int>(high),
+    const std::int64_t high = min(position, a.length - 1);
+    return {anchor, static_cast<int>(max(start(a), position - min(a.window, a.length) + 1)), static_cast<int>(high),
             static_cast<int>(a.thought_steps) - steps + step};
   }
 
@@ -91,6 +101,21 @@ struct TileList {
     }
     const int number = (tile - base_tiles) * kTileKeys + place, steps = static_cast<int>(a.thought_steps);
     return {false, number < thought_keys, 0, first_anchor + number / steps, number % steps};
+  }
+
+  // Whether some row of the block sees a key.
+  __device__ __forceinline__ bool seen(const ThoughtAttention& a, const AttentionHead& head, const Key& key) const {
+    if (!key.valid) return false;
+    if (!key.base) return head.position(a, key.anchor) >= 0;
+    if (key.position < head.start(a)) return false;
+    if (a.window >= a.length) return true;
+    // Between windows there may be keys that are in none; mostly the first anchor sees a key.
+    const int anchors = thought_keys / static_cast<int>(a.thought_steps);
+    for (int anchor = first_anchor; anchor < first_anchor + anchors; ++anchor) {
+      const std::int64_t last = head.position(a, anchor);
+      if (key.position <= last && key.position > last - a.window) return true;
+    }
+    return false;
   }
 };
 
@@ -172,7 +197,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Running softmax of a row, in powers of two: the largest score and the sum of 2^(score − largest).
 __device__ __forceinline__ float natural_log_sum(float largest, float sum) {
-  return sum > 0 ? (largest + log2f(sum)) * kLn2 : -kInfinity;
+  return sum != 0 ? (largest + log2f(sum)) * kLn2 : -kInfinity;
 }
 
 }  // namespace quietstar::cuda

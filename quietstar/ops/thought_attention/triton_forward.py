@@ -156,7 +156,7 @@ def forward_kernel(
         full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, False, HEAD, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 
-    seen = (anchor >= 0) & (total > 0)
+    seen = (anchor >= 0) & (total != 0)
     acc = tl.where(seen[:, None], acc, 0.0)
     peak = tl.where(seen, peak, float("-inf"))
     total = tl.where(seen, total, 1.0)
@@ -209,7 +209,7 @@ def combine_kernel(
     place = place_of(tl.minimum(rows, num_rows - 1) // (STEPS * GROUP), order)
     output += batch * output_stride[0] + head * GROUP * output_stride[1]
     lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
-    seen = total > 0
+    seen = total != 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     log_sum = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
     store_vectors(output, row_offsets(rows, place, output_stride, STEPS, GROUP), acc, exists, HEAD, BLOCK_D)
