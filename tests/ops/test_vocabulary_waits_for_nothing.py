@@ -5,8 +5,7 @@ On the meta device tensors have shapes but no values: whatever needs one fails. 
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from waiting import NothingFromTheHost
 
 from quietstar.ops import (
     linear_cross_entropy,
@@ -23,17 +22,6 @@ from quietstar.ops.mixing import library as mixing_library
 
 ROWS, SIZE, VOCABULARY = 200, 8, 300
 MIXING = {"torch": mixing_library}
-
-
-class NothingFromTheHost(TorchDispatchMode):
-    """Fails where a tensor is copied between devices."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            devices = {x.device.type for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)}
-            assert devices == {"meta"}, f"copied between {devices}"
-        return result
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -4,8 +4,8 @@ Every query row sees two disjoint sets of keys: a prefix of the base keys, share
 few thought keys of its own anchor (the diagonal part). The base part is plain causal attention once steps and
 repeated anchors are folded into heads, so a library kernel does it whenever the anchors are 0..n−1, each repeated
 equally often, and neither window nor padding hides a key. Otherwise it is computed in blocks of anchors with at most
-``SCORE_BYTES`` of scores at a time. Away from the CPU no value of ``anchors`` or ``key_start`` is read, which would wait
-for the device: where they are given, blocks are computed, over all base keys.
+``SCORE_BYTES`` of scores at a time. Away from the CPU no value of ``anchors`` or ``key_start`` is read, because that
+waits for the device: where they are given, blocks are computed, over all base keys.
 
 Scores are in float32 or wider: those of float16 may not fit it before they are scaled.
 

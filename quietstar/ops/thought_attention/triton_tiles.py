@@ -21,8 +21,8 @@ Base keys come in blocks of BLOCK_N that every row of the tile sees in full and 
 masked: around the tile's smallest and largest anchor, the edge of a window, and left padding. Their blocks have EDGE_N
 keys: fewer, because on average half of an edge block is waste.
 
-What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a mask,
-it is not even read.
+What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a
+mask, it is not even read.
 """
 
 import triton
@@ -159,7 +159,7 @@ def sees_base(anchor, keys, first, window):
 
 @triton.jit
 def seen_keys(keys, visible, first, end, window):
-    """Which base ``keys`` in front of ``end`` some row of a tile sees, given what each does: ``visible`` [rows, keys]."""
+    """Which base ``keys`` in front of ``end`` some row of a tile sees; ``visible`` [rows, keys]: what each row does."""
     seen = (keys >= first) & (keys < end)
     if window is not None:  # between windows there may be keys that are in none
         seen = seen & (tl.max(visible.to(tl.int32), 0) > 0)

@@ -1,0 +1,36 @@
+"""Away from the CPU thought attention neither reads a value nor copies from the host, so CUDA graphs can capture it.
+
+On the meta device tensors have shapes but no values: whatever needs one fails. Triton's kernels are not launched.
+"""
+
+import pytest
+import torch
+from thought_attention_cases import CASES, case
+from waiting import NothingFromTheHost
+
+from quietstar.ops import thought_attention
+from quietstar.ops.thought_attention import autograd
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """Its own code instead of the ops' shape functions, which is what meta tensors are for otherwise."""
+    if request.param == "triton":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        jit = pytest.importorskip("triton.runtime.jit")
+        for function in (interpreter.InterpretedFunction, jit.JITFunction):
+            monkeypatch.setattr(function, "run", lambda *args, **options: None)
+    monkeypatch.setattr(autograd, "_forward_op", autograd._forward)
+    monkeypatch.setattr(autograd, "_backward_op", autograd._backward)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    with NothingFromTheHost(), torch.device("meta"):
+        yield request.param
+
+
+@pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_read(name, through_lse, backend):
+    inputs, options = case(name, torch.float16, "meta")
+    output, lse = thought_attention(*inputs, **options, return_lse=True, backend=backend)
+    loss = output.sum() + lse.sum() if through_lse else output.sum()
+    assert [x.shape for x in torch.autograd.grad(loss, inputs)] == [x.shape for x in inputs]
