@@ -41,8 +41,8 @@ def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum
     grad_value += dot(probability.to(query.dtype), grad_output)
     grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
     grad_scores = probability * grad_probability
-    if visible is not None:  # of hidden keys the probability is 0, but the key or value may be NaN
-        grad_scores = tl.where(visible, grad_scores, 0.0)
+    if visible is not None:  # the probability of hidden keys is 0, but the product with their values may be NaN
+        grad_scores = tl.where(probability == 0, 0.0, grad_scores)
     return grad_key + dot(grad_scores.to(query.dtype), query), grad_value
 
 
@@ -90,17 +90,15 @@ def _steps_base(
     """
     for i in tl.range(0, steps):
         rows = end - (i + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        seeing = None
         visible = None
         if MASKED:
             rows -= tl.where(i < hole_at, 0, hole)
             wanted = rows >= begin
-            rows = tl.maximum(rows, 0)
+            rows = tl.maximum(rows, begin)  # rows in front may be those of inactive anchors, and NaN
             anchor = tl.where(wanted, tl.load(row_anchor + rows), -1)
-            seeing = anchor >= 0
             visible = sees_base(anchor[None, :], keys[:, None], 0, window)
         q, do, log_sum, delta = _load_rows(
-            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, None,
             QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
         )  # fmt: skip
         grad_key, grad_value = _step(grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale)

@@ -61,8 +61,8 @@ def _steps_base(
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
+            seen = seen_keys(anchor, keys, first, end, window)
             visible = sees_base(anchor[:, None], keys[None, :], first, window)
-            seen = seen_keys(keys, visible, first, end, window)
         k = load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         v = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale)

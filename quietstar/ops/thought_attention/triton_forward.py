@@ -61,10 +61,10 @@ def _attend_base(
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
-            visible = sees_base(anchor[:, None], keys[None, :], first, window)
-            seen = seen_keys(keys, visible, first, end, window)
+            seen = seen_keys(anchor, keys, first, end, window)
         scores = dot(query, transposed(load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)))
         if MASKED:
+            visible = sees_base(anchor[:, None], keys[None, :], first, window)
             scores = tl.where(visible, scores, float("-inf"))
         block_value = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         acc, peak, total = _attend(acc, peak, total, scores, scale, block_value)

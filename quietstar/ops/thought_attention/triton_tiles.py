@@ -158,11 +158,12 @@ def sees_base(anchor, keys, first, window):
 
 
 @triton.jit
-def seen_keys(keys, visible, first, end, window):
-    """Which base ``keys`` in front of ``end`` some row of a tile sees; ``visible`` [rows, keys]: what each row does."""
+def seen_keys(anchor, keys, first, end, window):
+    """Which base ``keys`` in front of ``end`` some row of a tile sees, given its anchors."""
     seen = (keys >= first) & (keys < end)
     if window is not None:  # between windows there may be keys that are in none
-        seen = seen & (tl.max(visible.to(tl.int32), 0) > 0)
+        ahead = anchor[None, :] - keys[:, None]
+        seen = seen & (tl.max(((ahead >= 0) & (ahead < window)).to(tl.int32), 1) > 0)
     return seen
 
 
