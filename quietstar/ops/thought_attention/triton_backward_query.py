@@ -14,7 +14,6 @@ import triton.language as tl
 
 from quietstar.ops.thought_attention.triton_tiles import (
     LOG2_E,
-    active_at,
     anchor_of,
     base_2,
     base_range,
@@ -145,16 +144,18 @@ def query_gradient_kernel(
     delta_pieces = in_pieces(delta, PIECES)
     row_position = tl.expand_dims(in_pieces(position, PIECES), -1)
     row_step = tl.expand_dims(in_pieces((rows // GROUP) % STEPS, PIECES), -1) + (thought_steps - STEPS)
+    last_position = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
     dq = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
     for chunk in tl.range(0, PIECE_ANCHORS * thought_steps, BLOCK_T, num_stages=1):
         column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
         near = tl.minimum(column_position, num_anchors - 1)
+        if anchors is not None:  # what inactive ones have may be NaN: that of the tile's last one in its place
+            near = tl.where(tl.load(anchors + near) < 0, last_position, near)
         column_place = place_of(near, order).to(tl.int64)
         key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
         value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
-        seen = active_at(near, anchors)
-        k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, seen, HEAD, BLOCK_D)
+        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
+        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
         visible = tl.expand_dims(column_position, -2) == row_position
         visible = visible & (tl.expand_dims(step, -2) <= row_step)
         dq = _step(dq, q_pieces, do_pieces, k, v, visible, log_sum_pieces, delta_pieces, base_2(scale))
