@@ -42,15 +42,18 @@ class Kernel(NamedTuple):
     ptx: str
 
 
-def spill_limit() -> int:
-    """The most bytes that a kernel in half precision may spill: none, but with the compilers of old versions of Triton.
+def spill_limit(dtype: torch.dtype = torch.bfloat16) -> int:
+    """The most bytes that a kernel may spill; in half precision none, but with the compilers of old versions of Triton.
 
-    Those spill streaming_kernel (8 bytes) and threshold_kernel (sm_90: 8 in Triton 3.6, 16 in 3.7); 3.6 also
-    key_gradient_kernel (sm_90, heads of 128: 8); 3.7 also key_gradient_kernel (sm_80, heads of 256: 8) and
-    query_gradient_kernel (sm_100, heads of 64: 24). Tiles that do not would be smaller. Triton 3.8 and 3.9 spill none.
+    Those spill streaming_kernel (8 bytes) and threshold_kernel (sm_90: 8 in Triton 3.6, 16 in 3.7); 3.6 also the
+    gradients of thought attention (sm_90 and sm_100, heads of 128: up to 16); 3.7 also its key gradient (sm_80, heads of
+    256: 8) and query gradient (sm_100, heads of 64: 24). Tiles that do not would be smaller. In float32, without tensor
+    cores, a few spilled registers are the lesser evil.
     """
-    major, minor = metadata.version("triton").split(".")[:2]
-    return {("3", "6"): 8, ("3", "7"): 24}.get((major, minor), 0)
+    version = tuple(metadata.version("triton").split(".")[:2])
+    if dtype == torch.float32:
+        return 288 if version == ("3", "6") else 256
+    return {("3", "6"): 16, ("3", "7"): 24}.get(version, 0)
 
 
 class Launch(NamedTuple):

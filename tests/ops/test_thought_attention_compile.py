@@ -113,5 +113,5 @@ def test_compact_rows_fit(architecture):
 def test_float32_fits_the_smallest(architecture):
     """Without tensor cores: a few spilled registers are the lesser evil."""
     for kernel in compiled(__file__, "launch_float32", (architecture,))[architecture]:
-        assert kernel.spilled <= 256, kernel[:6]
+        assert kernel.spilled <= spill_limit(torch.float32), kernel[:6]
         assert kernel.shared <= GEFORCE[architecture], kernel[:6]
