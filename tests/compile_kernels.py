@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import torch
+
 # Compute capability: the most shared memory a program may use there, in bytes.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # The same for a consumer's GPU, which has fewer kernels to itself.

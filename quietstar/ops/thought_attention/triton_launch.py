@@ -2,8 +2,8 @@
 
 ``TILES`` is a table by kernel, architecture, element size and padded head size. Nothing is tuned while a program runs:
 ``triton_tune`` times candidates on the GPU at hand, on demand, and prints rows to put here. No row has been timed yet;
-in half precision none spills registers (with Triton 3.6 at most four) as ``tests/ops/test_thought_attention_compile.py``
-compiles them.
+in half precision none spills registers, with Triton 3.6 some at most four, as
+``tests/ops/test_thought_attention_compile.py`` compiles them.
 """
 
 import functools
