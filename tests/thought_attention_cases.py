@@ -33,6 +33,31 @@ CASES = {
     "left padding": ({}, {"key_start": [2, 0]}),
     "left padding over everything": ({}, {"key_start": [6, 5]}),
     "window, padding, anchors": ({"num_anchors": 3}, {"anchors": [5, 1, -1], "window": 3, "key_start": [0, 2]}),
+    "packed documents": (
+        {"length": 9},
+        {"key_start": [[0, 0, 0, 3, 3, 5, 5, 5, 5], [0, 0, 2, 2, 4, 4, 4, 7, 7]]},
+    ),
+    "one document in front of its anchors, one behind": (
+        {"num_anchors": 4},
+        {"anchors": [2, 4, 4, 5], "key_start": [[0, 3, 1, 6], [3, 5, 0, 2]]},
+    ),
+    "all documents behind their anchors": ({"num_anchors": 2}, {"anchors": [1, 4], "key_start": [[2, 6], [6, 6]]}),
+    "documents, unsorted, repeated, inactive anchors": (
+        {"num_anchors": 6},
+        {"anchors": [[5, -1, 3, 3, 0, 4], [2, 5, 5, -1, -1, 1]], "key_start": [[4, 2, 0, 3, 0, 4], [1, 0, 5, 6, 0, 2]]},
+    ),
+    "documents, window, S < T": (
+        {"num_anchors": 5, "steps": 2, "thought_steps": 4},
+        {"anchors": [5, 0, 3, 4, -1], "window": 3, "key_start": [[4, 0, 0, 3, 0], [0, 0, 2, 2, 6]]},
+    ),
+    "documents, sampling step (S = 1)": (
+        {"steps": 1, "thought_steps": 4, "kv_heads": 4},
+        {"key_start": [[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 4, 4]]},
+    ),
+    "documents, multi-query, one anchor": (
+        {"num_anchors": 1, "kv_heads": 1},
+        {"anchors": [4], "key_start": [[3], [5]]},
+    ),
     "multi-head": ({"kv_heads": 4}, {}),
     "multi-query": ({"kv_heads": 1}, {}),
     "odd head size, scale": ({"head": 5}, {"scale": 0.7}),

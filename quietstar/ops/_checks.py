@@ -29,11 +29,13 @@ class Dims:
     def __getitem__(self, letter: str) -> int:
         return self._sizes[letter]
 
-    def bind(self, name: str, tensor: Tensor, spec: str) -> None:
-        letters = spec.split()
-        wanted = f"[{', '.join(letters)}]"
+    def bind(self, name: str, tensor: Tensor, *specs: str) -> None:
+        """The shape has to be one of ``specs``, which differ in their number of letters."""
         check_tensor(name, tensor)
-        if tensor.dim() != len(letters):
+        shapes = [spec.split() for spec in specs]
+        wanted = " or ".join(f"[{', '.join(letters)}]" for letters in shapes)
+        letters = next((letters for letters in shapes if len(letters) == tensor.dim()), None)
+        if letters is None:
             raise ValueError(f"{name} must have shape {wanted}, got {tensor.dim()} dimensions: {list(tensor.shape)}")
         for letter, size in zip(letters, tensor.shape, strict=True):
             if letter not in self._sizes:

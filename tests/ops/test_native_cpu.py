@@ -164,6 +164,13 @@ LONG = {
         {"length": 100, "num_anchors": 75},
         {"anchors": [(37 * i) % 101 - 1 for i in range(75)], "window": 45, "key_start": [0, 40]},
     ),
+    "documents, any order": (
+        {"length": 100, "num_anchors": 75},
+        {
+            "anchors": [(37 * i) % 101 - 1 for i in range(75)],
+            "key_start": [[0, 40, 80] * 25, [(29 * i) % 101 for i in range(75)]],
+        },
+    ),
     "head size of whole vectors": ({"length": 40, "head": 32, "query_heads": 2}, {"window": 33}),
 }
 

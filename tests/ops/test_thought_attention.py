@@ -21,14 +21,15 @@ def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
     group = query_heads // key.shape[1]
     offset = thought_key.shape[3] - steps
     anchors = torch.arange(key.shape[2]) if anchors is None else anchors
-    anchors = anchors.expand(batch, -1).tolist()
-    starts = [0] * batch if key_start is None else key_start.tolist()
+    anchors = anchors.expand(batch, -1)
+    starts = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.view(batch, -1)
+    starts = starts.expand(anchors.shape).tolist()
     scale = head_size**-0.5 if scale is None else scale
     outputs, lses = [], []
     for b in range(batch):
         for h in range(query_heads):
-            for p, a in enumerate(anchors[b]):
-                base = slice(max(starts[b], 0 if window is None else a - window + 1), max(a + 1, 0))
+            for p, a in enumerate(anchors[b].tolist()):
+                base = slice(max(starts[b][p], 0 if window is None else a - window + 1), max(a + 1, 0))
                 for s in range(steps):
                     if a < 0:
                         outputs.append(0 * query[b, h, p, s])
@@ -65,7 +66,7 @@ def test_values_and_gradients(name, backend, through_lse):
 
 
 @pytest.mark.parametrize("score_bytes", [1, 4 * 2 * 4 * 3 * 6 * 2])
-@pytest.mark.parametrize("name", ["window", "left padding", "unsorted, repeated, inactive"])
+@pytest.mark.parametrize("name", ["window", "left padding", "unsorted, repeated, inactive", "documents, window, S < T"])
 def test_blocks_of_anchors_change_nothing(name, score_bytes, monkeypatch, default_backend):
     inputs, options = case(name)
     whole = thought_attention(*inputs, **options, return_lse=True, backend=default_backend)
@@ -139,7 +140,7 @@ def test_second_backward_through_a_retained_graph(default_backend):
     torch.testing.assert_close(torch.autograd.grad(output, inputs), first, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["all positions", "window, padding, anchors"])
+@pytest.mark.parametrize("name", ["all positions", "window, padding, anchors", "documents, window, S < T"])
 def test_opcheck(name, default_backend):
     inputs, options = case(name)
     inputs = [x.detach() for x in inputs]
@@ -150,9 +151,10 @@ def test_opcheck(name, default_backend):
     torch.library.opcheck(torch.ops.quietstar.thought_attention_backward, grads)
 
 
+@pytest.mark.parametrize("name", ["window, padding, anchors", "documents, window, S < T"])
 @pytest.mark.parametrize("backend", ALL)
-def test_compiles_without_graph_breaks(backend):
-    inputs, options = case("window, padding, anchors")
+def test_compiles_without_graph_breaks(backend, name):
+    inputs, options = case(name)
 
     def loss(*tensors):
         return thought_attention(*tensors, **options, backend=backend).square().sum()
@@ -193,6 +195,25 @@ BAD_INPUT = {
     "anchors not integer": (change(anchors=torch.zeros(6)), TypeError, "anchors must be int32 or int64"),
     "anchors shape": (change(anchors=torch.zeros(5, dtype=torch.int64)), ValueError, "anchors must have shape [P]"),
     "anchors needed": (change(key=torch.zeros(2, 2, 7, 8), value=torch.zeros(2, 2, 7, 8)), ValueError, "anchors must"),
+    "key_start's rank": (
+        change(key_start=torch.zeros(2, 6, 1, dtype=torch.int64)), ValueError,
+        "key_start must have shape [B] or [B, P], got 3 dimensions",
+    ),
+    "key_start of a number": (
+        change(key_start=torch.tensor(0)), ValueError, "key_start must have shape [B] or [B, P], got 0 dimensions",
+    ),
+    "key_start for too few anchors": (
+        change(key_start=torch.zeros(2, 5, dtype=torch.int64)), ValueError,
+        "key_start must have shape [B] or [B, P] with P = 6 as in query, got [2, 5]",
+    ),
+    "key_start for one batch": (
+        change(key_start=torch.zeros(1, 6, dtype=torch.int64)), ValueError,
+        "key_start must have shape [B] or [B, P] with B = 2 as in query, got [1, 6]",
+    ),
+    "key_start not integer": (change(key_start=torch.zeros(2, 6)), TypeError, "key_start must be int32 or int64"),
+    "padding too long for an anchor": (
+        change(key_start=torch.tensor([[0] * 6, [7] * 6])), ValueError, "key_start must be in [0, 6], got values",
+    ),
     "padding too long": (change(key_start=torch.tensor([0, 7])), ValueError, "key_start must be in [0, 6]"),
     "dtype": (change(thought_value=torch.zeros(2, 2, 6, 3, 8).half()), TypeError, "thought_value must have the dtype"),
     "integer query": (change(query=torch.zeros(2, 4, 6, 3, 8).long()), TypeError, "query must be float16"),

@@ -79,13 +79,16 @@ def test_one_input_of_another_layout(which, dtype):
     ],
     ids=["every second element", "batches side by side", "one batch for all", "one element for all"],
 )
-def test_layouts_of_indices(layout, index_dtype, every_backend, device):
+@pytest.mark.parametrize("per_anchor", [False, True], ids=["a start for each batch", "a start for each anchor"])
+def test_layouts_of_indices(per_anchor, layout, index_dtype, every_backend, device):
     options = {
         "anchors": torch.tensor([[5, -1, 2], [0, 4, 4]], dtype=index_dtype, device=device),
-        "key_start": torch.tensor([1, 3], dtype=index_dtype, device=device),
+        "key_start": torch.tensor([[1, 4, 0], [3, 0, 5]], dtype=index_dtype, device=device),
     }
     inputs = make_inputs(num_anchors=3, steps=12, device=device)  # more rows than a tile
-    strided = {"anchors": layout(options["anchors"]), "key_start": layout(options["key_start"][:, None])[:, 0]}
+    strided = {name: layout(x) for name, x in options.items()}
+    if not per_anchor:
+        strided["key_start"] = layout(options["key_start"][:, :1])[:, 0]
     plain = {name: x.contiguous() for name, x in strided.items()}
     expected = run(inputs, plain, every_backend)
     for actual, want in zip(run(inputs, strided, every_backend), expected, strict=True):

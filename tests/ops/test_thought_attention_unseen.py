@@ -26,6 +26,17 @@ CASES = {
         ONE | {"num_anchors": 35, "steps": 1, "thought_steps": 3}, {"anchors": [i % 4 - 1 for i in range(35)]},
     ),
     "inactive per batch, all of them in one": ({"num_anchors": 3}, {"anchors": [[-1, 4, -1], [-1, -1, -1]]}),
+    "between documents": (
+        {"num_anchors": 3, "length": 90},
+        {"anchors": [[80, 7, 40], [1, -1, 60]], "key_start": [[70, 4, 41], [0, 0, 33]]},
+    ),
+    "many documents": (
+        ONE | {"num_anchors": 35, "length": 70, "steps": 1},
+        {"anchors": [i * 2 for i in range(35)], "key_start": [[i * 2 // 10 * 10 + 3 for i in range(35)]]},
+    ),
+    "no document in front of an anchor": (
+        {"num_anchors": 2, "length": 40}, {"anchors": [5, 30], "key_start": [[6, 40], [31, 38]]},
+    ),
     "a bit of everything": (
         {"num_anchors": 3, "length": 64}, {"anchors": [[50, 20, -1], [63, -1, 3]], "window": 9, "key_start": [15, 0]},
     ),
@@ -42,10 +53,11 @@ def unseen(inputs, anchors=None, key_start=None, window=None):
     batch, length = key.shape[0], key.shape[2]
     anchors = torch.arange(length) if anchors is None else anchors
     anchors = anchors.expand(batch, -1).cpu()
-    starts = [0] * batch if key_start is None else key_start.tolist()
+    starts = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.view(batch, -1).cpu()
+    starts = starts.expand(anchors.shape)
     keys = torch.ones(batch, length, dtype=torch.bool)
-    for b, start in enumerate(starts):
-        for a in anchors[b].tolist():
+    for b in range(batch):
+        for a, start in zip(anchors[b].tolist(), starts[b].tolist(), strict=True):
             keys[b, max(start, 0 if window is None else a - window + 1) : a + 1] = False
     return keys.to(query.device), (anchors < 0).to(query.device)
 

@@ -85,7 +85,8 @@ def thought_attention(
         thought_key, thought_value: [B, Hkv, P, T, D], T ≥ S.
         anchors: int [P] or [B, P], values in [−1, L); default ``arange(L)``, then P must be L. Any order, repeats
             allowed. −1 is an inactive anchor, and with L = 0 the only one: output 0, lse −inf, no gradient.
-        key_start: int [B], values in [0, L]: first visible base key (left padding). Default 0.
+        key_start: int [B] or [B, P], values in [0, L]: first visible base key (left padding; where an anchor's document
+            starts in packed text). One behind the anchor hides all base keys from it. Default 0.
         window: sliding window in tokens, ≥ 1: base key j is visible iff a − j < window. Default unlimited.
         scale: factor on the scores (kept in float32 or wider) before the softmax, of any sign. Default D^−½.
         return_lse: also return the log-sum-exp of the scaled scores.
@@ -133,11 +134,11 @@ def thought_attention(
             )
     else:
         check_integer("anchors", anchors)
-        dims.bind("anchors", anchors, "P" if anchors.dim() == 1 else "B P")
+        dims.bind("anchors", anchors, "P", "B P")
         check_range("anchors", anchors, -1, dims["L"] - 1)
     if key_start is not None:
         check_integer("key_start", key_start)
-        dims.bind("key_start", key_start, "B")
+        dims.bind("key_start", key_start, "B", "B P")
         check_range("key_start", key_start, 0, dims["L"])
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an integer >= 1, got {window!r}")

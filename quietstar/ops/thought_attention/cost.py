@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quietstar.ops.thought_attention.reference import per_anchor
+
 
 class Cost(NamedTuple):
     """Of one pass."""
@@ -54,18 +56,17 @@ def thought_attention_cost(
 
     last = torch.arange(length) if anchors is None else anchors.cpu().long()
     last = last.expand(batch, num_anchors)
-    first = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.cpu().long()[:, None]
+    first = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else per_anchor(key_start).cpu().long()
     first = first if window is None else first.maximum(last - window + 1)
     base_pairs = (last - first + 1).clamp_min(0)  # [B, P], of one step and head
     active = last >= 0
     own_pairs = steps * thought_steps - steps * (steps - 1) // 2  # step t sees t + 1, the queries are the last S of T
     pairs = query_heads * (steps * int(base_pairs.sum()) + own_pairs * int(active.sum()))
 
-    # Base keys that some anchor sees: +1 where an anchor's range begins, −1 behind its end. An anchor in front of
-    # key_start, whose range is empty, does so in reverse, but only where no other sees anything either.
+    # Base keys that some anchor sees: +1 where an anchor's range begins, −1 behind its end.
     ends = torch.zeros(batch, length + 1, dtype=torch.int64)
     one = torch.ones_like(last)
-    ends.scatter_add_(1, first.expand_as(last), one).scatter_add_(1, last + 1, -one)
+    ends.scatter_add_(1, first.minimum(last + 1), one).scatter_add_(1, last + 1, -one)
     seen_keys = int((ends.cumsum(1) > 0).sum())
 
     size = query.element_size()

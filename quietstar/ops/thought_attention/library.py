@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quietstar.ops._precision import compute_dtype, widen
 from quietstar.ops.thought_attention import flash
+from quietstar.ops.thought_attention.reference import per_anchor
 
 SCORE_BYTES = 32 * 2**20
 
@@ -269,7 +270,7 @@ def _blocks(
     readable = query.device.type == "cpu"
     given = anchors is not None
     anchors = _per_batch(anchors) if given else torch.arange(length, device=query.device)[None]
-    first_key = int(key_start.min()) if readable and key_start is not None else 0
+    starts = None if key_start is None else per_anchor(key_start).expand(-1, num_anchors)
     size = max(1, SCORE_BYTES // (4 * batch * query_heads * steps * length))
     for start in range(0, num_anchors, size):
         block = anchors[:, start : start + size]
@@ -278,13 +279,15 @@ def _blocks(
             low, high = start, min(start + size, length) - 1
         elif readable:
             low, high = int(block.clamp_min(0).min()), int(block.max())
+        block_starts = None if starts is None else starts[:, start : start + size]
+        first_key = int(block_starts.min()) if readable and block_starts is not None else 0
         keys = slice(first_key if window is None else max(first_key, low - window + 1), max(high + 1, first_key))
         position = torch.arange(keys.start, keys.stop, device=query.device)
         visible = position <= block[..., None]
         if window is not None:
             visible &= block[..., None] - position < window
-        if key_start is not None:
-            visible = visible & (position >= key_start[:, None, None])
+        if block_starts is not None:
+            visible = visible & (position >= block_starts[..., None])
         yield _Block(slice(start, start + size), keys, visible)
 
 

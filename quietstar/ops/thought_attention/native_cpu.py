@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
 from quietstar.ops.thought_attention import library
+from quietstar.ops.thought_attention.reference import per_anchor
 
 
 def forward(
@@ -84,7 +85,7 @@ def _visible_keys(
     last = (anchors.to(torch.int64) + 1).expand(query.shape[0], -1).contiguous()
     first = torch.zeros_like(last) if window is None else (last - window).clamp_min_(0)
     if key_start is not None:
-        first = torch.maximum(first, key_start[:, None])
+        first = torch.maximum(first, per_anchor(key_start))
     return first, last
 
 

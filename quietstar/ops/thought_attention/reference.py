@@ -6,6 +6,11 @@ from torch import Tensor
 from quietstar.ops._precision import widen
 
 
+def per_anchor(key_start: Tensor) -> Tensor:
+    """``key_start`` of [B] or [B, P] as [B, 1] or [B, P]."""
+    return key_start[:, None] if key_start.dim() == 1 else key_start
+
+
 def visibility(
     base_length: int, steps: int, thought_steps: int, anchors: Tensor, key_start: Tensor, window: int | None
 ) -> Tensor:
@@ -15,7 +20,7 @@ def visibility(
         base_length: L.
         steps, thought_steps: S and T; the queries are the last S of the T steps.
         anchors: [B, P], −1 inactive.
-        key_start: [B], first visible base key.
+        key_start: [B] or [B, P], first visible base key.
         window: base key j is visible iff a − j < window; None is no limit.
 
     Returns:
@@ -25,7 +30,7 @@ def visibility(
     device = anchors.device
     anchor = anchors[:, :, None]
     position = torch.arange(base_length, device=device)
-    base = (position <= anchor) & (position >= key_start[:, None, None])  # [B, P, L]
+    base = (position <= anchor) & (position >= per_anchor(key_start)[..., None])  # [B, P, L]
     if window is not None:
         base &= anchor - position < window
     base = base[:, :, None, :].expand(-1, -1, steps, -1)
