@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False):
+def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False, packed=False):
     """Launch the kernels of a call with groups of 4 heads, laid out as transformers gives them."""
     from quietstar.ops.thought_attention import triton_backend
 
@@ -25,14 +25,15 @@ def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=Fals
     index = {"dtype": torch.int64, "device": "meta"}
     mask = torch.empty(anchors, **index), None, None, 0.1
     if masked:  # by everything there is
-        mask = torch.empty(2, anchors, **index), torch.empty(2, **index), 1000, 0.1
+        starts = torch.empty(2, anchors, **index) if packed else torch.empty(2, **index)
+        mask = torch.empty(2, anchors, **index), starts, 1000, 0.1
     output, lse = triton_backend.forward(query, base, base, thoughts, thoughts, *mask)
     if backward:  # of an output that went elsewhere than the query came from: rows of dO need their own offsets
         triton_backend.backward(output, None, query, base, base, thoughts, thoughts, output, lse, *mask)
 
 
-def training(head, dtype=BF16):
-    call(head, dtype, masked=True, backward=True)
+def training(head, dtype=BF16, packed=False):
+    call(head, dtype, masked=True, backward=True, packed=packed)
 
 
 def sampling_step(head):
@@ -61,6 +62,11 @@ def launch_large_heads():
 def launch_compact():
     for head in (64, 128, 256):
         training(head)
+
+
+def launch_packed():
+    for head in (64, 128, 256):
+        training(head, packed=True)
 
 
 def launch_float32():
@@ -102,6 +108,13 @@ def test_vectors_are_read_by_16_bytes(kernels):
 @pytest.mark.parametrize("architecture", SHARED_MEMORY, ids="sm_{}".format)
 def test_large_heads_fit(architecture):
     assert_fit(compiled(__file__, "launch_large_heads")[architecture], SHARED_MEMORY[architecture])
+
+
+@pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
+def test_first_keys_of_their_own_fit(architecture):
+    assert_fit(
+        compiled(__file__, "launch_packed", (architecture,))[architecture], (SHARED_MEMORY | GEFORCE)[architecture]
+    )
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)

@@ -27,6 +27,11 @@ def spread(count, length):
     return [(7 + 31 * i) % length for i in range(count)]
 
 
+def documents(count, length, size):
+    """Where those of "spread" anchors start: of "size" tokens in the first batch, half as long in the second."""
+    return [[anchor // each * each for anchor in spread(count, length)] for each in (size, size // 2)]
+
+
 # Tiles of the interpreter are 64 rows and 32 keys, edges 32 and 16: what does not fit one of them, and odd sizes.
 LARGE = {
     "full blocks": ({"length": 100, "num_anchors": 12, "batch": 1}, {"anchors": spread(12, 100)}),
@@ -35,6 +40,17 @@ LARGE = {
     ),
     "padding and window over blocks": (
         {"length": 100, "num_anchors": 12}, {"anchors": spread(12, 100), "window": 70, "key_start": [0, 37]},
+    ),
+    "documents over blocks": (
+        {"length": 130, "num_anchors": 24}, {"anchors": spread(24, 130), "key_start": documents(24, 130, 110)},
+    ),
+    "documents and window over blocks": (
+        {"length": 130, "num_anchors": 24},
+        {"anchors": spread(24, 130), "window": 70, "key_start": documents(24, 130, 90)},
+    ),
+    "documents of any order, inactive anchors": (
+        {"length": 120, "num_anchors": 24},
+        {"anchors": [a if a % 5 else -1 for a in spread(24, 120)], "key_start": [spread(24, 110), spread(24, 9)]},
     ),
     "an anchor larger than a tile": (
         {"length": 3, "steps": 40, "thought_steps": 45, "query_heads": 2, "kv_heads": 1, "batch": 1}, {},
@@ -82,7 +98,7 @@ def test_values_and_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("count", [3, 12], ids="{} anchors".format)  # less than a tile of rows, more than one
-@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks"])
+@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks", "documents over blocks"])
 def test_split_over_programs(name, count, monkeypatch):
     """Few rows, few keys: the forward splits the keys, the backward the rows, to fill more processors."""
     monkeypatch.setattr(triton_launch, "processors", lambda device: 64)
@@ -90,6 +106,8 @@ def test_split_over_programs(name, count, monkeypatch):
     monkeypatch.setattr(triton_launch, "SPLIT_ROWS", 16)
     inputs, options = case(name, device=DEVICE, cases=CASES | LARGE)
     options["anchors"] = options["anchors"][:count]
+    if name == "documents over blocks":
+        options["key_start"] = options["key_start"][:, :count]
     inputs = [x[:, :, :count] if x.dim() == 5 else x for x in inputs]
     assert_right(inputs, options)
 
@@ -228,8 +246,9 @@ def test_keys_that_no_row_sees_may_hold_anything():
     assert torch.equal(thought_attention(*inputs, **options, backend="triton"), expected)
 
 
-def test_opcheck():
-    inputs, options = case("window, padding, anchors", device=DEVICE)
+@pytest.mark.parametrize("name", ["window, padding, anchors", "documents, window, S < T"])
+def test_opcheck(name):
+    inputs, options = case(name, device=DEVICE)
     inputs = [x.detach() for x in inputs]
     mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, "triton"
     output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)

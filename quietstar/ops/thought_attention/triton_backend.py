@@ -42,7 +42,7 @@ def forward(
     piece = launch.cut(steps * group, thought_steps, tile)
     # A single tile has nothing to gain from sorted anchors.
     anchors, order = _sorted(anchors) if num_rows > tile.block_m else (_per_batch(anchors), None)
-    key_start = _indices(key_start)
+    key_start, window = _first_keys(key_start, window, anchors, order, length)
     result, log_sum = output, lse
     if splits > 1:
         parts = (batch, kv_heads, splits, num_rows)
@@ -53,9 +53,10 @@ def forward(
         query, key, value, thought_key, thought_value, anchors, order, key_start, result, log_sum,
         query.stride(), key.stride(), value.stride(), thought_key.stride(), thought_value.stride(),
         output.stride(), lse.stride(), _batch_stride(anchors),
-        kv_heads, num_anchors, length, thought_steps, _hiding(window, length), splits, scale,
+        kv_heads, num_anchors, length, thought_steps, window, splits, scale,
         **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1, **tile.options(),
+        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1,
+        PER_ANCHOR=_per_anchor(key_start), TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
@@ -93,8 +94,7 @@ def backward(
     query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
     grad_output, output, lse = _vectors(grad_output), output.contiguous(), lse.contiguous()
     anchors, order = _sorted(anchors)
-    key_start = _indices(key_start)
-    window = _hiding(window, length)
+    key_start, window = _first_keys(key_start, window, anchors, order, length)
     sizes = {"HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
     rows = {"STEPS": steps, "GROUP": group}
     units = {"QUERY_UNIT": _unit(query), "GRAD_UNIT": _unit(grad_output)}
@@ -112,15 +112,17 @@ def backward(
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
     tile = launch.tile_for(launch.QUERY_GRADIENT, query)
     piece = launch.cut(steps * group, thought_steps, tile)
+    row_start = torch.empty_like(row_anchor) if _per_anchor(key_start) else None
     query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
         grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order,
         key_start,
-        grad_query, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+        grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
         grad_output.stride(), None if grad_lse is None else grad_lse.stride(), query.stride(), key.stride(),
         value.stride(), thought_key.stride(), thought_value.stride(), output.stride(), lse.stride(),
         _batch_stride(anchors), kv_heads, num_anchors, length, thought_steps, window, scale,
         **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, **tile.options(),
+        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors,
+        PER_ANCHOR=_per_anchor(key_start), TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
 
     tile, splits = launch.key_gradient_launch(query, num_rows, heads, length)
@@ -128,10 +130,12 @@ def backward(
         torch.empty(splits, *key.shape, dtype=key.dtype if splits == 1 else torch.float32, device=key.device)
         for _ in range(2)
     )
+    starts, bounds = (None, _bounds(key_start)) if _per_anchor(key_start) else (key_start, None)
     key_gradient_kernel[(heads * splits * triton.cdiv(length, tile.block_n),)](
-        grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
-        grad_key, grad_value, grad_output.stride(), query.stride(), key.stride(), value.stride(),
-        batch, kv_heads, num_rows, length, window, splits, scale,
+        grad_output, query, key, value, starts, bounds,
+        row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
+        grad_output.stride(), query.stride(), key.stride(), value.stride(),
+        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, window, splits, scale,
         GROUP=group, **units, **sizes,
         BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
@@ -160,12 +164,39 @@ def _per_batch(anchors: Tensor | None) -> Tensor | None:
     """[P] where all batches have the same anchors for sure, else [B, P]; contiguous."""
     if anchors is not None and anchors.dim() == 2 and (anchors.stride(0) == 0 or anchors.shape[0] == 1):
         anchors = anchors[0]
-    return _indices(anchors)
+    return None if anchors is None else anchors.contiguous()
 
 
-def _indices(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as kernels read it, contiguous."""
-    return None if tensor is None else tensor.contiguous()
+def _first_keys(
+    key_start: Tensor | None, window: int | None, anchors: Tensor | None, order: Tensor | None, length: int
+) -> tuple[Tensor | None, int | None]:
+    """``key_start`` and ``window`` as kernels take them, given anchors in their order. The first is contiguous.
+
+    Those of anchors, [B, P], account for the window, too.
+    """
+    window = None if window is None or window >= length else window  # if it hides no key, none pays for a mask
+    if key_start is None:
+        return None, window
+    if key_start.dim() == 2 and key_start.shape[1] == 1:
+        key_start = key_start[:, 0]
+    if not _per_anchor(key_start):
+        return key_start.contiguous(), window
+    if order is not None:
+        key_start = key_start.gather(1, order.expand(key_start.shape))
+    if window is not None:
+        anchors = torch.arange(length, device=key_start.device) if anchors is None else anchors
+        key_start = key_start.maximum(anchors - (window - 1))
+    return key_start.contiguous(), None
+
+
+def _per_anchor(key_start: Tensor | None) -> bool:
+    """Whether anchors have first base keys of their own."""
+    return key_start is not None and key_start.dim() == 2
+
+
+def _bounds(key_start: Tensor) -> Tensor:
+    """The largest so far along [B, P], and the smallest from there on: [2, B, P]."""
+    return torch.stack((key_start.cummax(1).values, key_start.flip(1).cummin(1).values.flip(1)))
 
 
 def _sorted(anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -189,8 +220,3 @@ def _offset_dtype(rows: Tensor) -> torch.dtype:
     """The dtype that these counts fit."""
     largest = sum((size - 1) * stride for size, stride in zip(rows.shape[1:4], rows.stride()[1:4], strict=True))
     return torch.int32 if largest // _unit(rows) < 2**31 else torch.int64
-
-
-def _hiding(window: int | None, length: int) -> int | None:
-    """The window if it hides a key, so that others do not pay for masking it."""
-    return None if window is None or window >= length else window

@@ -3,8 +3,9 @@
 No atomics, every sum in a fixed order: a program holds a block of keys and adds up, in registers, over all the rows
 that see them, with all steps of an anchor and the whole head group.
 
-- Base keys: the rows of all anchors at and behind the block. Anchors are sorted, so that is one range of rows. Programs
-  go through it from its end: those of one head then read the same rows at the same time, from the L2 cache.
+- Base keys: the rows of all anchors at and behind the block. Anchors are sorted, so that is one range of rows; where
+  they have first keys of their own, it ends when those of all further ones are behind the block. Programs go through it
+  from its end: those of one head then read the same rows at the same time, from the L2 cache.
 - Thought keys: the rows of one anchor, or of a few whose thoughts fit a block together.
 
 Scores are computed transposed, Sᵀ = K · Qᵀ, so that no accumulator has to be. Four matrix products per (row, key), two
@@ -65,13 +66,13 @@ def _load_rows(
 
 
 @triton.jit
-def _first_row(row_anchor, num_rows, base):
-    """The first row whose anchor is not before ``base``; num_rows if there is none."""
+def _first_from(values, count, least):
+    """The first place in ascending ``values`` where one is ``least`` or more; count if there is none."""
     low = 0
-    high = num_rows
+    high = count
     while low < high:
         middle = (low + high) // 2
-        before = tl.load(row_anchor + middle) < base
+        before = tl.load(values + middle) < least
         low = tl.where(before, middle + 1, low)
         high = tl.where(before, high, middle)
     return low
@@ -79,7 +80,8 @@ def _first_row(row_anchor, num_rows, base):
 
 @triton.jit
 def _steps_base(
-    grad_key, grad_value, key, value, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+    grad_key, grad_value, key, value, query, grad_output,
+    row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     keys, window, begin, end, steps, hole_at, hole, scale,
     MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -95,8 +97,13 @@ def _steps_base(
             rows -= tl.where(i < hole_at, 0, hole)
             wanted = rows >= begin
             rows = tl.maximum(rows, begin)  # rows in front may be those of inactive anchors, and NaN
-            anchor = tl.where(wanted, tl.load(row_anchor + rows), -1)
-            visible = sees_base(anchor[None, :], keys[:, None], 0, window)
+            anchor = tl.load(row_anchor + rows)
+            first = 0
+            if row_start is None:
+                anchor = tl.where(wanted, anchor, -1)
+            else:
+                first = tl.where(wanted, tl.load(row_start + rows), 2**31 - 1)[None, :]
+            visible = sees_base(anchor[None, :], keys[:, None], first, window)
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, None,
             QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
@@ -105,16 +112,19 @@ def _steps_base(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["num_rows", "length", "window", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "rows_of_an_anchor", "length", "window", "splits"])
 def key_gradient_kernel(
-    grad_output, query, key, value, key_start, row_anchor, row_log_sum, row_delta, row_query, row_grad,
-    grad_key, grad_value,
-    grad_output_stride, query_stride, key_stride, value_stride, batches, kv_heads, num_rows, length, window, splits,
-    scale,
+    grad_output, query, key, value, key_start, start_bounds,
+    row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
+    grad_output_stride, query_stride, key_stride, value_stride,
+    batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, scale,
     GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D].
+
+    The first base key is ``key_start`` [B]. With ``start_bounds`` [2, B, P] it is in ``row_start``, and there is no
+    window: the bounds are the last so far and the first from there on, in the order of the anchors; both ascend.
 
     With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
     negative. Grid: key blocks · Hkv · B · splits programs.
@@ -133,6 +143,8 @@ def key_gradient_kernel(
     value += batch * value_stride[0] + head * value_stride[1]
     table = (batch * kv_heads + head) * num_rows
     row_anchor += table
+    if row_start is not None:
+        row_start += table
     row_log_sum += table
     row_delta += table
     row_query += table
@@ -144,15 +156,21 @@ def key_gradient_kernel(
     k = load_vectors(key, near.to(tl.int64) * key_stride[2], None, HEAD, BLOCK_D)
     v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, HEAD, BLOCK_D)
 
-    # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window those in
-    # [tail, end) some again. Splits share them out evenly. Masked tiles take what whole unmasked ones leave over, and
-    # come first, so that little has to stay in registers besides what the long unmasked loop needs.
+    # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window or first
+    # keys of their own those in [tail, end) maybe some. Splits share them out evenly. Masked tiles take what whole
+    # unmasked ones leave over, and come first, so that little has to stay in registers besides what the long unmasked
+    # loop needs.
     last_key = tl.minimum(block + BLOCK_N, length) - 1
-    begin = _first_row(row_anchor, num_rows, block)
-    full = _first_row(row_anchor, num_rows, last_key)
+    begin = _first_from(row_anchor, num_rows, block)
+    full = _first_from(row_anchor, num_rows, last_key)
     end = num_rows
-    if window is not None:
-        end = _first_row(row_anchor, num_rows, last_key + window)
+    if start_bounds is not None:
+        num_anchors = num_rows // rows_of_an_anchor
+        start_bounds += batch * num_anchors
+        end = _first_from(start_bounds + batches * num_anchors, num_anchors, last_key + 1) * rows_of_an_anchor
+        end = tl.maximum(end, begin)
+    elif window is not None:
+        end = _first_from(row_anchor, num_rows, last_key + window)
     first = 0
     if key_start is not None:
         first = tl.load(key_start + batch).to(tl.int32)
@@ -161,8 +179,11 @@ def key_gradient_kernel(
     begin = tl.minimum(begin + split * share, end)
     end = tl.minimum(begin + share, end)
     tail_steps = 0
-    if window is not None:
-        tail = _first_row(row_anchor, num_rows, block + window)
+    if start_bounds is not None:
+        tail = _first_from(start_bounds, num_anchors, block + 1) * rows_of_an_anchor
+        tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
+    elif window is not None:
+        tail = _first_from(row_anchor, num_rows, block + window)
         tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
     full_end = end - tail_steps * EDGE_M
     full_steps = tl.maximum(full_end - tl.maximum(full, begin), 0) // BLOCK_M
@@ -172,13 +193,13 @@ def key_gradient_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = _steps_base(
-        dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
-        begin, end, masked_steps, tail_steps, full_rows, base_2(scale),
+        dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
+        keys, window, begin, end, masked_steps, tail_steps, full_rows, base_2(scale),
         True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, EDGE_M,
     )  # fmt: skip
     dk, dv = _steps_base(
-        dk, dv, k, v, query, grad_output, row_anchor, row_log_sum, row_delta, row_query, row_grad, keys, window,
-        begin, full_end, full_steps, 0, 0, base_2(scale),
+        dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
+        keys, window, begin, full_end, full_steps, 0, 0, base_2(scale),
         False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     dk *= scale

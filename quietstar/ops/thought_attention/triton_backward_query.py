@@ -5,8 +5,9 @@ forward does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − 
 dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key).
 
 What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
-anchor, lse, delta, and where the row lies in query and in dO (if it lies elsewhere), counted in units that divide all
-their strides: small numbers, which need few registers there. They then read rows without a thought for their order.
+anchor, first base key (if anchors have their own), lse, delta, and where the row lies in query and in dO (if it lies
+elsewhere), counted in units that divide all their strides: small numbers, which need few registers there. They then
+read rows without a thought for their order.
 """
 
 import triton
@@ -24,9 +25,11 @@ from quietstar.ops.thought_attention.triton_tiles import (
     out_of_pieces,
     piece_columns,
     place_of,
+    positions_of_tile,
     row_offsets,
     seen_keys,
-    sees_base,
+    sees_block,
+    start_of,
     store_vectors,
     transposed,
 )
@@ -48,8 +51,8 @@ def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, s
 
 @triton.jit
 def _steps_base(
-    grad_query, query, grad_output, key, value, key_stride, value_stride, anchor, first, window,
-    begin, end, steps, hole_at, hole, log_sum, delta, scale,
+    grad_query, query, grad_output, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first,
+    window, begin, end, steps, hole_at, hole, log_sum, delta, scale,
     MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``_step`` over ``steps`` blocks of base keys from ``begin`` on; ``base_range`` explains the bounds of MASKED."""
@@ -60,8 +63,8 @@ def _steps_base(
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
-            seen = seen_keys(anchor, keys, first, end, window)
-            visible = sees_base(anchor[:, None], keys[None, :], first, window)
+            seen = seen_keys(tile_anchor, keys, tile_first, end, window)
+            visible = sees_block(anchor, keys, first, window)
         k = load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         v = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale)
@@ -71,17 +74,18 @@ def _steps_base(
 @triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window"])
 def query_gradient_kernel(
     grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order, key_start,
-    grad_query, row_anchor, row_log_sum, row_delta, row_query, row_grad,
+    grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
     thought_value_stride, output_stride, lse_stride, anchors_stride,
     kv_heads, num_anchors, length, thought_steps, window, scale,
     STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    PIECE: tl.constexpr, PIECE_ANCHORS: tl.constexpr,
+    PIECE: tl.constexpr, PIECE_ANCHORS: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of a tile, with the strides of ``output``, and its part of the row tables.
 
-    ``scale`` is not negative. Grid: tiles · B · Hkv programs.
+    ``key_start`` is as in the forward, and the table ``row_start`` there if PER_ANCHOR. ``scale`` is not negative.
+    Grid: tiles · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
     PIECES: tl.constexpr = BLOCK_M // PIECE
@@ -105,9 +109,6 @@ def query_gradient_kernel(
         anchors += batch * anchors_stride
     if order is not None:
         order += batch * anchors_stride
-    first = 0
-    if key_start is not None:
-        first = tl.load(key_start + batch).to(tl.int32)
 
     index = tile_start + tl.arange(0, BLOCK_M)
     exists = index < num_rows
@@ -115,6 +116,13 @@ def query_gradient_kernel(
     position = rows // ROWS
     place = place_of(position, order)
     anchor = anchor_of(position, anchors, length)
+    first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
+    tile_anchor = None
+    tile_first = first
+    if window is not None or PER_ANCHOR:
+        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
+        tile_anchor = anchor_of(tile_position, anchors, length)
+        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
     query_offsets = row_offsets(rows, place, query_stride, STEPS, GROUP)
     grad_offsets = row_offsets(rows, place, grad_output_stride, STEPS, GROUP)
     q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
@@ -131,6 +139,8 @@ def query_gradient_kernel(
         log_sum = tl.where(anchor < 0, float("inf"), log_sum)
     table = (batch * kv_heads + head) * num_rows + index
     tl.store(row_anchor + table, anchor, mask=exists)
+    if row_start is not None:
+        tl.store(row_start + table, first, mask=exists)
     tl.store(row_log_sum + table, log_sum, mask=exists)
     tl.store(row_delta + table, delta, mask=exists)
     tl.store(row_query + table, query_offsets // QUERY_UNIT, mask=exists)
@@ -166,11 +176,11 @@ def query_gradient_kernel(
         anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
     )
     dq = _steps_base(
-        dq, q, do, key, value, key_stride, value_stride, anchor, first, window,
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
         begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), True, HEAD, BLOCK_D, EDGE_N,
     )  # fmt: skip
     dq = _steps_base(
-        dq, q, do, key, value, key_stride, value_stride, anchor, first, window,
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
         full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale),
         False, HEAD, BLOCK_D, BLOCK_N,
     )  # fmt: skip

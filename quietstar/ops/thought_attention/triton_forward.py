@@ -29,9 +29,11 @@ from quietstar.ops.thought_attention.triton_tiles import (
     out_of_pieces,
     piece_columns,
     place_of,
+    positions_of_tile,
     row_offsets,
     seen_keys,
-    sees_base,
+    sees_block,
+    start_of,
     store_vectors,
     transposed,
 )
@@ -50,7 +52,7 @@ def _attend(acc, peak, total, scores, scale, value):
 
 @triton.jit
 def _attend_base(
-    acc, peak, total, query, key, value, key_stride, value_stride, anchor, first, window,
+    acc, peak, total, query, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
     begin, end, steps, hole_at, hole, scale,
     MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -61,10 +63,10 @@ def _attend_base(
         if MASKED:
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
-            seen = seen_keys(anchor, keys, first, end, window)
+            seen = seen_keys(tile_anchor, keys, tile_first, end, window)
         scores = dot(query, transposed(load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)))
         if MASKED:
-            visible = sees_base(anchor[:, None], keys[None, :], first, window)
+            visible = sees_block(anchor, keys, first, window)
             scores = tl.where(visible, scores, float("-inf"))
         block_value = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
         acc, peak, total = _attend(acc, peak, total, scores, scale, block_value)
@@ -78,10 +80,11 @@ def forward_kernel(
     anchors_stride, kv_heads, num_anchors, length, thought_steps, window, splits, scale,
     STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr, PIECE: tl.constexpr,
-    PIECE_ANCHORS: tl.constexpr, SPLIT: tl.constexpr,
+    PIECE_ANCHORS: tl.constexpr, SPLIT: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Output and natural-log lse of a tile; with SPLIT, a partial output and base-2 lse of one part of its keys.
 
+    ``key_start`` is contiguous: [B], or PER_ANCHOR [B, P] in the order of ``anchors``, and then there is no window.
     ``scale`` is not negative. Grid: tiles · splits · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
@@ -103,9 +106,6 @@ def forward_kernel(
         anchors += batch * anchors_stride
     if order is not None:
         order += batch * anchors_stride
-    first = 0
-    if key_start is not None:
-        first = tl.load(key_start + batch).to(tl.int32)
 
     scale = base_2(scale)
     index = tile_start + tl.arange(0, BLOCK_M)
@@ -113,6 +113,13 @@ def forward_kernel(
     position = rows // ROWS
     place = place_of(position, order)
     anchor = anchor_of(position, anchors, length)
+    first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
+    tile_anchor = None
+    tile_first = first
+    if window is not None or PER_ANCHOR:
+        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
+        tile_anchor = anchor_of(tile_position, anchors, length)
+        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
     q = load_vectors(query, row_offsets(rows, place, query_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
 
     # The thought keys, piece by piece.
@@ -148,11 +155,11 @@ def forward_kernel(
         anchor, first, window, length, split, splits, BLOCK_N, EDGE_N
     )
     acc, peak, total = _attend_base(
-        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, window,
+        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
         begin, end, steps, hole_at, hole, scale, True, HEAD, BLOCK_D, EDGE_N,
     )  # fmt: skip
     acc, peak, total = _attend_base(
-        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, window,
+        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
         full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, False, HEAD, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 

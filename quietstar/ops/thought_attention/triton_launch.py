@@ -208,8 +208,7 @@ def cut(rows: int, thought_steps: int, tile: Tile) -> Piece:
     """
 
     def into(piece: int, widest: int) -> Piece:
-        # Tiles start at multiples of the piece, so within an anchor a piece starts at multiples of their gcd.
-        anchors = (rows - math.gcd(rows, piece) + piece - 1) // rows + 1
+        anchors = _most_anchors(rows, piece)
         return Piece(piece, anchors, max(16, min(widest, power_of_2(anchors * thought_steps))))
 
     def columns(piece: Piece) -> int:
@@ -217,6 +216,17 @@ def cut(rows: int, thought_steps: int, tile: Tile) -> Piece:
 
     whole, small = into(tile.block_m, min(64, tile.block_n)), into(16, 16)
     return whole if tile.block_m == 16 or columns(whole) <= 2 * columns(small) else small
+
+
+def tile_anchors(rows: int, tile: Tile) -> int:
+    """A power of two that is enough for the anchors of a tile's rows, with ``rows`` = S·G to an anchor."""
+    return power_of_2(_most_anchors(rows, tile.block_m))
+
+
+def _most_anchors(rows: int, piece: int) -> int:
+    """The most anchors that ``piece`` neighbouring rows belong to, with ``rows`` = S·G to an anchor."""
+    # Tiles start at multiples of the piece, so within an anchor a piece starts at multiples of their gcd.
+    return (rows - math.gcd(rows, piece) + piece - 1) // rows + 1
 
 
 def power_of_2(least: int) -> int:

@@ -53,6 +53,24 @@ def anchor_of(position, anchors, length):
 
 
 @triton.jit
+def start_of(position, batch, key_start, num_anchors, PER_ANCHOR: tl.constexpr):
+    """First base key of the anchors at ``position``; one number if it is the same for all of a batch."""
+    if key_start is None:
+        return tl.to_tensor(0)
+    elif PER_ANCHOR:
+        return tl.load(key_start + (batch * num_anchors + position)).to(tl.int32)
+    else:
+        return tl.load(key_start + batch).to(tl.int32)
+
+
+@triton.jit
+def positions_of_tile(tile_start, num_rows, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_ANCHORS: tl.constexpr):
+    """The positions of the anchors that a tile's rows belong to, the last of them repeated: [TILE_ANCHORS]."""
+    last = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
+    return tl.minimum(tile_start // ROWS + tl.arange(0, TILE_ANCHORS), last)
+
+
+@triton.jit
 def row_offsets(rows, place, stride, STEPS: tl.constexpr, GROUP: tl.constexpr):
     """Offsets of packed rows in a tensor with strides (batch, head, anchor, step) of one key/value head."""
     step = (rows // GROUP) % STEPS
@@ -117,7 +135,11 @@ def dot(a, b):
 
 @triton.jit
 def base_range(anchor, first, window, length, split, splits, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr):
-    """Which base keys a part of the splits has to look at for the rows of a tile, given their anchors (−1 inactive).
+    """Which base keys a part of the splits has to look at for the rows of a tile.
+
+    Args:
+        anchor: of each row, −1 inactive.
+        first: the first base key of each row, then without a window, or one number for all.
 
     Returns:
         full_begin, full_end: these keys every active row sees; whole blocks of BLOCK_N.
@@ -128,7 +150,10 @@ def base_range(anchor, first, window, length, split, splits, BLOCK_N: tl.constex
     low = tl.minimum(tl.min(tl.where(anchor < 0, length, anchor), 0), high)
     begin = first
     full_begin = first
-    if window is not None:
+    if len(first.shape) > 0:
+        begin = tl.min(tl.where(first <= anchor, first, length), 0)
+        full_begin = tl.max(tl.where(anchor < 0, 0, first), 0)
+    elif window is not None:
         begin = tl.maximum(first, low - window + 1)
         full_begin = tl.maximum(first, high - window + 1)
     end = high + 1
@@ -150,7 +175,7 @@ def base_range(anchor, first, window, length, split, splits, BLOCK_N: tl.constex
 
 @triton.jit
 def sees_base(anchor, keys, first, window):
-    """Whether a row with ``anchor`` sees base ``keys``; shapes broadcast."""
+    """Whether a row with ``anchor`` sees base ``keys``, from ``first`` on; shapes broadcast."""
     visible = (keys <= anchor) & (keys >= first)
     if window is not None:
         visible = visible & (keys > anchor - window)
@@ -158,13 +183,24 @@ def sees_base(anchor, keys, first, window):
 
 
 @triton.jit
+def sees_block(anchor, keys, first, window):
+    """``sees_base`` of [rows] or anchors and [keys]: [rows, keys]."""
+    if len(first.shape) > 0:
+        first = first[:, None]
+    return sees_base(anchor[:, None], keys[None, :], first, window)
+
+
+@triton.jit
 def seen_keys(anchor, keys, first, end, window):
-    """Which base ``keys`` in front of ``end`` some row of a tile sees, given its anchors."""
-    seen = (keys >= first) & (keys < end)
-    if window is not None:  # between windows there may be keys that are in none
-        ahead = anchor[None, :] - keys[:, None]
-        seen = seen & (tl.max(((ahead >= 0) & (ahead < window)).to(tl.int32), 1) > 0)
-    return seen
+    """Which base ``keys`` in front of ``end`` some row of a tile sees, given the tile's anchors.
+
+    Without a window and with one ``first`` for all rows they need not be given. Else there may be keys that none sees
+    between those of two anchors; that takes a look at each anchor, but not at each row, for which registers are short.
+    """
+    if anchor is None:
+        return (keys < end) & (keys >= first)
+    else:
+        return (keys < end) & (tl.max(sees_block(anchor, keys, first, window).to(tl.int32), 0) > 0)
 
 
 @triton.jit
