@@ -126,22 +126,32 @@ void sample_rows(Address logits, Address seed, Address tokens, Size first_row, f
   cuda::sample_rows(arguments, place(device, stream));
 }
 
-using Tensor = std::pair<Address, std::vector<Size>>;  // and the strides of all dimensions but the last
+using Tensor = std::pair<Address, std::vector<Size>>;  // and its strides, of vectors without that of their elements
+
+std::vector<Size> strides_of(const char* name, const Tensor& tensor, std::size_t dimensions) {
+  if (tensor.second.size() != dimensions) {
+    refuse(name, "come with " + std::to_string(dimensions) + " strides", static_cast<Size>(tensor.second.size()));
+  }
+  for (Size stride : tensor.second) at_least("stride", 0, stride);
+  return tensor.second;
+}
+
+// Of [B, P], with the strides of both dimensions.
+cuda::PerAnchor per_anchor(const char* name, const Tensor& tensor) {
+  const std::vector<Size> strides = strides_of(name, tensor, 2);
+  return {optional_pointer<const Size>(name, tensor.first), strides[0], strides[1]};
+}
 
 cuda::Steps steps(int dtype, const char* name, const Tensor& tensor, std::size_t dimensions, Size count) {
-  std::vector<Size> strides = tensor.second;
-  if (strides.size() != dimensions) {
-    refuse(name, "come with " + std::to_string(dimensions) + " strides", static_cast<Size>(strides.size()));
-  }
-  for (Size stride : strides) at_least("stride", 0, stride);
+  std::vector<Size> strides = strides_of(name, tensor, dimensions);
   strides.resize(4);
   return {pointer<const char>(name, tensor.first, count, alignment_of(dtype)), strides[0], strides[1], strides[2],
           strides[3]};
 }
 
 void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& query, const Tensor& key,
-                       const Tensor& value, const Tensor& thought_key, const Tensor& thought_value, Address anchors,
-                       Size anchor_batch_stride, Address key_start, Size window, float scale, Address output,
+                       const Tensor& value, const Tensor& thought_key, const Tensor& thought_value,
+                       const Tensor& anchors, const Tensor& key_start, Size window, float scale, Address output,
                        Address lse, Address split_output, Address split_lse, Size splits, int device, Address stream) {
   if (sizes.size() != 8) refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D", static_cast<Size>(sizes.size()));
   for (std::size_t i = 0; i < sizes.size(); ++i) at_least("sizes", i == 6 ? 0 : 1, sizes[i]);  // there may be no base
@@ -152,9 +162,8 @@ void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& 
   a.value = steps(dtype, "value", value, 3, sizes[6]);
   a.thought_key = steps(dtype, "thought_key", thought_key, 4, 1);
   a.thought_value = steps(dtype, "thought_value", thought_value, 4, 1);
-  a.anchors = optional_pointer<const Size>("anchors", anchors);
-  a.anchor_batch_stride = at_least("anchor_batch_stride", 0, anchor_batch_stride);
-  a.key_start = optional_pointer<const Size>("key_start", key_start);
+  a.anchors = per_anchor("anchors", anchors);
+  a.key_start = per_anchor("key_start", key_start);
   a.window = at_least("window", 1, window);
   a.scale = scale;
   a.output = pointer<char>("output", output, 1, 4);

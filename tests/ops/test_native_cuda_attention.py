@@ -39,6 +39,18 @@ LARGE = {
         {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 64},
         {"anchors": [[1099, 3, 350], [-1, 700, 1000]], "key_start": [0, 600]},
     ),
+    # Documents end inside a tile of keys, a block of rows and a split.
+    "sampling step, packed documents": (
+        {"query_heads": 4, "length": 150, "num_anchors": 100, "steps": 1, "thought_steps": 4, "head": 64},
+        {
+            "anchors": list(range(50, 150)),
+            "key_start": [[p // 70 * 70 for p in range(50, 150)], [(37 * p) % 151 for p in range(100)]],
+        },
+    ),
+    "decoding, packed documents": (
+        {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 72},
+        {"anchors": [[1099, 3, 350], [-1, 700, 1000]], "key_start": [[800, 4, 0], [5, 600, 100]], "window": 450},
+    ),
     "decoding, long window": (
         {"query_heads": 4, "kv_heads": 1, "length": 900, "num_anchors": 4, "steps": 1, "thought_steps": 70, "head": 72},
         {"anchors": [899, 898, 897, 896], "window": 800},

@@ -115,9 +115,9 @@ def test_wrong_contracts_of_the_other_functions(shim):
     tensor, base = (at, [8, 8, 8, 8]), (at, [8, 8, 8])
     sizes = [1, 1, 1, 1, 1, 1, 1, 8]
 
-    def attend(sizes=sizes, query=tensor, splits=1):
+    def attend(sizes=sizes, query=tensor, splits=1, key_start=(0, [0, 0])):
         shim.cuda.thought_attention(
-            0, sizes, query, base, base, tensor, tensor, at, 0, 0, 1, 1.0, at, at, 0, 0, splits, 0, 0
+            0, sizes, query, base, base, tensor, tensor, (at, [1, 1]), key_start, 1, 1.0, at, at, 0, 0, splits, 0, 0
         )
 
     with pytest.raises(ValueError, match="sizes must be B, Hq, Hkv, P, S, T, L, D, got 7"):
@@ -130,6 +130,10 @@ def test_wrong_contracts_of_the_other_functions(shim):
         attend([1, 1, 1, 1, 2, 1, 1, 8])
     with pytest.raises(ValueError, match="query must come with 4 strides, got 3"):
         attend(query=base)
+    with pytest.raises(ValueError, match="key_start must come with 2 strides, got 1"):
+        attend(key_start=(at, [1]))
+    with pytest.raises(ValueError, match="key_start must be aligned to 8 bytes"):
+        attend(key_start=(at + 4, [1, 1]))
     with pytest.raises(ValueError, match="split_output must not be null"):
         attend(splits=2)
     with pytest.raises(ValueError, match="logits must be aligned to 16 bytes"):

@@ -93,15 +93,20 @@ struct Steps {
   std::int64_t batch_stride, head_stride, anchor_stride, step_stride;
 };
 
+// Integers [B, P], also of stride 0; null if they are not there.
+struct PerAnchor {
+  const std::int64_t* data;
+  std::int64_t batch_stride, anchor_stride;
+};
+
 // Attention of thoughts, without gradients: see thought_attention/api.py.
 constexpr std::int64_t kLargestHead = 128;
 constexpr std::int64_t kTileRows = 128;  // the most query rows of one key/value head that a block takes
 
 struct ThoughtAttention {
   Steps query, key, value, thought_key, thought_value;  // anchor_stride of key and value: from one position to the next
-  const std::int64_t* anchors;                          // [P] or [B, P], or null for 0, 1, 2, ...
-  std::int64_t anchor_batch_stride;                     // 0 for [P]
-  const std::int64_t* key_start;                        // [B], or null for 0
+  PerAnchor anchors;                                    // null: 0, 1, 2, ...
+  PerAnchor key_start;                                  // null: 0
   std::int64_t window;                                  // L or more: none
   float scale;
   void* output;  // contiguous [B, Hq, P, S, D]

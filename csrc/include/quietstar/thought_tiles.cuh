@@ -35,12 +35,16 @@ struct AttentionHead {
 
   // Of an anchor; −1: it is inactive.
   __device__ __forceinline__ std::int64_t position(const ThoughtAttention& a, int anchor) const {
-    return a.anchors ? a.anchors[batch * a.anchor_batch_stride + anchor] : anchor;
+    return of_anchor(a.anchors, anchor, anchor);
   }
 
-  // The first base key that is not padding.
-  __device__ __forceinline__ std::int64_t start(const ThoughtAttention& a) const {
-    return a.key_start ? a.key_start[batch] : 0;
+  // The first base key of its text.
+  __device__ __forceinline__ std::int64_t start(const ThoughtAttention& a, int anchor) const {
+    return of_anchor(a.key_start, anchor, 0);
+  }
+
+  __device__ __forceinline__ std::int64_t of_anchor(const PerAnchor& numbers, int anchor, std::int64_t other) const {
+    return numbers.data ? numbers.data[batch * numbers.batch_stride + anchor * numbers.anchor_stride] : other;
   }
 
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
@@ -48,8 +52,8 @@ struct AttentionHead {
     const int anchor = row / (steps * group), step = row / group % steps;
     const std::int64_t position = this->position(a, anchor);
     if (position < 0) return {anchor, 0, -1, -1};
-    const std::int64_t high = min(position, a.length - 1);
-    return {anchor, static_cast<int>(max(start(a), position - min(a.window, a.length) + 1)), static_cast<int>(high),
+    const std::int64_t low = max(start(a, anchor), position - min(a.window, a.length) + 1);
+    return {anchor, static_cast<int>(low), static_cast<int>(min(position, a.length - 1)),
             static_cast<int>(a.thought_steps) - steps + step};
   }
 
@@ -107,13 +111,12 @@ struct TileList {
   __device__ __forceinline__ bool seen(const ThoughtAttention& a, const AttentionHead& head, const Key& key) const {
     if (!key.valid) return false;
     if (!key.base) return head.position(a, key.anchor) >= 0;
-    if (key.position < head.start(a)) return false;
-    if (a.window >= a.length) return true;
-    // Between windows there may be keys that are in none; mostly the first anchor sees a key.
+    if (a.window >= a.length && a.key_start.anchor_stride == 0) return key.position >= head.start(a, first_anchor);
+    // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key.
     const int anchors = thought_keys / static_cast<int>(a.thought_steps);
     for (int anchor = first_anchor; anchor < first_anchor + anchors; ++anchor) {
       const std::int64_t last = head.position(a, anchor);
-      if (key.position <= last && key.position > last - a.window) return true;
+      if (key.position <= last && key.position > last - a.window && key.position >= head.start(a, anchor)) return true;
     }
     return false;
   }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quietstar.ops._cuda import launch_place, processors
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
+from quietstar.ops.thought_attention.reference import per_anchor
 
 # A block takes at least this many keys: for fewer, starting it and adding up its result cost more.
 _SPLIT_KEYS = 256
@@ -37,10 +38,11 @@ def forward(
         split_output = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
         split_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=query.device)
     held = [unit_columns(x) for x in (query, key, value, thought_key, thought_value)]
-    anchors, key_start = _numbers(anchors), _numbers(key_start)
+    indices = anchors, None if key_start is None else per_anchor(key_start)
+    indices = [None if x is None else x.to(torch.int64).expand(batch, num_anchors) for x in indices]
     _C.cuda.thought_attention(
-        DTYPE_CODES[query.dtype], sizes, *((address(x), x.stride()[:-1]) for x in held), address(anchors),
-        0 if anchors is None or anchors.dim() == 1 else anchors.stride(0), address(key_start),
+        DTYPE_CODES[query.dtype], sizes, *((address(x), x.stride()[:-1]) for x in held),
+        *((0, (0, 0)) if x is None else (address(x), x.stride()) for x in indices),
         length if window is None else window, scale, address(output), address(lse), address(split_output),
         address(split_lse), splits, *launch_place(query),
     )  # fmt: skip
@@ -50,11 +52,6 @@ def forward(
 def backward(*_: object) -> tuple[Tensor, ...]:
     """Raises: the public function lets no call through that needs a gradient."""
     raise NotImplementedError("the cuda backend of thought_attention has no backward")
-
-
-def _numbers(index: Tensor | None) -> Tensor | None:
-    """An index tensor as int64 with neighbouring elements in the last dimension."""
-    return None if index is None else unit_columns(index.to(torch.int64))
 
 
 def _splits(query: Tensor, kv_heads: int, length: int) -> int:
