@@ -14,7 +14,7 @@ from quietstar.models.attention import (
     ThoughtTree,
 )
 from quietstar.models.transformers_names import MistralModel
-from quietstar.ops import linear_sample
+from quietstar.ops.linear_sample import draw
 
 
 @dataclass
@@ -118,10 +118,11 @@ class Thinker:
         for j in range(self.thought_length):
             if self.cache.steps == j:
                 self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[-1]))
-            drawn = linear_sample(
+            drawn = draw(
                 self.hidden.flatten(0, 1), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
             )
-            tokens.append(drawn.view(*anchors, 1))
+            # Where there is none (-1) the state is NaN, and so are loss and logits, which say so: any token will do.
+            tokens.append(drawn.view(*anchors, 1).clamp_min(0))
         return torch.cat(tokens, dim=2) if tokens else seeds.new_empty(*anchors, 0)
 
     def finish(self, tokens: Tensor) -> Tensor:

@@ -69,6 +69,26 @@ def linear_sample(
             unavailable backend; on the CPU also a row from which no token can be drawn (``QUIETSTAR_CHECK_VALUES``
             turns the check on for CUDA too).
     """
+    tokens = draw(
+        hidden, weight, temperature=temperature, suppress=suppress, top_k=top_k, top_p=top_p, seed=seed, backend=backend
+    )
+    check_drawn(tokens)
+    return tokens
+
+
+@torch.no_grad()
+def draw(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float,
+    suppress: Iterable[int] | Tensor | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """As :func:`linear_sample`, but a row without a token has −1 on every device: the caller looks for NaN itself."""
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
     dims.bind("weight", weight, "V H")
@@ -99,11 +119,8 @@ def linear_sample(
     name = select_backend("linear_sample", backend, _BACKENDS, hidden)
     if name == "reference":
         with autocast_off(weight.device):
-            tokens = reference.linear_sample(*arguments)
-    else:
-        tokens = linear_sample_op(*arguments, name)
-    check_drawn(tokens)
-    return tokens
+            return reference.linear_sample(*arguments)
+    return linear_sample_op(*arguments, name)
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
