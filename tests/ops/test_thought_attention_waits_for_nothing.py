@@ -9,7 +9,7 @@ from thought_attention_cases import CASES, case
 from waiting import NothingFromTheHost
 
 from quietstar.ops import thought_attention
-from quietstar.ops.thought_attention import autograd
+from quietstar.ops.thought_attention import autograd, flash, library
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -34,3 +34,13 @@ def test_nothing_is_read(name, through_lse, backend):
     output, lse = thought_attention(*inputs, **options, return_lse=True, backend=backend)
     loss = output.sum() + lse.sum() if through_lse else output.sum()
     assert [x.shape for x in torch.autograd.grad(loss, inputs)] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("name", "repeats"), [("all positions", 1), ("repeated anchors", None), ("left padding", None), ("window", None)]
+)
+def test_the_library_takes_what_it_can_without_looking(name, repeats, monkeypatch):
+    monkeypatch.setattr(flash, "supports", lambda query, scale: True)
+    inputs, options = case(name, device="meta")
+    mask = (options.get(name) for name in ("anchors", "key_start", "window"))
+    assert library.causal_repeats(*mask, 1.0, *inputs[:2]) == repeats
