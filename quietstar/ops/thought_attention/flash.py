@@ -2,6 +2,8 @@
 
 Rows are folded so that the library sees ordinary causal attention: query [B·Hq, repeats·S, n, D] (steps and repeats
 are heads, positions are rows) against one key/value head per query head, expanded over the folded heads.
+
+On a CPU float16 is computed in float32: the kernel for it takes several times as long, and its sums may be out of range.
 """
 
 import torch
@@ -36,7 +38,7 @@ def supports(query: Tensor, scale: float) -> bool:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, repeats: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every row over base keys 0..anchor: output [B, Hq, P, S, D] and lse [B, Hq, P, S]."""
+    """Attention of every row over base keys 0..anchor: output [B, Hq, P, S, D], maybe wider, and lse [B, Hq, P, S]."""
     folded = _fold(_readable(query), repeats), *_expand(query, key, value, repeats)
     if query.device.type == "cpu":
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*folded, is_causal=True, scale=scale)
@@ -55,9 +57,9 @@ def backward(
     repeats: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value through the base part, given the *merged* output and lse."""
+    """Gradients of query (maybe wider), key and value through the base part, given the *merged* output and lse."""
     folded = _fold(_readable(query), repeats), *_expand(query, key, value, repeats)
-    grad, merged, log_sum = (_fold(x, repeats) for x in (_readable(grad_output), output, lse))
+    grad, merged, log_sum = (_fold(x, repeats) for x in (_readable(grad_output), _readable(output), lse))
     positions = merged.shape[2]
     if query.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -73,11 +75,17 @@ def backward(
     return _unfold(grad_query, query), _reduce(grad_key, key), _reduce(grad_value, value)
 
 
+def _taken(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that the kernels compute in."""
+    return tensor.float() if tensor.device.type == "cpu" and tensor.dtype == torch.float16 else tensor
+
+
 def _readable(rows: Tensor) -> Tensor:
     """The rows in a layout that the kernels take: elements of a vector side by side, vectors apart, in aligned places.
 
     The kernel for CPUs takes any last stride for 1, and its matrix products no rows that overlap.
     """
+    rows = _taken(rows)
     *outer, last = rows.stride()
     apart = all(
         size == 1 or (stride >= rows.shape[-1] and (rows.device.type == "cpu" or stride % _ALIGNMENT == 0))
@@ -106,7 +114,7 @@ def _expand(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> tuple[Te
     group = query.shape[1] // key.shape[1]
     return tuple(
         x[:, :, :positions].repeat_interleave(group, dim=1).flatten(0, 1)[:, None].expand(-1, folded_heads, -1, -1)
-        for x in (key, value)
+        for x in map(_taken, (key, value))
     )
 
 
