@@ -3,7 +3,7 @@
 Rows are folded so that the library sees ordinary causal attention: query [B·Hq, repeats·S, n, D] (steps and repeats
 are heads, positions are rows) against one key/value head per query head, expanded over the folded heads.
 
-On a CPU float16 is computed in float32: the kernel for it takes several times as long, and its sums may be out of range.
+On a CPU float16 is computed in float32: the kernel for it takes several times as long, and its sums may overflow.
 """
 
 import torch
