@@ -139,6 +139,7 @@ std::vector<Size> strides_of(const char* name, const Tensor& tensor, std::size_t
 // Of [B, P], with the strides of both dimensions.
 cuda::PerAnchor per_anchor(const char* name, const Tensor& tensor) {
   const std::vector<Size> strides = strides_of(name, tensor, 2);
+  if (strides[1] > 1) refuse(name, "have an anchor stride of at most 1", strides[1]);
   return {optional_pointer<const Size>(name, tensor.first), strides[0], strides[1]};
 }
 

@@ -132,6 +132,8 @@ def test_wrong_contracts_of_the_other_functions(shim):
         attend(query=base)
     with pytest.raises(ValueError, match="key_start must come with 2 strides, got 1"):
         attend(key_start=(at, [1]))
+    with pytest.raises(ValueError, match="key_start must have an anchor stride of at most 1, got 2"):
+        attend(key_start=(at, [1, 2]))
     with pytest.raises(ValueError, match="key_start must be aligned to 8 bytes"):
         attend(key_start=(at + 4, [1, 1]))
     with pytest.raises(ValueError, match="split_output must not be null"):

@@ -93,10 +93,10 @@ struct Steps {
   std::int64_t batch_stride, head_stride, anchor_stride, step_stride;
 };
 
-// Integers [B, P], also of stride 0; null if they are not there.
+// Integers [B, P] with neighbouring elements in the last dimension, or the same one; null if they are not there.
 struct PerAnchor {
   const std::int64_t* data;
-  std::int64_t batch_stride, anchor_stride;
+  std::int64_t batch_stride, anchor_stride;  // the latter 1 or 0
 };
 
 // Attention of thoughts, without gradients: see thought_attention/api.py.

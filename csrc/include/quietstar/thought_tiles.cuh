@@ -43,8 +43,9 @@ struct AttentionHead {
     return of_anchor(a.key_start, anchor, 0);
   }
 
+  // With any stride between anchors, kernels spill registers.
   __device__ __forceinline__ std::int64_t of_anchor(const PerAnchor& numbers, int anchor, std::int64_t other) const {
-    return numbers.data ? numbers.data[batch * numbers.batch_stride + anchor * numbers.anchor_stride] : other;
+    return numbers.data ? numbers.data[batch * numbers.batch_stride + (numbers.anchor_stride ? anchor : 0)] : other;
   }
 
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {

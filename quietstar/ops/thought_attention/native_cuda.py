@@ -39,10 +39,10 @@ def forward(
         split_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=query.device)
     held = [unit_columns(x) for x in (query, key, value, thought_key, thought_value)]
     indices = anchors, None if key_start is None else per_anchor(key_start)
-    indices = [None if x is None else x.to(torch.int64).expand(batch, num_anchors) for x in indices]
+    indices = [None if x is None else unit_columns(x.to(torch.int64)).expand(batch, num_anchors) for x in indices]
     _C.cuda.thought_attention(
         DTYPE_CODES[query.dtype], sizes, *((address(x), x.stride()[:-1]) for x in held),
-        *((0, (0, 0)) if x is None else (address(x), x.stride()) for x in indices),
+        *((0, (0, 0)) if x is None else (address(x), (x.stride(0), min(x.stride(1), 1))) for x in indices),
         length if window is None else window, scale, address(output), address(lse), address(split_output),
         address(split_lse), splits, *launch_place(query),
     )  # fmt: skip
