@@ -18,8 +18,8 @@ multiplied with the thought keys of its own few anchors only, and a batched dot 
 waste little of a diagonal with small blocks (a sampling step has G rows to an anchor), large pieces read less twice.
 
 Base keys come in blocks of BLOCK_N that every row of the tile sees in full and that need no mask. Only the edges are
-masked: around the tile's smallest and largest anchor, the edge of a window, and left padding. Their blocks have EDGE_N
-keys: fewer, because on average half of an edge block is waste.
+masked: around the tile's smallest and largest anchor, the edge of a window, left padding, and the starts of packed
+documents. Their blocks have EDGE_N keys: fewer, because on average half of an edge block is waste.
 
 What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a
 mask, it is not even read.
