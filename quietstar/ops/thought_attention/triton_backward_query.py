@@ -117,12 +117,6 @@ def query_gradient_kernel(
     place = place_of(position, order)
     anchor = anchor_of(position, anchors, length)
     first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
-    tile_anchor = None
-    tile_first = first
-    if window is not None or PER_ANCHOR:
-        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
-        tile_anchor = anchor_of(tile_position, anchors, length)
-        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
     query_offsets = row_offsets(rows, place, query_stride, STEPS, GROUP)
     grad_offsets = row_offsets(rows, place, grad_output_stride, STEPS, GROUP)
     q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
@@ -172,6 +166,12 @@ def query_gradient_kernel(
     dq = out_of_pieces(dq, PIECES)
 
     # The base keys: first those to mask, then the full blocks.
+    tile_anchor = None
+    tile_first = first
+    if window is not None or PER_ANCHOR:
+        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
+        tile_anchor = anchor_of(tile_position, anchors, length)
+        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
     full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
         anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
     )
