@@ -46,7 +46,8 @@ def test_the_hardest_tokens_are_those_of_the_model_before():
     before = torch.arange(20.0).view(2, 10)  # the last two tokens are the hardest tenth
     base, mixed = torch.ones(2, 10), torch.zeros(2, 10)
     base[0, 0], mixed[1, 8:] = 100, 0.5
-    table = results_table(HeldOutNll(before, before), HeldOutNll(base, mixed), speed=1234.5)
+    rest = [torch.zeros(2, 10)] * 3  # which the table does not show
+    table = results_table(HeldOutNll(before, before, *rest), HeldOutNll(base, mixed, *rest), speed=1234.5)
     numbers = {line[:36].strip(): re.findall(r"(-?[\d.]+) ±", line) for line in table.splitlines()}
     assert numbers["base model, before Quiet-STaR"] == ["9.5000", "18.5000"]
     assert numbers["after Quiet-STaR, without thoughts"] == ["5.9500", "1.0000"]

@@ -1,6 +1,32 @@
 """Measuring what thoughts do."""
 
-from quietstar.evaluation.held_out import HeldOutNll, Mean, hardest, held_out_nll, token_mean
+from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
+from quietstar.evaluation.held_out import HeldOutNll, held_out_nll
+from quietstar.evaluation.means import (
+    Gain,
+    Mean,
+    gain,
+    gain_by_difficulty,
+    gain_by_position,
+    gain_by_token,
+    hardest,
+    token_mean,
+)
 from quietstar.evaluation.score import TextScore, score
 
-__all__ = ["HeldOutNll", "Mean", "TextScore", "hardest", "held_out_nll", "score", "token_mean"]
+__all__ = [
+    "Gain",
+    "HeldOutNll",
+    "Mean",
+    "TextScore",
+    "gain",
+    "gain_by_difficulty",
+    "gain_by_position",
+    "gain_by_token",
+    "hardest",
+    "held_out_nll",
+    "random_thoughts",
+    "score",
+    "shuffle_thoughts",
+    "token_mean",
+]

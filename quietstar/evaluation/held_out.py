@@ -1,27 +1,32 @@
-"""What thoughts are worth on text the model has not seen: the two predictions of one model, token by token."""
+"""What thoughts are worth on text the model has not seen: the predictions of one model, token by token."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quietstar._numbers import SEED, Interval
+from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
 from quietstar.models import QuietStarForCausalLM
+from quietstar.models.weights import weight_of
+from quietstar.ops import linear_cross_entropy
+
+Thoughts = Literal["own", "shuffled", "random"] | Tensor | None
 
 
 class HeldOutNll(NamedTuple):
-    """Negative log-likelihoods of held-out tokens in nats, float [windows, L−1], token i+1 at i."""
+    """Negative log-likelihoods of held-out tokens in nats, float [windows, L−1], token i+1 at i.
+
+    What depends on a thought is the mean over the N thoughts of a position.
+    """
 
     base: Tensor  # of the prediction without a thought
-    mixed: Tensor  # of the prediction after one thought, mean over the thoughts drawn
-
-
-class Mean(NamedTuple):
-    """A mean over tokens and its standard error, with windows as independent draws; NaN for a single window."""
-
-    value: float
-    error: float
+    mixed: Tensor  # of the prediction after a thought, mixed with the one without
+    thought: Tensor  # of the prediction after a thought alone, as if its weight were 1
+    mixing_weight: Tensor  # [windows, L−1], weight of the thought in the mixed prediction
+    thought_tokens: Tensor  # int64 [windows, N, L, k], what was thought behind every token
 
 
 @torch.no_grad()
@@ -29,68 +34,126 @@ def held_out_nll(
     model: QuietStarForCausalLM,
     windows: Tensor,
     *,
+    thoughts: Thoughts = "own",
+    thought_length: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> HeldOutNll:
-    """Both predictions of every token of ``windows`` but the first of each.
+    """All predictions of every token of ``windows`` but the first of each.
 
     Args:
-        model: on its device; put into evaluation mode while this runs.
+        model: on the device of the windows; put into evaluation mode while this runs.
         windows: int64 [windows, L], without padding.
+        thoughts: ``"own"``: what the model thinks, ``config.num_thoughts`` thoughts behind every token. Controls:
+            ``"shuffled"``: the same thoughts, each behind a token it was not thought behind; ``"random"``: tokens drawn
+            from the whole vocabulary; None: no thoughts, so that every prediction is the base's and every weight 0.
+            Or int64 [windows, N, L, k]: these.
+        thought_length: k of thoughts that are not given; default ``config.thought_length``.
         batch_size: windows per forward pass.
         seed: of the thoughts; the state of the random number generators is left as it was.
         progress: wraps the batches, to show progress.
 
     Raises:
-        TypeError, ValueError: a batch size or seed that is none, or no windows.
+        TypeError, ValueError: a bad argument, named.
     """
-    if windows.dim() != 2 or windows.numel() == 0:
-        raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
+    _check_thoughts(windows, thoughts, thought_length)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
     SEED.check("seed", seed)
-    device, was_training = windows.device, model.training
+    batches = windows.split(batch_size)
+    if thoughts is None:
+        with _evaluating(model, seed):
+            base = torch.cat([_base_nll(model, batch) for batch in progress(batches)])
+        none = windows.new_empty(len(windows), model.config.num_thoughts, windows.shape[1], 0)
+        return HeldOutNll(base, base, base, torch.zeros_like(base), none)
+
+    count, length = model.config.num_thoughts, thought_length
+    if isinstance(thoughts, Tensor):
+        count, length = thoughts.shape[1], thoughts.shape[3]
+    with _evaluating(model, seed, num_thoughts=count, thought_length=length):
+        if isinstance(thoughts, str):
+            thoughts = _draw(model, batches, thoughts)
+        parts = [
+            _all_nll(model, batch, given)
+            for batch, given in zip(progress(batches), thoughts.split(batch_size), strict=True)
+        ]
+    return HeldOutNll(*map(torch.cat, zip(*parts, strict=True)), thoughts)
+
+
+def _check_thoughts(windows: Tensor, thoughts: Thoughts, thought_length: int | None) -> None:
+    if windows.dim() != 2 or windows.numel() == 0:
+        raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
+    if isinstance(thoughts, Tensor):
+        wanted = [len(windows), windows.shape[1]]
+        if thoughts.dim() != 4 or [thoughts.shape[0], thoughts.shape[2]] != wanted or thoughts.shape[1] < 1:
+            raise ValueError(
+                f"thoughts must have shape [{wanted[0]}, N, {wanted[1]}, k], one row per window and N >= 1, "
+                f"got {list(thoughts.shape)}"
+            )
+    elif thoughts not in ("own", "shuffled", "random", None):
+        raise ValueError(f"thoughts must be 'own', 'shuffled', 'random', a tensor or None, got {thoughts!r}")
+    if thought_length is None:
+        return
+    if not isinstance(thoughts, str):
+        raise ValueError(f"thought_length must be left out with given thoughts or none, got {thought_length}")
+    Interval(int, "[0, inf)").check("thought_length", thought_length)
+
+
+@contextmanager
+def _evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> Iterator[None]:
+    """Evaluation mode, seeded, looking one token ahead, with other fields of the configuration; all of it undone."""
+    config, device, was_training = model.config, model.device, model.training
+    fields = {"lookahead": 1} | {name: value for name, value in fields.items() if value is not None}
+    before = {name: getattr(config, name) for name in fields}
     model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        outputs = [model(batch, labels=batch) for batch in progress(windows.split(batch_size))]
-    model.train(was_training)
-    return HeldOutNll(
-        torch.cat([output.base_nll for output in outputs]),
-        torch.cat([output.talk_nll[..., 0].mean(dim=1) for output in outputs]),
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+        model.train(was_training)
+
+
+def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> Tensor:
+    """Thoughts of the model behind every token, or one of their controls, int64 [windows, N, L, k]."""
+    own = torch.cat([model.sample_thoughts(batch) for batch in batches])
+    if kind == "shuffled":
+        return shuffle_thoughts(own)
+    if kind == "random":
+        return random_thoughts(own.shape, model.config.vocab_size, model.config.thought_token_ids).to(own.device)
+    return own
+
+
+def _base_nll(model: QuietStarForCausalLM, batch: Tensor) -> Tensor:
+    """[B, L−1] of the prediction without a thought."""
+    return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
+
+
+def _all_nll(
+    model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Base, mixed and thought-alone nll and the mixing weight, each [B, L−1]."""
+    seen: list[Tensor] = []  # the mixing head is shown the hidden state behind every thought, [B, L−1, N, 1, H]
+    hook = model.mixing_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    try:
+        output = model(batch, labels=batch, thought_tokens=thoughts, output_thought_logprobs=False)
+    finally:
+        hook.remove()
+    thought_hidden = seen[0].squeeze(3)
+    following = batch[:, 1:, None].expand(thought_hidden.shape[:3])
+    return (
+        output.base_nll,
+        output.talk_nll[..., 0].mean(dim=1),
+        _nll(model, thought_hidden, following).mean(dim=2),
+        output.mixing_weight[..., 0].float().mean(dim=1),
     )
 
 
-def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
-    """The tokens with the highest ``nll``, bool like it: ``share`` of all, rounded, more where nll are equal.
-
-    Choose them by a model whose nll is not compared on them: whoever chooses the tokens on which it did worst looks
-    worse there than it is.
-
-    Raises:
-        TypeError, ValueError: a share outside (0, 1], or no tokens.
-    """
-    Interval(float, "(0, 1]").check("share", share)
-    if nll.numel() == 0:
-        raise ValueError(f"nll must hold at least one token, got shape {list(nll.shape)}")
-    count = max(1, round(nll.numel() * share))
-    return nll >= nll.flatten().topk(count).values[-1]
-
-
-def token_mean(values: Tensor, chosen: Tensor | None = None) -> Mean:
-    """Mean of ``values`` [windows, L−1] over the tokens ``chosen`` (default all).
-
-    The standard error is that of a ratio of sums over windows, since tokens of one text are not independent.
-
-    Raises:
-        ValueError: ``chosen`` of another shape.
-    """
-    if chosen is not None and chosen.shape != values.shape:
-        raise ValueError(f"chosen must have the shape of values, {list(values.shape)}, got {list(chosen.shape)}")
-    chosen = torch.ones_like(values, dtype=torch.bool) if chosen is None else chosen
-    counts = chosen.sum(dim=1).double()
-    sums = (values.double() * chosen).sum(dim=1)
-    mean = sums.sum() / counts.sum()
-    windows = len(values)
-    variance = (sums - mean * counts).square().sum() * windows / (windows - 1)
-    return Mean(float(mean), float(variance.sqrt() / counts.sum()))
+def _nll(model: QuietStarForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Of ``tokens`` [...] behind ``hidden`` [..., H], like the tokens."""
+    head = weight_of("lm_head", model.lm_head)
+    return linear_cross_entropy(hidden.flatten(0, -2), head, tokens.flatten(), reduction="none").view(tokens.shape)

@@ -1,111 +1,128 @@
-"""Measuring both predictions on held-out text."""
+"""Measuring every prediction of held-out text, against each token predicted on its own."""
 
 import math
 
 import pytest
 import torch
 
-from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.evaluation import hardest, held_out_nll, token_mean
+from quietstar.evaluation import held_out_nll
+
+COLUMNS = ("base", "mixed", "thought", "mixing_weight")
 
 
 @pytest.fixture
-def model():
-    config = QuietStarConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=3,
-        num_thoughts=2, start_thought_token_id=38, end_thought_token_id=39,
-    )  # fmt: skip
-    model = QuietStarForCausalLM(config)
-    torch.nn.init.normal_(model.mixing_head[-1].weight)
-    return model
+def windows():
+    return torch.randint(1, 38, (3, 7))
 
 
-def test_both_predictions_are_the_models_own(model):
-    windows = torch.randint(1, 38, (5, 9))
-    state, seen = torch.get_rng_state(), []
-    nll = held_out_nll(
-        model, windows, batch_size=2, seed=3, progress=lambda batches: seen.append(len(batches)) or batches
-    )
-    assert seen == [3]
+@torch.no_grad()
+def one_by_one(model, windows, thoughts):
+    """What ``held_out_nll`` gives, as the definition says: one thought behind one prefix after the other."""
+    model.eval()
+    (count, length), num_thoughts = windows.shape, thoughts.shape[1]
+    result = {name: torch.zeros(count, length - 1) for name in COLUMNS}
+    start, end = model.start_embedding()[None], model.end_embedding()[None]
+    for row, i in ((row, i) for row in range(count) for i in range(length - 1)):
+        text, token = model.model.embed_tokens(windows[row, : i + 1]), windows[row, i + 1]
+
+        def nll(hidden, token=token):
+            return -model.lm_head(hidden).log_softmax(-1)[token]
+
+        before = model.model(inputs_embeds=text[None]).last_hidden_state[0, -1]
+        result["base"][row, i] = nll(before)
+        for thought in thoughts[row, :, i]:
+            sequence = torch.cat([text, start, model.model.embed_tokens(thought), end])
+            after = model.model(inputs_embeds=sequence[None]).last_hidden_state[0, -1]
+            weight = model.mixing_head(before, after)
+            result["mixed"][row, i] += nll((1 - weight) * before + weight * after) / num_thoughts
+            result["thought"][row, i] += nll(after) / num_thoughts
+            result["mixing_weight"][row, i] += weight / num_thoughts
+    return result
+
+
+@pytest.mark.parametrize("thoughts", ["own", "shuffled", "random", torch.randint(1, 38, (3, 3, 7, 4)), None], ids=type)
+def test_equals_one_prediction_after_the_other(model, windows, thoughts):
+    result = held_out_nll(model, windows, thoughts=thoughts, batch_size=2)
+    if thoughts is None:
+        assert result.thought_tokens.shape == (3, 2, 7, 0)
+        assert result.mixed is result.thought is result.base
+        assert not result.mixing_weight.any()
+        expected = one_by_one(model, windows, result.thought_tokens)
+        torch.testing.assert_close(result.base, expected["base"], atol=1e-5, rtol=1e-5)
+        return
+    assert result.thought_tokens.shape == ((3, 2, 7, 2) if isinstance(thoughts, str) else thoughts.shape)
+    for name, values in one_by_one(model, windows, result.thought_tokens).items():
+        torch.testing.assert_close(getattr(result, name), values, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["own", "shuffled", "random", None])
+def test_the_seed_decides_and_the_model_is_left_as_it_was(model, windows, kind):
+    state, config, seen = torch.get_rng_state(), model.config.to_dict(), []
+
+    def progress(batches):
+        seen.append(len(batches))
+        return batches
+
+    first, again, other = (held_out_nll(model, windows, thoughts=kind, seed=seed, batch_size=2, progress=progress)
+                           for seed in (3, 3, 4))  # fmt: skip
+    assert seen == [2, 2, 2]
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
-    assert torch.equal(nll.mixed, held_out_nll(model, windows, batch_size=2, seed=3).mixed)
-    assert not torch.equal(nll.mixed, held_out_nll(model, windows, batch_size=2, seed=4).mixed)
+    assert model.config.to_dict() == config
+    assert not model.mixing_head._forward_pre_hooks
+    assert all(map(torch.equal, first, again))
+    assert torch.equal(first.base, other.base)
+    assert torch.equal(first.mixed, other.mixed) == (kind is None)
 
-    # Thoughts given, each prediction is a softmax over logits: the lm_head's of the base, the mixed ones of forward.
+
+def test_own_thoughts_are_sampled_by_the_model_and_shuffled_ones_are_the_same_elsewhere(model, windows):
+    own, shuffled = (held_out_nll(model, windows, thoughts=kind, seed=3).thought_tokens for kind in ("own", "shuffled"))
     torch.manual_seed(3)
-    first = windows[:2]
-    thoughts = model.sample_thoughts(first)
-    base = model.lm_head(model.model(first).last_hidden_state).log_softmax(-1)
-    mixed = [model.eval()(first, thought_tokens=thoughts[:, n : n + 1]).logits.log_softmax(-1) for n in range(2)]
-    following = first[:, 1:, None]
-    torch.testing.assert_close(nll.base[:2], -base[:, :-1].gather(2, following)[..., 0])
-    expected = -torch.stack([logits[:, :-1].gather(2, following)[..., 0] for logits in mixed]).mean(0)
-    torch.testing.assert_close(nll.mixed[:2], expected)
+    assert torch.equal(own, model.sample_thoughts(windows))
+
+    def sorted_pairs(thoughts):
+        return sorted(map(tuple, thoughts.transpose(1, 2).flatten(0, 1).flatten(1).tolist()))
+
+    assert not torch.equal(own, shuffled)
+    assert sorted_pairs(own) == sorted_pairs(shuffled)
 
 
-def test_hardest_tokens():
-    nll = torch.arange(40.0).reshape(4, 10)[:, torch.randperm(10)]
-    assert torch.equal(hardest(nll), nll >= 36)
-    assert torch.equal(hardest(nll, 1.0), torch.ones(4, 10, dtype=torch.bool))
-    assert hardest(nll, 1e-6).sum() == 1
-    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
-        hardest(nll, 0)
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_thought_length_at_evaluation(model, windows, length):
+    result = held_out_nll(model, windows, thought_length=length)
+    assert result.thought_tokens.shape == (3, 2, 7, length)
+    expected = one_by_one(model, windows, result.thought_tokens)["mixed"]
+    torch.testing.assert_close(result.mixed, expected, atol=1e-5, rtol=1e-5)
+    assert model.config.thought_length == 2
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.01, math.nan, math.inf, True, "0.1", None])
-def test_shares_that_are_none(share):
-    with pytest.raises((TypeError, ValueError), match=r"share must be (a number )?(in \(0, 1\]|finite), got"):
-        hardest(torch.ones(2, 2), share)
-    with pytest.raises(ValueError, match=r"nll must hold at least one token, got shape \[0, 3\]"):
-        hardest(torch.ones(0, 3))
+def test_an_error_leaves_the_model_as_it_was(model):
+    config = model.config.to_dict()
+    with pytest.raises(ValueError, match="input_ids"):
+        held_out_nll(model, torch.full((1, 7), 99), thought_length=3)
+    assert model.training
+    assert model.config.to_dict() == config
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"thoughts": "shuffle"}, "thoughts must be 'own', 'shuffled', 'random', a tensor or None, got 'shuffle'"),
+        ({"thoughts": torch.zeros(3, 7, 2).long()}, r"thoughts must have shape \[3, N, 7, k\], .* got \[3, 7, 2\]"),
+        ({"thoughts": torch.zeros(2, 1, 7, 2).long()}, r"thoughts must have shape .* got \[2, 1, 7, 2\]"),
+        ({"thoughts": torch.zeros(3, 0, 7, 2).long()}, r"thoughts must have shape .* got \[3, 0, 7, 2\]"),
+        ({"thoughts": None, "thought_length": 1}, "thought_length must be left out with given thoughts or none, got 1"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer >= 1, got 1.5"),
         ({"batch_size": math.nan}, "batch_size must be an integer >= 1, got nan"),
         ({"seed": -1}, r"seed must be an integer in \[0, 4294967295\], got -1"),
         ({"windows": torch.ones(0, 9, dtype=torch.int64)}, r"windows must have shape .*, got \[0, 9\]"),
         ({"windows": torch.ones(9, dtype=torch.int64)}, r"windows must have shape .*, got \[9\]"),
+        ({"thought_length": True}, "thought_length must be an integer >= 0, got True"),
+        ({"thought_length": -1}, "thought_length must be an integer >= 0, got -1"),
     ],
     ids=str,
 )
-def test_bad_arguments_are_named(model, options, message):
+def test_bad_arguments_are_named(model, windows, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        held_out_nll(model, **{"windows": torch.ones(2, 9, dtype=torch.int64)} | options)
-
-
-def test_means_of_other_tokens_than_there_are():
-    with pytest.raises(ValueError, match=r"chosen must have the shape of values, \[2, 3\], got \[2\]"):
-        token_mean(torch.ones(2, 3), torch.ones(2, dtype=torch.bool))
-
-
-def test_mean_of_all_tokens_has_the_error_of_the_window_means():
-    values = torch.randn(50, 8)
-    mean, error = token_mean(values)
-    assert mean == pytest.approx(float(values.mean()), abs=1e-7)
-    assert error == pytest.approx(float(values.mean(1).std() / 50**0.5))
-
-
-def test_mean_of_chosen_tokens_and_its_error_over_repetitions():
-    means, errors = [], []
-    for _ in range(400):
-        # Windows differ, so do their tokens, and so do the numbers of tokens that are chosen.
-        values = 5 + torch.randn(40, 1) + torch.randn(40, 6)
-        chosen = torch.rand(40, 6) < torch.rand(40, 1)
-        mean, error = token_mean(values, chosen)
-        assert mean == pytest.approx(float(values[chosen].mean()), abs=1e-6)
-        means.append(mean)
-        errors.append(error)
-    # The spread of 400 means is known to 1 / sqrt(2·400) = 3.5 %; three of these, and the bias of order 1/40.
-    assert torch.tensor(errors).mean() == pytest.approx(float(torch.tensor(means).std()), rel=0.13)
-
-
-def test_a_single_window_has_no_known_error():
-    mean, error = token_mean(torch.ones(1, 4))
-    assert mean == 1.0
-    assert math.isnan(error)
+        held_out_nll(model, **{"windows": windows} | options)

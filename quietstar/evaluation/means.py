@@ -1,0 +1,139 @@
+"""Means over held-out tokens, with standard errors over texts: of all, of some, and of every group of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quietstar._numbers import Interval
+from quietstar.evaluation.held_out import HeldOutNll
+
+
+class Mean(NamedTuple):
+    """A mean over tokens and its standard error, with windows as independent draws.
+
+    The error is NaN where fewer than two windows hold such tokens, and the mean where none does.
+    """
+
+    value: float
+    error: float
+
+
+class Gain(NamedTuple):
+    """What thoughts did for some tokens: means over them, in nats."""
+
+    tokens: int
+    base: Mean  # nll without a thought
+    mixed: Mean  # after one
+    thought: Mean  # of the thought's prediction alone
+    gain: Mean  # base − mixed
+    mixing_weight: Mean
+
+
+def gain(nll: HeldOutNll, chosen: Tensor | None = None) -> Gain:
+    """Of the tokens ``chosen``, bool [windows, L−1]; default all."""
+    return _gains(nll, _group_of("nll", nll.base, chosen), 1)[0]
+
+
+def gain_by_difficulty(nll: HeldOutNll, before: Tensor, parts: int = 10) -> list[Gain]:
+    """Of tenths of the tokens, the easiest first.
+
+    Args:
+        before: [windows, L−1], how hard the tokens are: their nll for a model whose nll is not compared here, best the
+            one before Quiet-STaR. Whoever chooses the tokens on which it did worst looks worse there than it is.
+        parts: into how many parts to cut, equally large to within a token; equal ``before`` are told apart by place.
+
+    Raises:
+        TypeError, ValueError: ``before`` of another shape, or more parts than tokens.
+    """
+    _check_shape("before", before, "nll", nll.base)
+    count = before.numel()
+    Interval(int, f"[1, {count}]").check("parts", parts)
+    groups = torch.empty(count, dtype=torch.int64, device=before.device)
+    groups[before.flatten().argsort(stable=True)] = torch.arange(count, device=before.device) * parts // count
+    return _gains(nll, groups.view_as(before), parts)
+
+
+def gain_by_position(nll: HeldOutNll, width: int = 1) -> list[Gain]:
+    """Of stretches of ``width`` tokens, from the beginning of the windows to their end; token i+1 is at i.
+
+    Raises:
+        TypeError, ValueError: a width below 1.
+    """
+    Interval(int, "[1, inf)").check("width", width)
+    positions = torch.arange(nll.base.shape[1], device=nll.base.device) // width
+    return _gains(nll, positions.expand_as(nll.base), int(positions[-1]) + 1)
+
+
+def gain_by_token(nll: HeldOutNll, windows: Tensor) -> dict[int, Gain]:
+    """Of every token of the vocabulary that is predicted in ``windows``, int64 [windows, L], by its id.
+
+    Raises:
+        ValueError: windows of another shape.
+    """
+    following = windows[:, 1:]
+    _check_shape("windows[:, 1:]", following, "nll", nll.base)
+    tokens, groups = following.unique(return_inverse=True)
+    return dict(zip(tokens.tolist(), _gains(nll, groups, len(tokens)), strict=True))
+
+
+def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
+    """The tokens with the highest ``nll``, bool like it: ``share`` of all, rounded, more where nll are equal.
+
+    Choose them by a model whose nll is not compared on them, as for :func:`gain_by_difficulty`.
+
+    Raises:
+        TypeError, ValueError: a share outside (0, 1], or no tokens.
+    """
+    Interval(float, "(0, 1]").check("share", share)
+    if nll.numel() == 0:
+        raise ValueError(f"nll must hold at least one token, got shape {list(nll.shape)}")
+    count = max(1, round(nll.numel() * share))
+    return nll >= nll.flatten().topk(count).values[-1]
+
+
+def token_mean(values: Tensor, chosen: Tensor | None = None) -> Mean:
+    """Mean of ``values`` [windows, L−1] over the tokens ``chosen`` (default all).
+
+    The standard error is that of a ratio of sums over windows, since tokens of one text are not independent.
+
+    Raises:
+        ValueError: ``chosen`` of another shape.
+    """
+    return _means(values, _group_of("values", values, chosen), 1)[0]
+
+
+def _group_of(name: str, values: Tensor, chosen: Tensor | None) -> Tensor:
+    """Group 0 of the chosen tokens; −1, no group, of the others."""
+    if chosen is None:
+        return torch.zeros_like(values, dtype=torch.int64)
+    _check_shape("chosen", chosen, name, values)
+    return chosen.long() - 1
+
+
+def _gains(nll: HeldOutNll, groups: Tensor, count: int) -> list[Gain]:
+    columns = nll.base, nll.mixed, nll.thought, nll.base - nll.mixed, nll.mixing_weight
+    tokens = groups[groups >= 0].bincount(minlength=count).tolist()
+    return [Gain(*row) for row in zip(tokens, *(_means(column, groups, count) for column in columns), strict=True)]
+
+
+def _means(values: Tensor, groups: Tensor, count: int) -> list[Mean]:
+    """Of ``values`` [windows, T] in groups 0 … count − 1, int64 [windows, T]; −1 is none."""
+    windows, grouped = len(values), groups >= 0
+    cells = (groups + count * torch.arange(windows, device=groups.device)[:, None])[grouped]
+    sums, counts = values.new_zeros(2, windows * count, dtype=torch.float64)
+    sums.index_add_(0, cells, values[grouped].double())
+    counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
+    sums, counts = sums.view(windows, count), counts.view(windows, count)
+    totals = counts.sum(dim=0)
+    means = sums.sum(dim=0) / totals
+    spread = (sums - means * counts).square().sum(dim=0).sqrt() / totals
+    known = (counts > 0).sum(dim=0) > 1
+    errors = torch.where(known, spread * math.sqrt(windows / max(1, windows - 1)), torch.nan)
+    return [Mean(*pair) for pair in zip(means.tolist(), errors.tolist(), strict=True)]
+
+
+def _check_shape(name: str, given: Tensor, like: str, values: Tensor) -> None:
+    if given.shape != values.shape:
+        raise ValueError(f"{name} must have the shape of {like}, {list(values.shape)}, got {list(given.shape)}")
