@@ -1,4 +1,4 @@
-"""The text every Python carries: the source files of its standard library, and a tokenizer trained on them."""
+"""Text to train on, by default what every Python carries: the sources of its standard library; and its tokenizer."""
 
 import random
 import sysconfig
@@ -10,20 +10,57 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from quietstar.training.data import pack, tokenize
+from quietstar.training.data import load_documents, pack, tokenize
 
+STANDARD_LIBRARY = "stdlib"
 # Not everywhere installed (tests), not of the library (packages), or tables rather than text (encodings).
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZED_TOGETHER = 32
 
 
-def standard_library(seed: int, held_out_share: float) -> tuple[list[str], list[str]]:
-    """The source files to train on and the held-out ones, in an order that the seed decides."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in root.rglob("*.py") if LEFT_OUT.isdisjoint(file.relative_to(root).parts))
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    texts = [text for text in texts if text]
+def read_texts(source: str) -> list[str]:
+    """The texts of a folder, of a file, or of Python's standard library.
+
+    Args:
+        source: "stdlib"; a folder, of which every file in UTF-8 is a text, hidden ones left out; or a file as
+            ``quietstar train`` takes it, for example a text file whose paragraphs are the texts.
+
+    Raises:
+        ValueError: nothing there that could be read, or fewer than two texts.
+    """
+    path = Path(source)
+    if source == STANDARD_LIBRARY:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [file for file in root.rglob("*.py") if LEFT_OUT.isdisjoint(file.relative_to(root).parts)]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(files)]
+    elif path.is_dir():
+        files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file()]
+        texts = [text for file in sorted(files) if (text := _read(file)) is not None]
+    else:
+        texts = load_documents(source)["text"] if path.is_file() else []
+    texts = [text for text in texts if text and not text.isspace()]
+    if len(texts) < 2:
+        raise ValueError(f"text must be {STANDARD_LIBRARY!r}, or a file or folder of two texts at least, got {source}")
+    return texts
+
+
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _read(file: Path) -> str | None:
+    """The text of a file; None where it is something else."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+def split_texts(texts: Sequence[str], seed: int, held_out_share: float) -> tuple[list[str], list[str]]:
+    """The texts to train on and at least one that is held out, in an order that the seed decides."""
+    texts = list(texts)
     random.Random(seed).shuffle(texts)
     held_out = max(1, round(len(texts) * held_out_share))
     return texts[held_out:], texts[:held_out]
@@ -44,9 +81,16 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def windows_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int, title: str) -> np.ndarray:
-    """Windows of tokens, int64 [windows, length]."""
+    """Windows of tokens, int64 [windows, length].
+
+    Raises:
+        ValueError: too little text for a window.
+    """
     groups = range(0, len(texts), TOKENIZED_TOGETHER)
     tokens: list[list[int]] = []
     for start in tqdm(groups, desc=title, unit="group"):
         tokens += tokenize(texts[start : start + TOKENIZED_TOGETHER], tokenizer)
-    return pack(tokens, length)
+    windows = pack(tokens, length)
+    if len(windows) == 0:
+        raise ValueError(f"text must have at least {length} tokens to train on and held out, got fewer: {title}")
+    return windows

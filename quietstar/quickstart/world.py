@@ -1,0 +1,117 @@
+"""A world in which thinking helps: people, their relations, and questions that chain several of these.
+
+"Ann's boss is Eli." is a fact. "Ann's boss's aunt's tutor is" asks for three facts, one after the other, which is more
+than one layer of attention can look up at once: the answer needs the people in between. Some documents spell them out
+between dashes ("is --- Eli Kim --- Sue."), some have an idle aside there ("is --- well oh --- Sue."), some answer at
+once. That is the paper's own story: text leaves steps unsaid that whoever wrote it had in mind.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PEOPLE = ["Ann", "Ben", "Cem", "Dora", "Eli", "Fay", "Gus", "Hana", "Ian", "Jo"]
+PEOPLE += ["Kim", "Leo", "Mia", "Ned", "Ola", "Pia", "Quin", "Ray", "Sue", "Tom"]
+RELATIONS = ["boss", "friend", "aunt", "tutor", "rival", "guest"]
+ASIDES = ["well", "hm", "oh", "so", "now", "then", "look", "see"]
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 800
+
+
+class Question(NamedTuple):
+    """A person and the relations to follow from there."""
+
+    person: str
+    relations: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "".join([self.person, *(f"'s {relation}" for relation in self.relations), " is"])
+
+
+class Shares(NamedTuple):
+    """How often each kind of document occurs, together 1."""
+
+    fact: float
+    terse: float  # a question, answered at once
+    worked: float = 0.0  # the people in between, between dashes
+    aside: float = 0.0  # something idle there
+
+
+class Windows(NamedTuple):
+    """Windows of text and what in them is an answer."""
+
+    tokens: np.ndarray  # int64 [windows, L]
+    answers: np.ndarray  # bool [windows, L], whether a token answers a question (of whole length, not a fact)
+
+
+class World:
+    """Who is whose boss, friend, ...: every relation is a random permutation of the people.
+
+    Args:
+        hops: relations in a question.
+        seed: of the relations, and of which questions are held out of all text to train on.
+        people: how many there are, at most ``len(PEOPLE)``.
+    """
+
+    def __init__(self, hops: int, seed: int, people: int = len(PEOPLE)):
+        rng = np.random.default_rng(seed)
+        self.hops, self.people = hops, PEOPLE[:people]
+        self.of = {
+            relation: dict(zip(self.people, rng.permutation(self.people).tolist(), strict=True))
+            for relation in RELATIONS
+        }
+        questions = [Question(person, chain) for person in self.people for chain in product(RELATIONS, repeat=hops)]
+        order = rng.permutation(len(questions))
+        count = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(questions)))
+        self.held_out = [questions[i] for i in order[:count]]
+        self.train = [questions[i] for i in order[count:]]
+
+    def steps(self, question: Question) -> list[str]:
+        """The person behind each relation; the last one is the answer."""
+        person, steps = question.person, []
+        for relation in question.relations:
+            person = self.of[relation][person]
+            steps.append(person)
+        return steps
+
+    def document(self, rng: np.random.Generator, shares: Shares, questions: Sequence[Question]) -> tuple[str, bool]:
+        """A random document, and whether it answers one of ``questions``."""
+        kind = shares._fields[rng.choice(len(shares), p=shares)]
+        if kind == "fact":
+            question = Question(self.people[rng.integers(len(self.people))], (RELATIONS[rng.integers(len(RELATIONS))],))
+        else:
+            question = questions[rng.integers(len(questions))]
+        *between, answer = self.steps(question)
+        if kind == "aside":
+            between = rng.choice(ASIDES, len(between)).tolist()
+        spelled = f" --- {' '.join(between)} ---" if kind in ("worked", "aside") else ""
+        return f"{question}{spelled} {answer}.", kind != "fact"
+
+    def windows(
+        self, tokenizer: PreTrainedTokenizerFast, count: int, length: int, shares: Shares,
+        questions: Sequence[Question], rng: np.random.Generator,
+    ) -> Windows:  # fmt: skip
+        """``count`` windows of ``length`` tokens, each beginning with a whole document."""
+        tokens, answers = [], []
+        for _ in range(count):
+            window, marks = [], []
+            while len(window) < length:
+                text, answered = self.document(rng, shares, questions)
+                ids = tokenizer(text)["input_ids"]
+                window += ids
+                marks += [False] * (len(ids) - 2) + [answered, False]  # behind the answer is the full stop
+            tokens.append(window[:length])
+            answers.append(marks[:length])
+        return Windows(np.array(tokens), np.array(answers))
+
+
+def world_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the world, ``'s friend`` and the like included."""
+    words = ["<eos>", "<unk>", "is", "---", ".", *ASIDES, *PEOPLE, *(f"'s {relation}" for relation in RELATIONS)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"'s \w+|---|\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # a space between words, none before ' and .
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
