@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quietstar quickstart",
         description="Train a small model that answers questions only after it has thought of the steps in between, and "
-        "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a half.",
+        "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a quarter.",
     )
     parser.add_argument(
         "--output_dir", default="quickstart", help="new folder for models and results.json (default: %(default)s)"
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--controls", action="store_true",
         help="also thoughts of lengths 0 to 3, random and filler ones, policy weight 0 and ordinary training: about "
-        "two minutes more",
+        "a minute more",
     )  # fmt: skip
     parser.add_argument(
         "--text", metavar="FOLDER|FILE",

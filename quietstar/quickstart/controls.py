@@ -1,5 +1,6 @@
 """What else could explain the gain: thoughts of other kinds, other trainings, and thoughts of other lengths."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +54,16 @@ class Stage(NamedTuple):
         return model
 
 
-def further_controls(model: QuietStarForCausalLM, stage: Stage, own: Answers) -> list[Row]:
+def further_controls(model: QuietStarForCausalLM, stage: Stage, own: Answers, seconds: float) -> list[Row]:
     """Rows of a table: the trained model with other thoughts, and other trainings on the same text.
 
     Args:
         own: the model's answers after its own thoughts.
+        seconds: that its training took, to say how long this will take.
     """
     lengths = [length for length in LENGTHS if length != stage.thinking["thought_length"]]
-    print(f"\n     {len(lengths) + 3} more trainings, a few seconds to a minute each")
+    count = len(lengths) + 3
+    print(f"\n     {count} more trainings, about {math.ceil(count * seconds / 60)} min")
     names = torch.tensor(stage.tokenizer.convert_tokens_to_ids(stage.world.people))
     filler = stage.tokenizer.convert_tokens_to_ids(FILLER)
     random_names = names[torch.randint(len(names), own.thoughts.shape)]

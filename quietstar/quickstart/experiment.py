@@ -103,7 +103,7 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool) -> str:
     _save(results, folder)
     if controls:
         stage = Stage(folder, tokenizer, world, exam, terse, size.thinking, second_seed(seed), thinking)
-        results |= {"controls": further_controls(model, stage, own)}
+        results |= {"controls": further_controls(model, stage, own, terse.tokens.size / speed)}
         results |= {"seconds_with_controls": time.perf_counter() - start[0]}
         print("", results_table(results), sep="\n")
         _save(results, folder)

@@ -73,6 +73,9 @@ def test_thoughts_that_name_the_steps(exam):
 
 @torch.no_grad()
 def test_steps_that_the_base_model_gets_right(base, exam, world, tokenizer):
+    named = torch.tensor(tokenizer.convert_tokens_to_ids(world.people))
+    heads = base.lm_head.weight[named]
+    base.lm_head.weight.zero_()[named] = heads  # it says people, so that it is right now and then
     counts = torch.zeros(3)
     for question in world.held_out:
         first, second, last = world.steps(question)
@@ -81,7 +84,7 @@ def test_steps_that_the_base_model_gets_right(base, exam, world, tokenizer):
             ids = torch.tensor([tokenizer(f"{question} {before}")["input_ids"]])
             counts[i] += tokenizer.decode(base(ids).logits[0, -1].argmax()) == step
     expected = counts / len(world.held_out)
-    assert expected.any()
+    assert len(expected.unique()) == 3
     assert steps_right(base, exam, tokenizer) == pytest.approx(expected.tolist())
 
 
