@@ -1,7 +1,7 @@
 .PHONY: test lint bench gpu-check
 
 test:
-	pytest
+	pytest -n auto --dist loadfile
 
 lint:
 	pre-commit run --all-files

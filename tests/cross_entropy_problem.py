@@ -79,7 +79,7 @@ CASES = {
     "row_weight": {"reduction": "sum", "row_weight": True, "ignored": (2,)},
     "one row": {"rows": 1},
     "tiny vocabulary": {"vocabulary": 7, "rows": 30},
-    "vocabulary 1000": {"vocabulary": 1000, "rows": 5, "hidden_size": 16},
+    "vocabulary 1000": {"vocabulary": 1000, "rows": 40, "hidden_size": 16},
     "vocabulary 32002": {"vocabulary": 32002, "rows": 3, "hidden_size": 8},
     "ignore_index in the vocabulary": {"ignored": (3, 5), "ignore_index": 0},
     "temperature": {"temperature": 3.0, "reduction": "none"},

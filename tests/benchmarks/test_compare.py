@@ -253,11 +253,13 @@ def run_of_benchmarks(tmp_path_factory):
     (folder / "pytest.ini").write_text(
         "[pytest]\nmarkers = gpu\npython_files = bench_*.py\npython_functions = bench_*\n"
     )
+    # As if started by hand: nothing is timed where pytest-xdist is at work.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     path = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "--benchmark-only", "--benchmark-json=results.json"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        env=environment | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
