@@ -3,10 +3,6 @@
 import os
 from collections.abc import Iterator
 
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # which shares the cores with others
-if IS_WORKER:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 import torch
 from backends import FAST
@@ -16,8 +12,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if IS_WORKER:
-        torch.set_num_threads(1)  # the benchmarks, imported by now, have set their own number
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other workers
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
