@@ -23,7 +23,7 @@ THREADS = 2  # of the promises made for the CPU; set on import so that child pro
 if DEVICE == "cpu":
     torch.set_num_threads(THREADS)
 
-PACKAGES = ("torch", "triton", "transformers")
+PACKAGES = ("triton", "transformers")
 _MORE_THAN_L2 = 512 * 2**20  # bytes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -146,6 +146,7 @@ def machine() -> dict[str, str | int | None]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "quietstar": quietstar.__version__,
+        "torch": torch.__version__,
         **{package: _version(package) for package in PACKAGES},
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import quietstar
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "accelerate", "datasets", "tokenizers")
+PACKAGES = ("triton", "transformers", "numpy", "safetensors", "accelerate", "datasets", "tokenizers")
 # The smallest inputs on which an op can show that it runs.
 SHAPES = {
     "query": (1, 1, 1, 1, 16),
@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
     probes: dict[str, Callable[[], str]] = {
         "quietstar": lambda: f"{quietstar.__version__} in {Path(quietstar.__file__).parent}",
         "python": lambda: f"{platform.python_version()} on {platform.platform()}",
+        "torch": _torch,
         **{package: lambda package=package: _version(package) for package in PACKAGES},
         "cpu": _cpu,
         "cuda": _cuda,
@@ -64,6 +65,14 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _torch() -> str:
+    try:
+        import torch
+    except Exception:  # then it is the more important which it is
+        return _version("torch")
+    return torch.__version__  # with the kind of build, which the version of the package may leave out
 
 
 def _cpu() -> str:
