@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from quietstar.models.weights import weight_of
+
+peft = pytest.importorskip("peft")
 
 ADAPTERS = {
     "lora on lm_head": {"target_modules": ["lm_head"]},
@@ -24,7 +25,7 @@ def thoughts():
 
 def adapted(model, **options):
     """The model with an adapter that has been trained: its weights are random."""
-    adapter = get_peft_model(model, LoraConfig(r=4, **options))
+    adapter = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
