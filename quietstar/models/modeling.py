@@ -335,9 +335,8 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         anchors = torch.arange(length, device=text.device)[kept] + (past - dropped)
         if recomputed and thought_tokens is None:  # a pass that is run again must know its thoughts before
-            thought_tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), self._head_weight())[
-                :, None
-            ]
+            head = self._head_weight()
+            thought_tokens = self._thoughts_behind(text, starts, anchors.expand(batch, -1), head)[:, None]
         key_start = at_anchors(starts, anchors)
         if key_start is not None and not packed and text.attention_mask.dim() == 2:
             key_start = (key_start - dropped).clamp_min(0)  # a mask of 4 dimensions is of the keys there are

@@ -6,7 +6,7 @@ On the meta device tensors have shapes but no values: whatever needs one fails. 
 import pytest
 import torch
 from thought_attention_cases import CASES, case
-from waiting import NothingFromTheHost
+from waiting import NothingFromTheHost, launch_nothing
 
 from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import autograd, flash, library
@@ -16,10 +16,7 @@ from quietstar.ops.thought_attention import autograd, flash, library
 def backend(request, monkeypatch):
     """Its own code instead of the ops' shape functions, which is what meta tensors are for otherwise."""
     if request.param == "triton":
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        jit = pytest.importorskip("triton.runtime.jit")
-        for function in (interpreter.InterpretedFunction, jit.JITFunction):
-            monkeypatch.setattr(function, "run", lambda *args, **options: None)
+        launch_nothing(monkeypatch)
     monkeypatch.setattr(autograd, "_forward_op", autograd._forward)
     monkeypatch.setattr(autograd, "_backward_op", autograd._backward)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device

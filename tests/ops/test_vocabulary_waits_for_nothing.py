@@ -5,7 +5,7 @@ On the meta device tensors have shapes but no values: whatever needs one fails. 
 
 import pytest
 import torch
-from waiting import NothingFromTheHost
+from waiting import NothingFromTheHost, launch_nothing
 
 from quietstar.ops import (
     linear_cross_entropy,
@@ -28,10 +28,7 @@ MIXING = {"torch": mixing_library}
 def backend(request, monkeypatch):
     """Its own code instead of the ops' shape functions, which is what meta tensors are for otherwise."""
     if request.param == "triton":
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        jit = pytest.importorskip("triton.runtime.jit")
-        for function in (interpreter.InterpretedFunction, jit.JITFunction):
-            monkeypatch.setattr(function, "run", lambda *args, **options: None)
+        launch_nothing(monkeypatch)
         MIXING["triton"] = pytest.importorskip("quietstar.ops.mixing.triton_kernels")
     monkeypatch.setattr(linear_autograd, "_cross_entropy_op", linear_autograd._cross_entropy)
     monkeypatch.setattr(linear_autograd, "_scaled_gradient_op", linear_autograd._scaled_gradient)
