@@ -1,7 +1,8 @@
 """Measuring what thoughts do."""
 
 from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
-from quietstar.evaluation.held_out import HeldOutNll, held_out_nll
+from quietstar.evaluation.held_out import HeldOutNll, held_out_nll, text_nll
+from quietstar.evaluation.likeliest import Likeliest, likeliest_tokens
 from quietstar.evaluation.means import (
     Gain,
     Mean,
@@ -17,6 +18,7 @@ from quietstar.evaluation.score import TextScore, score
 __all__ = [
     "Gain",
     "HeldOutNll",
+    "Likeliest",
     "Mean",
     "TextScore",
     "gain",
@@ -25,8 +27,10 @@ __all__ = [
     "gain_by_token",
     "hardest",
     "held_out_nll",
+    "likeliest_tokens",
     "random_thoughts",
     "score",
     "shuffle_thoughts",
+    "text_nll",
     "token_mean",
 ]

@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import MistralForCausalLM
 
 from quietstar._numbers import SEED, Interval
 from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
-from quietstar.models import QuietStarForCausalLM
+from quietstar.models import QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.weights import weight_of
 from quietstar.ops import linear_cross_entropy
 
@@ -57,12 +58,12 @@ def held_out_nll(
     Raises:
         TypeError, ValueError: a bad argument, named.
     """
-    _check_thoughts(windows, thoughts, thought_length)
+    check_windows(windows, thoughts, thought_length)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
     SEED.check("seed", seed)
     batches = windows.split(batch_size)
     if thoughts is None:
-        with _evaluating(model, seed):
+        with evaluating(model, seed):
             base = torch.cat([_base_nll(model, batch) for batch in progress(batches)])
         none = windows.new_empty(len(windows), model.config.num_thoughts, windows.shape[1], 0)
         return HeldOutNll(base, base, base, torch.zeros_like(base), none)
@@ -70,7 +71,7 @@ def held_out_nll(
     count, length = model.config.num_thoughts, thought_length
     if isinstance(thoughts, Tensor):
         count, length = thoughts.shape[1], thoughts.shape[3]
-    with _evaluating(model, seed, num_thoughts=count, thought_length=length):
+    with evaluating(model, seed, num_thoughts=count, thought_length=length):
         if isinstance(thoughts, str):
             thoughts = _draw(model, batches, thoughts)
         parts = [
@@ -80,7 +81,32 @@ def held_out_nll(
     return HeldOutNll(*map(torch.cat, zip(*parts, strict=True)), thoughts)
 
 
-def _check_thoughts(windows: Tensor, thoughts: Thoughts, thought_length: int | None) -> None:
+@torch.no_grad()
+def text_nll(model: MistralForCausalLM, windows: Tensor, *, batch_size: int = 16) -> Tensor:
+    """Nll in nats of every token but the first of ``windows`` for a model that does not think, float [windows, L−1].
+
+    That is how hard the tokens are, for :func:`~quietstar.evaluation.gain_by_difficulty`.
+
+    Args:
+        model: any Mistral, on the device of the windows; put into evaluation mode while this runs.
+        windows: int64 [windows, L], without padding.
+        batch_size: windows per forward pass.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named.
+    """
+    check_windows(windows)
+    Interval(int, "[1, inf)").check("batch_size", batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        return torch.cat([_base_nll(model, batch) for batch in windows.split(batch_size)])
+    finally:
+        model.train(was_training)
+
+
+def check_windows(windows: Tensor, thoughts: Thoughts = None, thought_length: int | None = None) -> None:
+    """Check windows and what is thought in them, see :func:`held_out_nll`."""
     if windows.dim() != 2 or windows.numel() == 0:
         raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
     if isinstance(thoughts, Tensor):
@@ -100,7 +126,7 @@ def _check_thoughts(windows: Tensor, thoughts: Thoughts, thought_length: int | N
 
 
 @contextmanager
-def _evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> Iterator[None]:
+def evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> Iterator[None]:
     """Evaluation mode, seeded, looking one token ahead, with other fields of the configuration; all of it undone."""
     config, device, was_training = model.config, model.device, model.training
     fields = {"lookahead": 1} | {name: value for name, value in fields.items() if value is not None}
@@ -128,7 +154,7 @@ def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> 
     return own
 
 
-def _base_nll(model: QuietStarForCausalLM, batch: Tensor) -> Tensor:
+def _base_nll(model: MistralForCausalLM, batch: Tensor) -> Tensor:
     """[B, L−1] of the prediction without a thought."""
     return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
 
@@ -137,13 +163,7 @@ def _all_nll(
     model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Base, mixed and thought-alone nll and the mixing weight, each [B, L−1]."""
-    seen: list[Tensor] = []  # the mixing head is shown the hidden state behind every thought, [B, L−1, N, 1, H]
-    hook = model.mixing_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
-    try:
-        output = model(batch, labels=batch, thought_tokens=thoughts, output_thought_logprobs=False)
-    finally:
-        hook.remove()
-    thought_hidden = seen[0].squeeze(3)
+    output, _, thought_hidden = predict(model, batch, thoughts)
     following = batch[:, 1:, None].expand(thought_hidden.shape[:3])
     return (
         output.base_nll,
@@ -151,6 +171,23 @@ def _all_nll(
         _nll(model, thought_hidden, following).mean(dim=2),
         output.mixing_weight[..., 0].float().mean(dim=1),
     )
+
+
+def predict(model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor) -> tuple[QuietStarOutput, Tensor, Tensor]:
+    """One pass over texts and given thoughts, looking one token ahead.
+
+    Returns:
+        What the model says of it, and the hidden states behind the text [B, L−1, H] and the thoughts [B, L−1, N, H]
+        that the next token is predicted from.
+    """
+    seen: list[tuple[Tensor, ...]] = []  # the mixing head is shown both, [B, L, H] and [B, L−1, N, 1, H]
+    hook = model.mixing_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    try:
+        output = model(batch, labels=batch, thought_tokens=thoughts, output_thought_logprobs=False)
+    finally:
+        hook.remove()
+    base_hidden, thought_hidden, *_ = seen[0]
+    return output, base_hidden[:, :-1], thought_hidden.squeeze(3)
 
 
 def _nll(model: QuietStarForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from transformers import MistralForCausalLM
 
-from quietstar.evaluation import held_out_nll
+from quietstar.evaluation import held_out_nll, text_nll
 
 COLUMNS = ("base", "mixed", "thought", "mixing_weight")
 
@@ -126,3 +127,19 @@ def test_an_error_leaves_the_model_as_it_was(model):
 def test_bad_arguments_are_named(model, windows, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         held_out_nll(model, **{"windows": windows} | options)
+
+
+def test_a_model_that_does_not_think(model, windows):
+    model.train()
+    nll = text_nll(model, windows, batch_size=2)
+    assert model.training
+    torch.testing.assert_close(nll, held_out_nll(model, windows, thoughts=None).base)
+    mistral = MistralForCausalLM(model.config)
+    with torch.no_grad():
+        logits = mistral.eval()(windows).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    torch.testing.assert_close(text_nll(mistral, windows), expected)
+    with pytest.raises(ValueError, match=r"windows must have shape \[windows, L\]"):
+        text_nll(mistral, windows[0])
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
+        text_nll(mistral, windows, batch_size=0)

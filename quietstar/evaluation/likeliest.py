@@ -1,0 +1,62 @@
+"""What a model would have said: the likeliest tokens at every place of a text, without and with thoughts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quietstar._numbers import Interval
+from quietstar.evaluation.held_out import check_windows, evaluating, predict
+from quietstar.models import QuietStarForCausalLM
+
+CHUNK = 2**24  # logits held at a time
+
+
+class Likeliest(NamedTuple):
+    """The ``count`` likeliest tokens in place of every token but the first, the likeliest first; log p in nats."""
+
+    base_tokens: Tensor  # int64 [windows, L−1, count], without a thought
+    base_logprobs: Tensor  # float [windows, L−1, count]
+    mixed_tokens: Tensor  # int64 [windows, N, L−1, count], after each thought, mixed with the prediction without
+    mixed_logprobs: Tensor  # float [windows, N, L−1, count]
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    model: QuietStarForCausalLM, windows: Tensor, thoughts: Tensor, *, count: int = 3, batch_size: int = 16
+) -> Likeliest:
+    """The likeliest tokens before and after given thoughts. Logits are held for a few rows at a time.
+
+    Args:
+        model: on the device of the windows; put into evaluation mode while this runs.
+        windows: int64 [windows, L], without padding; L >= 3.
+        thoughts: int64 [windows, N, L, k], for example those of :func:`~quietstar.evaluation.held_out_nll`.
+        count: how many of the likeliest.
+        batch_size: windows per forward pass.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named.
+    """
+    Interval(int, f"[1, {model.config.vocab_size}]").check("count", count)
+    Interval(int, "[1, inf)").check("batch_size", batch_size)
+    check_windows(windows, thoughts)
+    parts = []
+    with evaluating(model, seed=0, num_thoughts=thoughts.shape[1], thought_length=thoughts.shape[3]):
+        for batch, given in zip(windows.split(batch_size), thoughts.split(batch_size), strict=True):
+            output, base, thought = predict(model, batch, given)
+            weight = output.mixing_weight[..., 0].transpose(1, 2).unsqueeze(3)  # [B, L−1, N, 1]
+            mixed = torch.lerp(base.unsqueeze(2), thought, weight).transpose(1, 2)
+            parts.append((*_likeliest(model, base, count), *_likeliest(model, mixed, count)))
+    return Likeliest(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _likeliest(model: QuietStarForCausalLM, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens and their log p [..., count] behind ``hidden`` [..., H]."""
+    tokens, logprobs = [], []
+    for rows in hidden.flatten(0, -2).split(max(1, CHUNK // model.config.vocab_size)):
+        logits = model.lm_head(rows).float()
+        values, indices = logits.topk(count)
+        tokens.append(indices)
+        logprobs.append(values - logits.logsumexp(dim=-1, keepdim=True))
+    shape = *hidden.shape[:-1], count
+    return torch.cat(tokens).view(shape), torch.cat(logprobs).view(shape)
