@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("train a small model to think, on a CPU, nothing downloaded", "quietstar.quickstart.command:main"),
     "train": ("teach a Mistral to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
+    "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),
     "estimate": ("predict memory and time of a training step before running it", "quietstar.estimate.command:main"),
     "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),

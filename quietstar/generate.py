@@ -89,6 +89,23 @@ def _number_or(words: str, number: type):
     return parse
 
 
+def load(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, QuietStarForCausalLM]:
+    """Tokenizer and model of a folder or hub name, on the GPU if there is one.
+
+    Args:
+        fields: of the configuration, instead of the saved ones.
+
+    Raises:
+        ValueError: no Quiet-STaR checkpoint there, or no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = QuietStarForCausalLM.from_pretrained(name, **fields)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load --model {name}: {error}") from error
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Generator(NamedTuple):
     """A loaded model with the settings of the command line."""
 
@@ -106,12 +123,7 @@ class Generator(NamedTuple):
         check_numbers(INTERVALS, vars(options), prefix="--")
         _check_thinking(options)
         overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
-            model = QuietStarForCausalLM.from_pretrained(options.model, **overrides)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"cannot load --model {options.model}: {error}") from error
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, model = load(options.model, **overrides)
         torch.manual_seed(options.seed)
         settings = {name: getattr(options, name) for name in ("max_new_tokens", "draft_length", "think")}
         settings["do_sample"] = options.temperature > 0

@@ -36,23 +36,29 @@ def gain(nll: HeldOutNll, chosen: Tensor | None = None) -> Gain:
     return _gains(nll, _group_of("nll", nll.base, chosen), 1)[0]
 
 
-def gain_by_difficulty(nll: HeldOutNll, before: Tensor, parts: int = 10) -> list[Gain]:
+def gain_by_difficulty(
+    nll: HeldOutNll, before: Tensor, parts: int = 10, chosen: Tensor | None = None
+) -> list[Gain]:  # fmt: skip
     """Of tenths of the tokens, the easiest first.
 
     Args:
         before: [windows, L−1], how hard the tokens are: their nll for a model whose nll is not compared here, best the
             one before Quiet-STaR. Whoever chooses the tokens on which it did worst looks worse there than it is.
         parts: into how many parts to cut, equally large to within a token; equal ``before`` are told apart by place.
+        chosen: bool [windows, L−1], the tokens to cut; default all.
 
     Raises:
-        TypeError, ValueError: ``before`` of another shape, or more parts than tokens.
+        TypeError, ValueError: ``before`` or ``chosen`` of another shape, or more parts than tokens.
     """
     _check_shape("before", before, "nll", nll.base)
-    count = before.numel()
+    groups = _group_of("nll", nll.base, chosen)
+    difficulty = before[groups == 0]
+    count = len(difficulty)
     Interval(int, f"[1, {count}]").check("parts", parts)
-    groups = torch.empty(count, dtype=torch.int64, device=before.device)
-    groups[before.flatten().argsort(stable=True)] = torch.arange(count, device=before.device) * parts // count
-    return _gains(nll, groups.view_as(before), parts)
+    part = torch.empty(count, dtype=torch.int64, device=before.device)
+    part[difficulty.argsort(stable=True)] = torch.arange(count, device=before.device) * parts // count
+    groups[groups == 0] = part
+    return _gains(nll, groups, parts)
 
 
 def gain_by_position(nll: HeldOutNll, width: int = 1) -> list[Gain]:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,25 +25,26 @@ def main(arguments: list[str]) -> int:
         SEED.check("--seed", options.seed)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir must be new or empty, got {folder}")
-        prompt = _run(options, folder)
+        prompt = _run(options, folder, shlex.join(["quietstar", "quickstart", *arguments]))
     except ValueError as error:
         print(f"quietstar quickstart: {error}", file=sys.stderr)
         return 2
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(f"\nDone in {minutes} min {seconds} s. The model is in {folder / 'model'}; go on with\n")
+    print(f"\nDone in {minutes} min {seconds} s. The report is {folder / 'report.html'}, to be opened in a browser.")
+    print(f"The model is in {folder / 'model'}; go on with\n")
     print(f"  quietstar generate --model {folder / 'model'} --prompt {_quoted(prompt)} --show-thoughts")
     return 0
 
 
-def _run(options: argparse.Namespace, folder: Path) -> str:
+def _run(options: argparse.Namespace, folder: Path, command: str) -> str:
     """The experiment or its like on text; returns a prompt to try."""
     if options.text is None:
         size = experiment.TINY if options.tiny else experiment.USUAL
         with experiment.one_thread():
-            return experiment.run(folder, size, options.seed, options.hops or DEFAULT_HOPS, options.controls)
+            return experiment.run(folder, size, options.seed, options.hops or DEFAULT_HOPS, options.controls, command)
     if options.hops or options.controls:
         raise ValueError("--hops and --controls belong to the world of questions: leave them out with --text")
-    return text.run(folder, text.TINY if options.tiny else text.USUAL, options.seed, options.text)
+    return text.run(folder, text.TINY if options.tiny else text.USUAL, options.seed, options.text, command)
 
 
 def _quoted(prompt: str) -> str:
@@ -57,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a quarter.",
     )
     parser.add_argument(
-        "--output_dir", default="quickstart", help="new folder for models and results.json (default: %(default)s)"
+        "--output_dir",
+        default="quickstart",
+        help="new folder for models, results.json and report.html (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of text, weights and thoughts (default: %(default)s)")
     parser.add_argument(

@@ -16,6 +16,7 @@ from quietstar.training.data import collate_windows
 
 FILLER = "."
 LENGTHS = range(4)
+OTHER_LENGTH = "trained with thoughts of length {}"
 
 Row = dict[str, str | float]
 
@@ -70,7 +71,7 @@ def further_controls(model: QuietStarForCausalLM, stage: Stage, own: Answers, se
     results = {"after random people": answer(model, stage.exam, random_names)}
     for length in lengths:
         other = stage.train(f"thought length {length}", thought_length=length)
-        results[f"trained with thoughts of length {length}"] = answer(other, stage.exam)
+        results[OTHER_LENGTH.format(length)] = answer(other, stage.exam)
     other = stage.train("filler tokens", filler=filler)
     results["trained with filler tokens for thoughts"] = answer(
         other, stage.exam, torch.full_like(own.thoughts, filler)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
+from quietstar.evaluation import text_nll
 from quietstar.models import QuietStarForCausalLM
 from quietstar.quickstart.controls import Stage, further_controls
 from quietstar.quickstart.measures import (
@@ -26,14 +27,16 @@ from quietstar.quickstart.measures import (
     steps_right,
     steps_thought,
 )
+from quietstar.quickstart.page import SHOWN, world_page
 from quietstar.quickstart.stages import THINKING, Training, new_base, second_seed, train_base, train_thinking
 from quietstar.quickstart.table import question_lines, results_table
 from quietstar.quickstart.world import PEOPLE, RELATIONS, Shares, World, world_tokenizer
+from quietstar.report.page import made, render
+from quietstar.report.reading import read
 
 READING = Shares(fact=0.3, terse=0.1, worked=0.4, aside=0.2)
 TERSE = Shares(fact=0.4, terse=0.6)
 WINDOW = 64  # tokens
-SHOWN = 8  # questions
 
 
 class Size(NamedTuple):
@@ -57,8 +60,15 @@ TINY = Size(
 )
 
 
-def run(folder: Path, size: Size, seed: int, hops: int, controls: bool) -> str:
-    """Make the world, train, measure; models and ``results.json`` are saved in ``folder``. Returns a prompt."""
+def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command: str) -> str:
+    """Make the world, train, measure; models, ``results.json`` and ``report.html`` are saved in ``folder``.
+
+    Args:
+        command: that this was started with, for the report.
+
+    Returns:
+        A prompt to try.
+    """
     start = time.perf_counter(), time.process_time()
     set_seed(seed)
     streams = [np.random.default_rng([seed, part]) for part in range(3)]  # of text
@@ -89,29 +99,39 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool) -> str:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(".")  # a document ends there
     first = steps_thought(exam, answer(model, exam).thoughts)
     print(f"     first thoughts that name the steps: {first:.0%}")
-    speed = train_thinking(model, terse.tokens, size.thinking, second_seed(seed))
+    trained = train_thinking(model, terse.tokens, size.thinking, second_seed(seed))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    trained.state.save_to_json(folder / "model" / "trainer_state.json")
 
     print("4/4  Questions held out of all text, with and without thoughts\n")
     measured, own = measure(model, exam, held_out)
     results = {"seed": seed, "hops": hops, "people": len(world.people), "thought_length": hops - 1} | measured
-    results |= {"base_steps_right": right, "first_thoughts_that_name_the_steps": first, "tokens_per_second": speed}
+    results |= {
+        "base_steps_right": right,
+        "first_thoughts_that_name_the_steps": first,
+        "tokens_per_second": trained.tokens_per_second,
+    }
     results |= {"questions": described_questions(world, exam, own, tokenizer)}
     print(results_table(results), "", *question_lines(results["questions"][:SHOWN]), sep="\n")
     results |= {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-    _save(results, folder)
+    windows = torch.from_numpy(held_out.tokens)
+    reading, difficulty = read(model, windows, seed=0), text_nll(base, windows)
+
+    def save() -> None:
+        facts = made(command, seed, time.perf_counter() - start[0], model.device)
+        page = world_page(tokenizer, results, reading, difficulty, trained.state.log_history, facts)
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "report.html").write_text(render(page), encoding="utf-8")
+
+    save()
     if controls:
         stage = Stage(folder, tokenizer, world, exam, terse, size.thinking, second_seed(seed), thinking)
-        results |= {"controls": further_controls(model, stage, own, terse.tokens.size / speed)}
+        results |= {"controls": further_controls(model, stage, own, terse.tokens.size / trained.tokens_per_second)}
         results |= {"seconds_with_controls": time.perf_counter() - start[0]}
         print("", results_table(results), sep="\n")
-        _save(results, folder)
+        save()
     return str(world.held_out[0])
-
-
-def _save(results: dict[str, object], folder: Path) -> None:
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 @contextmanager

@@ -15,12 +15,15 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
 from quietstar.models import QuietStarForCausalLM
 from quietstar.training import QuietStarTrainer
 from quietstar.training.data import collate_windows
+
+LOGS = 30  # in a training
 
 
 class Training(NamedTuple):
@@ -29,6 +32,13 @@ class Training(NamedTuple):
     steps: int
     batch_size: int  # windows per step
     learning_rate: float
+
+
+class Trained(NamedTuple):
+    """What came of a training besides the model."""
+
+    tokens_per_second: float  # of text
+    state: TrainerState  # with what was logged
 
 
 # One thought per position, predicting the next token only: the paper's 9 tokens, 2 thoughts and 4 tokens ahead cost
@@ -93,13 +103,13 @@ def train_base(
 def train_thinking(
     model: QuietStarForCausalLM, windows: np.ndarray, training: Training, seed: int,
     title: str = "Quiet-STaR", collator: Callable = collate_windows,
-) -> float:  # fmt: skip
-    """Quiet-STaR on top of a base model, in place. Returns tokens of text per second."""
+) -> Trained:  # fmt: skip
+    """Quiet-STaR on top of a base model, in place."""
     shown = {"base_nll": "without", "talk_nll_0": "after a thought", "mixing_weight": "weight"}
     bar = ProgressBar(f"     {title}", shown)
     trainer = _run(QuietStarTrainer, model, bar, windows, training, seed, collator)
     tokens = training.steps * training.batch_size * windows.shape[1]
-    return tokens / trainer.state.log_history[-1]["train_runtime"]
+    return Trained(tokens / trainer.state.log_history[-1]["train_runtime"], trainer.state)
 
 
 def _run(
@@ -120,7 +130,7 @@ def _run(
         warmup_steps=20,
         adam_beta2=0.99,
         weight_decay=0.01,
-        logging_steps=max(1, training.steps // 10),
+        logging_steps=max(1, training.steps // LOGS),
         save_strategy="no",
         report_to="none",
         use_cpu=True,

@@ -1,6 +1,7 @@
 """Quiet-STaR on text as it is: the standard library's sources, or the user's own."""
 
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,13 @@ from quietstar.generate import thought_lines
 from quietstar.models import QuietStarForCausalLM
 from quietstar.quickstart.corpus import read_texts, split_texts, train_tokenizer, windows_of
 from quietstar.quickstart.stages import THINKING, Training, new_base, second_seed, train_base, train_thinking
+from quietstar.report.page import made, render
+from quietstar.report.reading import read
+from quietstar.report.text_page import Source, text_page
 
 HELD_OUT_SHARE = 0.05
 PROMPT_TOKENS, NEW_TOKENS = 16, 24  # of the continuation that is shown
+SHOWN = 16  # windows in the report
 PROMPT_CHARACTERS = 40  # of the prompt to go on with
 
 
@@ -44,15 +49,20 @@ TINY = Size(
 )  # fmt: skip
 
 
-def run(folder: Path, size: Size, seed: int, source: str) -> str:
-    """Text, tokenizer, base model, Quiet-STaR, and what came of it; models are saved in ``folder``. Returns a prompt.
+def run(folder: Path, size: Size, seed: int, source: str, command: str) -> str:
+    """Text, tokenizer, base model, Quiet-STaR, and what came of it; models and ``report.html`` are saved in ``folder``.
 
     Args:
         source: a file, a folder, or "stdlib"; see :func:`~quietstar.quickstart.corpus.read_texts`.
+        command: that this was started with, for the report.
+
+    Returns:
+        A prompt to try.
 
     Raises:
         ValueError: no text there, or too little of it.
     """
+    start = time.perf_counter()
     set_seed(seed)
     print(f"1/4  The text, {source}: some to train on, some held out")
     parts = split_texts(read_texts(source), seed, HELD_OUT_SHARE)
@@ -75,15 +85,26 @@ def run(folder: Path, size: Size, seed: int, source: str) -> str:
     print("3/4  Quiet-STaR on top of it")
     model = QuietStarForCausalLM.from_base(folder / "base", tokenizer, thought_length=1, **THINKING)
     before = held_out_nll(model, held_out)
-    speed = train_thinking(model, windows, size.thinking, second_seed(seed))
+    trained = train_thinking(model, windows, size.thinking, second_seed(seed))
     model.eval()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    trained.state.save_to_json(folder / "model" / "trainer_state.json")
 
     print("4/4  Held-out text, with and without thoughts")
-    after = held_out_nll(model, held_out, progress=lambda batches: tqdm(batches, unit="batch"))
-    print(results_table(before, after, speed))
+    reading = read(model, held_out, seed=0, progress=lambda batches, title: tqdm(batches, title, unit="batch"))
+    print(results_table(before, reading.own, trained.tokens_per_second))
     print_continuation(model, tokenizer, held_out[0, :PROMPT_TOKENS])
+    note = (
+        f"{SHOWN} windows of held-out text. Each token is shaded by what the thought in front of it gained: log p of the "
+        "token after the thought less that without. Point at one, tap it, or go from one to the next with the arrow keys."
+    )
+    facts = made(command, seed, time.perf_counter() - start, model.device)
+    about = Source(
+        f"A model of minutes thinks about {source}", [note], 1, before.base, trained.state.log_history, facts
+    )  # fmt: skip
+    page = render(text_page(tokenizer, reading, about, joined=False, shown=SHOWN))
+    (folder / "report.html").write_text(page, encoding="utf-8")
     return held_out_texts[0].strip().splitlines()[0][:PROMPT_CHARACTERS]
 
 

@@ -1,0 +1,78 @@
+"""Tokens as people read them: what each adds to the text, and what it is called on its own."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
+MOST_BYTES = 4  # of a character in UTF-8
+# Control characters that reorder the text around them, or end its line.
+_INVISIBLE = {"Cc", "Zl", "Zp"}
+_REORDERING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text.
+
+    Tokens that end within a character add nothing; the one that completes it adds it whole.
+    """
+    result: list[str] = []
+    known = read = 0  # text up to ``read`` is written; decoding from ``known`` on knows which spaces belong before it
+    for end in range(1, len(tokens) + 1):
+        text = decode(tokenizer, tokens[known:end])
+        if text.endswith(REPLACEMENT) and end - read < MOST_BYTES:
+            result.append("")
+            continue
+        result.append(text[len(decode(tokenizer, tokens[known:read])) :])
+        known, read = read, end
+    return result
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Text of tokens, exactly."""
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token is called on its own: its text with visible spaces, or the bytes of a part of a character."""
+    text = decode(tokenizer, [token])
+    raw = tokenizer.convert_ids_to_tokens(token) or f"#{token}"
+    if REPLACEMENT in text and all(character in _BYTES for character in raw):
+        return f"‹{' '.join(f'{_BYTES[character]:02X}' for character in raw)}›"
+    if not text or REPLACEMENT in text:
+        return visible(raw)
+    inner = text.strip(" ")
+    left = len(text) - len(text.lstrip(" "))
+    right = len(text) - left - len(inner)
+    return "␣" * left + visible(inner, line_breaks="↵") + "␣" * right
+
+
+def thought(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of a thought; token by token where it holds parts of characters."""
+    if not len(tokens):
+        return "(nothing)"
+    text = decode(tokenizer, tokens)
+    if REPLACEMENT in text:
+        return " ".join(name(tokenizer, token) for token in tokens)
+    return visible(text, line_breaks="↵")
+
+
+def visible(text: str, line_breaks: str = "\n") -> str:
+    """Text whose control characters are seen and reorder nothing."""
+    return "".join(_visible(character, line_breaks) for character in text)
+
+
+def _visible(character: str, line_break: str) -> str:
+    code = ord(character)
+    if character == "\n":
+        return line_break
+    if character == "\t":
+        return "⇥" if line_break != "\n" else character
+    if code < 0x20:
+        return chr(0x2400 + code)  # the pictures of control characters
+    if character in _REORDERING or unicodedata.category(character) in _INVISIBLE:
+        return f"‹U+{code:04X}›"
+    return character
