@@ -59,10 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a quarter.",
     )
     parser.add_argument(
-        "--output_dir",
-        default="quickstart",
+        "--output_dir", default="quickstart",
         help="new folder for models, results.json and report.html (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of text, weights and thoughts (default: %(default)s)")
     parser.add_argument(
         "--hops", type=int, choices=HOPS,

@@ -107,11 +107,8 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command:
     print("4/4  Questions held out of all text, with and without thoughts\n")
     measured, own = measure(model, exam, held_out)
     results = {"seed": seed, "hops": hops, "people": len(world.people), "thought_length": hops - 1} | measured
-    results |= {
-        "base_steps_right": right,
-        "first_thoughts_that_name_the_steps": first,
-        "tokens_per_second": trained.tokens_per_second,
-    }
+    results |= {"base_steps_right": right, "first_thoughts_that_name_the_steps": first}
+    results |= {"tokens_per_second": trained.tokens_per_second}
     results |= {"questions": described_questions(world, exam, own, tokenizer)}
     print(results_table(results), "", *question_lines(results["questions"][:SHOWN]), sep="\n")
     results |= {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}

@@ -39,9 +39,9 @@ def world_page(
     return Page(
         title="A small model that thinks before it answers",
         lead=[
-            f"A Mistral of one layer read about {results['people']} people: who is whose boss, friend, rival. Its "
-            f"questions chain {results['hops']} of these relations, more than one layer can look up at once. Quiet-STaR "
-            "then trained it on text that never says a step in between.",
+            f"A Mistral of one layer read about {results['people']} people: who is whose boss, friend, rival. "
+            f"Questions chain {results['hops']} of these relations, more than one layer can look up at once. "
+            "Quiet-STaR then trained it on text that never says a step in between.",
             f"Of {len(questions)} questions that no text answered it gets {right['without']} right at once and "
             f"{right['with']} after a thought of {results['thought_length']} tokens; after the thought of another "
             f"question {right['shuffled']}.",
@@ -58,9 +58,8 @@ def world_page(
             for question in questions[:SHOWN]
         ],
         text_notes=[
-            "Held-out text, shaded by what the thought in front of each token gained: log p of the token after the "
-            "thought less that without. Point at a token, tap it, or go from one to the next with the arrow keys. The "
-            "answers are where thinking helps."
+            f"{len(reading.windows[:SHOWN])} windows of held-out text. Only answers to questions need a thought; names "
+            "that begin a question can only be guessed."
         ],
         view=token_view(tokenizer, reading, windows=SHOWN, joined=False),
         figures=figures(reading, difficulty, history, _staircase(results)),

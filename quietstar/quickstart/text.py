@@ -95,10 +95,7 @@ def run(folder: Path, size: Size, seed: int, source: str, command: str) -> str:
     reading = read(model, held_out, seed=0, progress=lambda batches, title: tqdm(batches, title, unit="batch"))
     print(results_table(before, reading.own, trained.tokens_per_second))
     print_continuation(model, tokenizer, held_out[0, :PROMPT_TOKENS])
-    note = (
-        f"{SHOWN} windows of held-out text. Each token is shaded by what the thought in front of it gained: log p of the "
-        "token after the thought less that without. Point at one, tap it, or go from one to the next with the arrow keys."
-    )
+    note = f"{len(held_out[:SHOWN])} windows of held-out text."
     facts = made(command, seed, time.perf_counter() - start, model.device)
     about = Source(
         f"A model of minutes thinks about {source}", [note], 1, before.base, trained.state.log_history, facts

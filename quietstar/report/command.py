@@ -58,11 +58,7 @@ def _page(options: argparse.Namespace, command: str) -> str:
 
     lengths = [length for length in lengths if length != model.config.thought_length]
     reading = read(model, windows, counted, seed=options.seed, thought_lengths=lengths, progress=progress)
-    notes = [
-        f"{Path(options.text).name}, {len(tokens):,} tokens. Each is shaded by what the thought in front of it gained: "
-        "log p of the token after the thought less that without. Point at one, tap it, or go from one to the next with "
-        "the arrow keys."
-    ]
+    notes = [f"{Path(options.text).name}, {len(tokens):,} tokens."]
     if len(windows) > 1:
         of = f"the model has {most:,} positions" if width == most else "as --window says"
         notes.append(

@@ -11,6 +11,7 @@ MOST_BYTES = 4  # of a character in UTF-8
 # Control characters that reorder the text around them, or end its line.
 _INVISIBLE = {"Cc", "Zl", "Zp"}
 _REORDERING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+_ONE_LINE = str.maketrans({"\n": "↵", "\t": "⇥"})
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -43,11 +44,11 @@ def name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     if REPLACEMENT in text and all(character in _BYTES for character in raw):
         return f"‹{' '.join(f'{_BYTES[character]:02X}' for character in raw)}›"
     if not text or REPLACEMENT in text:
-        return visible(raw)
+        return visible(raw, one_line=True)
     inner = text.strip(" ")
     left = len(text) - len(text.lstrip(" "))
     right = len(text) - left - len(inner)
-    return "␣" * left + visible(inner, line_breaks="↵") + "␣" * right
+    return "␣" * left + visible(inner, one_line=True) + "␣" * right
 
 
 def thought(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -57,22 +58,17 @@ def thought(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     text = decode(tokenizer, tokens)
     if REPLACEMENT in text:
         return " ".join(name(tokenizer, token) for token in tokens)
-    return visible(text, line_breaks="↵")
+    return visible(text, one_line=True)
 
 
-def visible(text: str, line_breaks: str = "\n") -> str:
-    """Text whose control characters are seen and reorder nothing."""
-    return "".join(_visible(character, line_breaks) for character in text)
+def visible(text: str, one_line: bool = False) -> str:
+    """Text whose control characters are seen and reorder nothing; on one line also tabs and line breaks."""
+    return "".join(map(_visible, text.translate(_ONE_LINE) if one_line else text))
 
 
-def _visible(character: str, line_break: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return line_break
-    if character == "\t":
-        return "⇥" if line_break != "\n" else character
-    if code < 0x20:
-        return chr(0x2400 + code)  # the pictures of control characters
+def _visible(character: str) -> str:
+    if character in "\n\t":
+        return character
     if character in _REORDERING or unicodedata.category(character) in _INVISIBLE:
-        return f"‹U+{code:04X}›"
+        return f"‹U+{ord(character):04X}›"
     return character

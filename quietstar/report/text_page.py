@@ -18,6 +18,7 @@ from quietstar.report.view import token_view
 TRAINER_STATE = "trainer_state.json"  # what the Trainer leaves in a folder
 PARTS = 10  # of the tokens by difficulty
 SURE = 2  # standard errors
+NOTICEABLE = 0.0005  # nats per token
 OWN_DIFFICULTY = (
     "How hard a token is says the model's own prediction without a thought, the one that is compared. That flatters "
     "the thoughts on the hardest tokens; a model from before Quiet-STaR (--base) would not."
@@ -96,10 +97,10 @@ def verdict(own: Mean, over_shuffled: Mean) -> str:
     changed += "better" if own.value > 0 else "worse"
     if math.isnan(own.error):
         return f"{changed}. One window of text gives no standard error: an observation, not a finding."
-    if abs(own.value) <= SURE * own.error:
+    if not _changes(own):
         return (
-            f"Its thoughts changed nothing here that this text could show: {with_error(own)} nats per token. After a "
-            "short training, on text whose steps the model never saw written out, that is what to expect."
+            f"Its thoughts changed nothing here to speak of: {with_error(own)} nats per token. After a short training, "
+            "on text whose steps the model never saw written out, that is what to expect."
         )
     if own.value < 0:
         return f"{changed} (± {own.error:.4f}): here they do harm."
@@ -152,13 +153,13 @@ def training_history(model: str) -> list[dict[str, float]]:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """With a real minus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    """With a real minus sign, none for zero."""
+    return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """With a sign, also a plus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """With a sign, also a plus, none for zero."""
+    return f"{value:+z.{digits}f}".replace("-", "−") if round(value, digits) else number(0, digits)
 
 
 def with_error(mean: Mean) -> str:
@@ -166,8 +167,13 @@ def with_error(mean: Mean) -> str:
     return signed(mean.value) if math.isnan(mean.error) else f"{signed(mean.value)} ± {mean.error:.4f}"
 
 
+def _changes(mean: Mean) -> bool:
+    """Whether a gain, which has an error, is more than that and enough to speak of."""
+    return abs(mean.value) > max(SURE * mean.error, NOTICEABLE)
+
+
 def tone(mean: Mean) -> str:
-    """Of a card: whether more than the error."""
-    if math.isnan(mean.error) or abs(mean.value) <= SURE * mean.error:
+    """Of the card of a gain."""
+    if math.isnan(mean.error) or not _changes(mean):
         return ""
     return "up" if mean.value > 0 else "down"

@@ -10,14 +10,14 @@ from quietstar.report import pieces
 from quietstar.report.reading import Reading
 
 SHADES = 4  # on either side of none
-SCALES = [step * 10.0**power for power in range(-3, 3) for step in (1, 2, 3, 5)]  # of the strongest shade, nats
+SCALES = [step * 10.0**power for power in range(-2, 3) for step in (1, 2, 3, 5)]  # of the strongest shade, nats
 LISTED = 6  # tokens that gained or lost most
 
 
 class Token(NamedTuple):
     """A token in the text."""
 
-    text: str
+    text: str  # empty in front of the token that completes a character
     style: str  # classes of the page's style sheet
     gain: float | None = None  # None where nothing was predicted
 
@@ -64,8 +64,7 @@ def token_view(
         blocks.append([])
         for (row, i), piece in zip(block, block_pieces, strict=True):
             gain = gains[row][i - 1] if i > 0 else None
-            text = pieces.visible(piece) or pieces.name(tokenizer, tokens[row][i])
-            blocks[-1].append(Token(text, _style(piece, gain, scale), gain))
+            blocks[-1].append(Token(pieces.visible(piece), _style(piece, gain, scale), gain))
             rows.append(None if gain is None else strings.row(tokens[row][i], columns, row, i - 1))
     order = [(place, token) for place, token in enumerate(chain(*blocks)) if _finite(token.gain) is not None]
     order = [item for item in order if _shade(item[1].gain, scale)]

@@ -43,8 +43,8 @@
     field("thought").textContent = strings[thought];
     field("before").textContent = probability(before);
     field("after").textContent = probability(after);
-    field("gain").textContent = gain === null ? "–" : (gain > 0 ? "+" : "") + signed(gain, 3);
-    field("gain").className = gain > 0 ? "up" : gain < 0 ? "down" : "";
+    field("gain").textContent = (gain >= 0.0005 ? "+" : "") + signed(gain, 3);
+    field("gain").className = gain >= 0.0005 ? "up" : gain <= -0.0005 ? "down" : "";
     field("weight").textContent = signed(weight, 3);
     list(field("likeliest-before"), likeliest.slice(0, likeliest.length / 2), token);
     list(field("likeliest-after"), likeliest.slice(likeliest.length / 2), token);
