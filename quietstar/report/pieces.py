@@ -20,15 +20,22 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
 
     Tokens that end within a character add nothing; the one that completes it adds it whole.
     """
-    result: list[str] = []
+    result = [""] * len(tokens)
+
+    def apart(middle: int, end: int) -> str:
+        return decode(tokenizer, tokens[known:middle]) + decode(tokenizer, tokens[middle:end])
+
     known = read = 0  # text up to ``read`` is written; decoding from ``known`` on knows which spaces belong before it
     for end in range(1, len(tokens) + 1):
-        text = decode(tokenizer, tokens[known:end])
-        if text.endswith(REPLACEMENT) and end - read < MOST_BYTES:
-            result.append("")
-            continue
-        result.append(text[len(decode(tokenizer, tokens[known:read])) :])
-        known, read = read, end
+        text, complete = decode(tokenizer, tokens[known:end]), end
+        if text.endswith(REPLACEMENT) and end < len(tokens):
+            if end - read < MOST_BYTES:
+                continue
+            # No character is so long: the text itself has that of the bytes that are none.
+            complete = next((i for i in range(read + 1, end) if text == apart(i, end)), end)
+        before = decode(tokenizer, tokens[known:read])
+        result[complete - 1] = decode(tokenizer, tokens[known:complete])[len(before) :]
+        known, read = read, complete
     return result
 
 

@@ -19,7 +19,7 @@ SIZE = 4.6, 2.9  # inches of 72 units: what a phone shows without shrinking the 
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quietstar",
-    "font.size": 10,
+    "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": FAINT,
@@ -55,7 +55,7 @@ def deciles(gains: Sequence[Gain], note: str) -> Figure:
     axes.bar(range(1, len(values) + 1), values, color=colours, yerr=_errors([g.gain.error for g in gains]), **ERRORS)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xticks(range(1, len(values) + 1))
-    described = ", ".join(f"{value:+.3f}" for value in values)
+    described = ", ".join(f"{value:+.3f}".replace("-", "−") for value in values)
     title = "Gain by difficulty"
     return Figure(title, _svg(canvas, title, f"Gain in nats from the easiest tenth to the hardest: {described}."), note)
 
@@ -123,7 +123,7 @@ def curves(history: Sequence[Mapping[str, float]], note: str) -> Figure | None:
     return Figure(title, _svg(canvas, title, described), note)
 
 
-ERRORS = {"error_kw": {"ecolor": INK, "elinewidth": 1, "capsize": 2}}
+ERRORS = {"error_kw": {"color": INK, "ecolor": INK, "elinewidth": 1, "capsize": 2}}
 
 
 def _three_digits(value: float) -> str:

@@ -85,8 +85,9 @@
     const place = places.get(event.target.closest("b"));
     return place !== undefined && rows[place] ? place : null;
   };
-  text.addEventListener("pointerover", (event) => {
-    if (event.pointerType === "mouse" && of(event) !== null) show(of(event));
+  text.addEventListener("pointermove", (event) => {
+    const moved = event.movementX || event.movementY;  // and not the text under it, scrolled
+    if (event.pointerType === "mouse" && moved && of(event) !== null && of(event) !== shown) show(of(event));
   });
   text.addEventListener("pointerleave", (event) => {
     if (event.pointerType === "mouse" && pinned !== null) show(pinned);
