@@ -9,6 +9,8 @@ import pytest
 
 import quietstar
 
+REPORT_ASSETS = {".html", ".css", ".js"}
+
 
 @pytest.fixture(scope="module")
 def distribution() -> metadata.Distribution:
@@ -28,8 +30,9 @@ def test_wheel_holds_the_package_and_nothing_else(distribution):
     files = [PurePosixPath(file) for file in distribution.files]
     installed = {file for file in files if file.parts[0] == "quietstar"}
     assert PurePosixPath("quietstar/py.typed") in installed
+    assert {file.suffix for file in installed if file.parts[:-1] == ("quietstar", "report", "assets")} == REPORT_ASSETS
     assert any(file.match("quietstar/_C.*.so") or file.match("quietstar/_C.*.pyd") for file in installed)
-    assert {file.suffix for file in installed} <= {".py", ".pyi", ".pyc", ".typed", ".so", ".pyd"}
+    assert {file.suffix for file in installed} <= {".py", ".pyi", ".pyc", ".typed", ".so", ".pyd", *REPORT_ASSETS}
     assert {file.parts[0] for file in files} - {"..", "quietstar"} == {f"quietstar-{distribution.version}.dist-info"}
     assert any(file.name == "LICENSE" for file in files)
 
@@ -60,6 +63,7 @@ def printed_by(code: str) -> str:
         ("quietstar.cli", {"torch", "transformers"}),
         ("quietstar.ops", {"transformers", "triton", "torch._dynamo", "quietstar.models", "quietstar.training"}),
         ("quietstar.models", {"quietstar.training"}),
+        ("quietstar.report.page", {"quietstar.quickstart", "quietstar.training", "datasets", "matplotlib.pyplot"}),
     ],
 )
 def test_layers_import_nothing_from_above(module, unwanted):

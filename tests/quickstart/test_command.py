@@ -9,6 +9,9 @@ from transformers import AutoTokenizer, MistralForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main
+from quietstar.report.text_page import signed
+
+FIGURES = ["Gain by difficulty", "Weight of the thoughts", "Training"]
 
 
 def quickstart(folder, *options):
@@ -39,6 +42,13 @@ def test_from_nothing_to_a_model_that_generates_and_trains_on(tmp_path, capsys):
     for question in results["questions"]:
         assert len(tokenizer(question["answer"])["input_ids"]) == 1
         assert question["prompt"] in output or question not in results["questions"][:8]
+
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"<dd>quietstar quickstart --output_dir {folder} --tiny</dd>" in page
+    assert f"The report is {folder / 'report.html'}" in output
+    assert re.findall(r"<figure><h3>(.*?)</h3>", page) == FIGURES
+    history = json.loads((folder / "model" / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in history if "talk_nll_0" in log] == [1, 2, 3, 4]
 
     prompt = results["questions"][0]["prompt"]
     assert f'--prompt "{prompt}" --show-thoughts' in output
@@ -75,6 +85,9 @@ def test_controls_and_other_worlds(tmp_path, capsys):
     for control in results["controls"]:
         assert re.search(rf"{control['name']} +{control['accuracy']:.1%} ± ", table)
     assert load(tmp_path / "new")[0].config.thought_length == 1
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figure><h3>(.*?)</h3>", page) == [FIGURES[0], "Thought length", *FIGURES[1:]]
+    assert all(f'<th scope="row">{name}<' in page for name in names)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -90,6 +103,11 @@ def test_on_text(tmp_path, capsys, own):
     for row in ("before Quiet-STaR", "without thoughts", "after a thought", "gain of the thought"):
         assert re.search(rf"{row} +-?\d+\.\d{{4}} ± \d+\.\d{{4}} +-?\d+\.\d{{4}} ± \d+\.\d{{4}}\n", output), row
     assert "may not help" in output
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figure><h3>(.*?)</h3>", page) == FIGURES
+    assert "model from before Quiet-STaR, so that no prediction" in page
+    gain = re.search(r"gain of the thought +(-?[\d.]+) ± ([\d.]+)", output)
+    assert signed(float(gain[1])) + f" ± {gain[2]}" in page
     assert len(re.findall(r"weight [+-]\d\.\d{3}  gain [+-]\d\.\d{3}  thought '", output)) == 24
     if own:
         assert r'--prompt "The \"0\" of \$HOME is 0." --show-thoughts' in output

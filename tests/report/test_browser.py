@@ -75,7 +75,7 @@ def token_with_data(page, place=3):
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "scheme"), product(["hostile", "words", "quickstart"], [400, 1280], ["light", "dark"])
+    ("name", "width", "scheme"), [*product(["hostile", "words", "quickstart"], [400, 1280], ["light", "dark"])]
 )
 def test_nothing_is_wider_than_the_screen(open_page, name, width, scheme):
     page = open_page(name, width, scheme)

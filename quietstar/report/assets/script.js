@@ -85,9 +85,11 @@
     const place = places.get(event.target.closest("b"));
     return place !== undefined && rows[place] ? place : null;
   };
-  text.addEventListener("pointermove", (event) => {
-    const moved = event.movementX || event.movementY;  // and not the text under it, scrolled
-    if (event.pointerType === "mouse" && moved && of(event) !== null && of(event) !== shown) show(of(event));
+  let pointer = "";  // where it was: where the text scrolls beneath it, nothing was pointed at
+  const where = (event) => `${event.clientX} ${event.clientY}`;
+  document.addEventListener("pointermove", (event) => { pointer = where(event); });
+  text.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "mouse" && where(event) !== pointer && of(event) !== null) show(of(event));
   });
   text.addEventListener("pointerleave", (event) => {
     if (event.pointerType === "mouse" && pinned !== null) show(pinned);
