@@ -56,6 +56,16 @@ def test_by_difficulty(nll):
     assert [row.tokens for row in gain_by_difficulty(nll, torch.zeros(6, 9))] == [6, 5, 6, 5, 5, 6, 5, 6, 5, 5]
 
 
+def test_by_difficulty_of_some_tokens(nll):
+    before = torch.randperm(54).reshape(6, 9).float()
+    chosen = before % 3 == 0  # 18 tokens
+    rows = gain_by_difficulty(nll, before, parts=2, chosen=chosen)
+    assert_gain(rows[0], nll, chosen & (before < 27))
+    assert_gain(rows[1], nll, chosen & (before >= 27))
+    with pytest.raises(ValueError, match=r"parts must be an integer in \[1, 18\], got 19"):
+        gain_by_difficulty(nll, before, 19, chosen)
+
+
 @pytest.mark.parametrize(("width", "count"), [(1, 9), (4, 3), (9, 1), (100, 1)])
 def test_by_position(nll, width, count):
     rows = gain_by_position(nll, width)

@@ -6,9 +6,20 @@ import math
 import pytest
 import torch
 
-from quietstar.evaluation import Mean, gain
+from quietstar.evaluation import Mean, gain, gain_by_difficulty
+from quietstar.report import plots
 from quietstar.report.reading import read
-from quietstar.report.text_page import Source, number, signed, text_page, training_history, verdict, with_error
+from quietstar.report.text_page import (
+    OWN_DIFFICULTY,
+    Source,
+    figures,
+    number,
+    signed,
+    text_page,
+    training_history,
+    verdict,
+    with_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,14 @@ def test_figures_are_those_that_there_is_something_to_draw_for(model, tokenizer)
     _, made = page(model, tokenizer, windows[:1, :5])
     assert [figure.title for figure in made.figures] == ["Weight of the thoughts"]
     assert "No error: there is one window" in made.table.note
+
+
+def test_tenths_are_of_the_tokens_that_count(model):
+    windows = torch.randint(1, 281, (2, 21))
+    counted = torch.arange(20).expand(2, 20) >= 10
+    reading = read(model, windows, counted, seed=0)
+    expected = plots.deciles(gain_by_difficulty(reading.own, reading.own.base, 10, counted), OWN_DIFFICULTY)
+    assert figures(reading, None, [], None)[0] == expected
 
 
 def test_what_training_logged(tmp_path):
