@@ -86,6 +86,7 @@ class ThinkingGeneration(GenerationHooks):
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, thinking: Thinking | None = None, **kwargs):
         """As in transformers, which looks for ``inputs_embeds`` here; the thought tokens are never generated."""
+        kwargs.pop("tokenizer", None)  # of ``stop_strings``; transformers leaves it among the arguments of forward
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         return inputs | {"suppress_thought_tokens": True}
 

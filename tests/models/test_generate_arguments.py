@@ -2,6 +2,7 @@
 
 import re
 
+import character_model
 import pytest
 import torch
 from greedy_text import SOME_ACCEPTED, greedy
@@ -44,6 +45,18 @@ def test_what_is_refused_leaves_the_model_as_it_was(make_model, text, options):
         greedy(model, text, **options)
     assert model.config.to_dict() == settings
     assert torch.equal(greedy(model, text), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 2}], ids=str)
+def test_text_ends_with_a_stop_string(options):
+    tokenizer, model = character_model.make_tokenizer(), character_model.make_model(thought_temperature=0.0)
+    inputs = tokenizer("Q: How many?", return_tensors="pt")["input_ids"]
+    text = tokenizer.decode(greedy(model, inputs, 12, **options)[0])
+    stop = text[16:18]
+    stopped = greedy(model, inputs, 12, stop_strings=[stop], tokenizer=tokenizer, **options)[0]
+    said = tokenizer.decode(stopped)
+    assert said == text[: len(said)]
+    assert said.index(stop, 12) == len(said) - 2
 
 
 def test_hidden_states_are_those_of_the_base_model(make_model, text):
