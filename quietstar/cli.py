@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),
+    "evaluate": ("measure answers to GSM8K, CommonsenseQA or your own questions", "quietstar.evaluation.command:main"),
     "estimate": ("predict memory and time of a training step before running it", "quietstar.estimate.command:main"),
     "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),
 }

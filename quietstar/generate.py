@@ -60,18 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--thought_temperature", type=float, help="temperature of the thoughts (default: the model's)")
     parser.add_argument(
-        "--draft_length", type=_number_or("auto", int), metavar="N",
+        "--draft_length", type=number_or("auto", int), metavar="N",
         help="let the base model draft N tokens and think behind all of them at once: the same text, faster; or auto",
     )  # fmt: skip
     parser.add_argument(
-        "--think", type=_number_or("always never", float), default="always", metavar="WHEN",
+        "--think", type=number_or("always never", float), default="always", metavar="WHEN",
         help="always, never, or a threshold in nats: only where the base prediction has more entropy",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
 
 
-def _check_thinking(options: argparse.Namespace) -> None:
+def check_thinking(options: argparse.Namespace) -> None:
     """``--draft_length`` and ``--think``, as ``generate`` checks them."""
     try:
         Thinking(options.draft_length, options.think)
@@ -79,7 +79,7 @@ def _check_thinking(options: argparse.Namespace) -> None:
         raise ValueError(f"--{error}") from error
 
 
-def _number_or(words: str, number: type):
+def number_or(words: str, number: type):
     """A type of argument: one of some words, or a number."""
 
     def parse(text: str) -> float | str:
@@ -89,7 +89,7 @@ def _number_or(words: str, number: type):
     return parse
 
 
-def load(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, QuietStarForCausalLM]:
+def load_model(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, QuietStarForCausalLM]:
     """Tokenizer and model of a folder or hub name, on the GPU if there is one.
 
     Args:
@@ -121,9 +121,9 @@ class Generator(NamedTuple):
             ValueError: an argument is out of range, or there is no such model.
         """
         check_numbers(INTERVALS, vars(options), prefix="--")
-        _check_thinking(options)
+        check_thinking(options)
         overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
-        tokenizer, model = load(options.model, **overrides)
+        tokenizer, model = load_model(options.model, **overrides)
         torch.manual_seed(options.seed)
         settings = {name: getattr(options, name) for name in ("max_new_tokens", "draft_length", "think")}
         settings["do_sample"] = options.temperature > 0

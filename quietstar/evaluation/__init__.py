@@ -1,5 +1,6 @@
 """Measuring what thoughts do."""
 
+from quietstar.evaluation.answers import AnswerProbabilities, answer_probabilities
 from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
 from quietstar.evaluation.held_out import HeldOutNll, held_out_nll, text_nll
 from quietstar.evaluation.likeliest import Likeliest, likeliest_tokens
@@ -13,22 +14,32 @@ from quietstar.evaluation.means import (
     hardest,
     token_mean,
 )
+from quietstar.evaluation.said import greedy_answers, majority, sampled_answers
 from quietstar.evaluation.score import TextScore, score
+from quietstar.evaluation.tasks import Question, Task, load_task
 
 __all__ = [
+    "AnswerProbabilities",
     "Gain",
     "HeldOutNll",
     "Likeliest",
     "Mean",
+    "Question",
+    "Task",
     "TextScore",
+    "answer_probabilities",
     "gain",
     "gain_by_difficulty",
     "gain_by_position",
     "gain_by_token",
+    "greedy_answers",
     "hardest",
     "held_out_nll",
     "likeliest_tokens",
+    "load_task",
+    "majority",
     "random_thoughts",
+    "sampled_answers",
     "score",
     "shuffle_thoughts",
     "text_nll",

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from quietstar._numbers import SEED, Interval
 from quietstar.evaluation import text_nll
-from quietstar.generate import load
+from quietstar.generate import load_model
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.configuration import INTERVALS, QuietStarConfig
 from quietstar.report.page import made, render
@@ -43,7 +43,7 @@ def _page(options: argparse.Namespace, command: str) -> str:
     lengths = _lengths(options.thought_lengths)
     _check_output(Path(options.output), options.overwrite)
     text = _text(Path(options.text))
-    tokenizer, model = load(options.model, num_thoughts=1)  # in front of each token one, as when generating
+    tokenizer, model = load_model(options.model, num_thoughts=1)  # in front of each token one, as when generating
     most = model.config.max_position_embeddings
     width = most if options.window is None else options.window
     Interval(int, f"[{SHORTEST}, {most}]").check("--window", width)
