@@ -61,6 +61,7 @@ def printed_by(code: str) -> str:
     [
         ("quietstar", {"torch", "transformers"}),
         ("quietstar.cli", {"torch", "transformers"}),
+        ("quietstar.lm_eval_plugin", {"torch", "transformers", "lm_eval"}),  # runs whenever torch is imported
         ("quietstar.ops", {"transformers", "triton", "torch._dynamo", "quietstar.models", "quietstar.training"}),
         ("quietstar.models", {"quietstar.training"}),
         ("quietstar.report.page", {"quietstar.quickstart", "quietstar.training", "datasets", "matplotlib.pyplot"}),
