@@ -58,6 +58,13 @@ def test_says_what_was_cropped(folder, tmp_path, capsys):
     assert results["answers"][0]["probability"] is None
 
 
+def test_nothing_may_be_left(folder, tmp_path):
+    """Of no answer, since the random crop ends before it."""
+    data, output = write(tmp_path / "data.jsonl", [{"question": "x" * 400, "answer": "1"}]), tmp_path / "out"
+    assert evaluate(folder, "gsm8k", data, "--output", output) == 0
+    assert json.loads(output.read_text(), parse_constant=pytest.fail)["answer_probability"] is None
+
+
 def test_one_question_has_no_standard_error(folder, tmp_path):
     data, output = write(tmp_path / "data.jsonl", GSM8K), tmp_path / "results.json"
     assert evaluate(folder, "gsm8k", data, "--limit", 1, "--output", output) == 0
@@ -100,6 +107,7 @@ def test_a_model_without_thoughts_is_refused(tmp_path, capsys):
         (ROWS["qa"], ["--overwrite"], "--overwrite must be left out without --output"),
         (ROWS["qa"], ["--output", "/nowhere/out.json"], "--output must be in a folder that exists"),
         (ROWS["qa"], ["--output", "/"], "--output must be a file, got /"),
+        (ROWS["qa"], ["--samples", 2, "--max_new_tokens", 512], "--max_new_tokens must be an integer in [1, 511], got"),
         (ROWS["qa"], ["--model", "./nowhere"], "cannot load --model ./nowhere"),
     ],
 )

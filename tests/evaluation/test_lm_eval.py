@@ -211,10 +211,10 @@ def test_lm_eval_keeps_its_own_models():
 import sys, lm_eval.api.registry
 from quietstar.lm_eval_plugin import register
 register(), register()
-print(*(lm_eval.api.registry.get_model(name).__name__ for name in ("quietstar", "hf")))
+print(*(lm_eval.api.registry.get_model(name).__name__ for name in ("hf", "quietstar")))
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.split() == ["QuietStarLM", "HFLM"]
+    assert output.split() == ["HFLM", "QuietStarLM"]
 
 
 @pytest.mark.slow
