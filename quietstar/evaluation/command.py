@@ -64,6 +64,9 @@ def _check_output(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
     """All measures of a task, printed; for JSON."""
     tokenizer, model = load_model(options.model)
+    if options.samples is not None:  # found out now, not behind the other measures
+        most = model.config.max_position_embeddings - 1
+        Interval(int, f"[1, {most}]").check("--max_new_tokens", options.max_new_tokens)
     common = {"think": options.think, "batch_size": options.batch_size, "seed": options.seed}
     spoken = common | {"draft_length": options.draft_length}
     probability = answer_probabilities(model, tokenizer, task, **common, progress=_progress("probabilities"))
@@ -95,8 +98,8 @@ def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
 
 
 def _mean(values: list[list[float]]) -> Mean:
-    """Over questions, each with as many values."""
-    return token_mean(torch.tensor(values, dtype=torch.float64))
+    """Over questions, each with as many values; NaN over none."""
+    return token_mean(torch.tensor(values or [[math.nan]], dtype=torch.float64))
 
 
 def _known(value: object) -> object:

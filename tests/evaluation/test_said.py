@@ -1,5 +1,7 @@
 """Answers in the model's own words."""
 
+import logging
+
 import character_model
 import pytest
 import torch
@@ -78,9 +80,11 @@ def test_samples_differ_and_the_seed_decides(tokenizer, load, monkeypatch, optio
 
 
 def test_questions_that_do_not_fit_lose_their_beginning(tokenizer, load, caplog, monkeypatch):
-    monkeypatch.setattr("quietstar.evaluation.said.logger", __import__("logging").getLogger("test"))
+    monkeypatch.setattr("quietstar.evaluation.said.logger", logging.getLogger("heard"))  # transformers' own is not
     model, task = character_model.make_model(max_position_embeddings=32), load("gsm8k")
+    monkeypatch.setattr(model, "generate", said := Scripted(tokenizer, " 3"))
     greedy_answers(model, tokenizer, task)
+    assert task.questions[2].prompt[-20:] in said.prompts
     assert "1 of 4 prompts are cut to their last 20 tokens, so that 12 more fit within the 32 positions" in caplog.text
     with pytest.raises(ValueError, match="max_new_tokens must be less than max_position_embeddings = 32, got 384"):
         sampled_answers(model, tokenizer, task, 1)
