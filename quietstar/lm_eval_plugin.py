@@ -5,6 +5,7 @@ function in the group ``torch.backends``. lm-eval imports torch before it looks 
 the model is. Nothing heavy may be imported here, and nothing may fail: this runs in every program that imports torch.
 """
 
+import contextlib
 import sys
 
 
@@ -13,7 +14,8 @@ def register() -> None:
     registry = getattr(sys.modules.get("lm_eval.api.registry"), "model_registry", None)
     if registry is None:
         return
-    import lm_eval.models  # noqa: F401 - its own models; it looks for them only while the registry is empty
+    with contextlib.suppress(Exception):  # of another version of lm-eval; it says then that it knows no such model
+        import lm_eval.models  # noqa: F401 - its own models; it looks for them only while the registry is empty
 
-    if "quietstar" not in registry:
-        registry.register("quietstar", target="quietstar.evaluation.lm_eval:QuietStarLM")
+        if "quietstar" not in registry:
+            registry.register("quietstar", target="quietstar.evaluation.lm_eval:QuietStarLM")
