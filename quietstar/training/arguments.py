@@ -80,6 +80,16 @@ class ModelArguments:
     policy_temperature: float | None = _thoughts("temperature of the log-probabilities in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
     base_loss_weight: float | None = _thoughts("weight of the loss without a thought; the rest goes to the one with")
+    embedding_scale: float | None = field(
+        default=None,
+        metadata={"help": "the two thought embeddings are multiplied by this on use, which multiplies their step size; "
+                  "starting from an ordinary checkpoint only (default: the paper's 100)"},
+    )  # fmt: skip
+    initial_text: str | None = field(
+        default=None,
+        metadata={"help": "text whose embedding the two thought embeddings begin with, best one behind which the model "
+                  "writes what helps; starting from an ordinary checkpoint only (default: the paper's ---)"},
+    )  # fmt: skip
 
     def __post_init__(self):
         check_numbers(INTERVALS, vars(self))

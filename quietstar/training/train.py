@@ -88,7 +88,7 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
     """A Quiet-STaR checkpoint (ours or the authors') as it is; an ordinary Mistral gets its two thought tokens.
 
     Raises:
-        ValueError: neither of them, or no tokenizer.
+        ValueError: neither of them, or no tokenizer; beginnings of thought embeddings where there are such embeddings.
     """
     name = model_args.model
     try:
@@ -106,12 +106,38 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
         raise ValueError(f"tokenizer must be given: none in {model_args.tokenizer or name}: {error}") from error
     options = model_args.config_fields() | {"dtype": model_args.dtype or "auto"}
     is_ours = saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved
+    if is_ours:
+        _refuse_for_trained_embeddings(model_args)
+    initial_token_ids = _initial_token_ids(model_args.initial_text, tokenizer)
     try:
         if is_ours:
             return QuietStarForCausalLM.from_pretrained(name, **options), tokenizer
-        return QuietStarForCausalLM.from_base(name, tokenizer, **options), tokenizer
+        model = QuietStarForCausalLM.from_base(name, tokenizer, initial_token_ids=initial_token_ids, **options)
+        return model, tokenizer
     except (RuntimeError, SafetensorError) as error:  # a file that ends too early, tensors of other shapes
         raise ValueError(f"model cannot be loaded from {name}: {error}") from error
+
+
+def _refuse_for_trained_embeddings(model_args: ModelArguments) -> None:
+    """What thought embeddings begin with says nothing of a checkpoint that has them."""
+    for name in ("embedding_scale", "initial_text"):
+        if (value := getattr(model_args, name)) is not None:
+            raise ValueError(
+                f"{name} must be left out with a Quiet-STaR checkpoint, which has thought embeddings, got {value!r} "
+                f"with {model_args.model}"
+            )
+
+
+def _initial_token_ids(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Tokens of the text that thought embeddings begin with; None for the default."""
+    if text is None:
+        return None
+    if not (ids := tokenizer.encode(text, add_special_tokens=False)):
+        raise ValueError(f"initial_text must hold at least one token, got {text!r}")
+    unknown = tokenizer.unk_token
+    if unknown is not None and tokenizer.unk_token_id in ids and unknown not in text:
+        raise ValueError(f"initial_text must hold no token unknown to the tokenizer, got {text!r}")
+    return ids
 
 
 def _checkpoint_to_resume(training_args: PaperTrainingArguments) -> str | None:

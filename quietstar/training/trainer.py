@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.utils import logging
 
 from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.metrics import Stopwatch, ThoughtMetrics
+
+logger = logging.get_logger(__name__)
+
+# Policy weight times learning rate: 1 in the paper (1e6 · 1e-6). In the quickstart's world 1 does no harm either; 2000
+# ruins the prediction without a thought.
+LARGEST_POLICY_STEP = 10
 
 
 class NonFiniteError(FloatingPointError):
@@ -27,6 +34,8 @@ class QuietStarTrainer(Trainer):
     A loss that is NaN or infinite raises :class:`NonFiniteError`: on a CPU before the step is taken; elsewhere, where
     reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights that
     are not finite are never saved.
+
+    Training warns where ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
 
     Raises:
         ValueError: label smoothing, which the objective has not, or Liger kernels; several GPUs in one process; batches
@@ -54,6 +63,7 @@ class QuietStarTrainer(Trainer):
         if resume_from_checkpoint:  # True is the newest whole one
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = to_resume(wanted, self.args.output_dir, self.args.save_only_model)
+        self._warn_of_large_policy_steps()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -98,6 +108,21 @@ class QuietStarTrainer(Trainer):
             if not bool(parameter.isfinite().all()):
                 self._refuse(f"{name} is not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
+
+    def _warn_of_large_policy_steps(self) -> None:
+        config, rate = self.model.config, self.args.learning_rate
+        if self.optimizer is not None:  # of which a scheduler may have lowered the rate already
+            rate = max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
+        if (
+            config.thought_length > 0
+            and config.policy_weight * rate > LARGEST_POLICY_STEP
+            and self.is_world_process_zero()
+        ):
+            logger.warning(
+                f"policy_weight {config.policy_weight:g} is too much for learning_rate {rate:g}: the policy term drowns the "
+                f"others. Their product is 1 in the paper: set policy_weight to {1 / rate:g} or less, or learning_rate to "
+                f"{1 / config.policy_weight:g} or less"
+            )
 
     def _means(self, metrics: ThoughtMetrics) -> tuple[dict[str, float], int]:
         return metrics.means(self.accelerator.reduce(metrics.totals(), reduction="sum"))

@@ -41,7 +41,7 @@ def base(tmp_path):
     MistralForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"---": 0} | {f"w{i}": i for i in range(1, 30)}, unk_token="---"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="---").save_pretrained(folder)
     return folder
 
 
@@ -152,6 +152,47 @@ def test_checkpoints_in_the_authors_layout_are_taken_as_they_are(base):
     assert torch.equal(again.start_embedding.weight, model.start_embedding.weight)
 
 
+@pytest.mark.parametrize(
+    ("flags", "scale", "words"),
+    [({}, 100, [0]), ({"embedding_scale": 0.5}, 0.5, [0]), ({"initial_text": "w7 w3"}, 100, [7, 3])],
+    ids=str,
+)
+def test_what_thought_embeddings_begin_with(base, flags, scale, words):
+    """Used embeddings are those of the text, whatever the scale."""
+    model, _ = load_model(ModelArguments(str(base), **flags))
+    assert model.config.embedding_scale == scale
+    expected = model.get_input_embeddings().weight[words].mean(dim=0)
+    for embedding in (model.start_embedding, model.end_embedding):
+        torch.testing.assert_close(embedding(), expected)
+        torch.testing.assert_close(embedding.weight, expected / scale)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ours", "message"),
+    [
+        (["--initial_text", ""], False, "initial_text must hold at least one token, got ''"),
+        (["--initial_text", " "], False, "initial_text must hold at least one token, got ' '"),
+        (
+            ["--initial_text", "w1 what"],
+            False,
+            "initial_text must hold no token unknown to the tokenizer, got 'w1 what'",
+        ),
+        (["--initial_text", "w1"], True, "initial_text must be left out with a Quiet-STaR checkpoint, .*, got 'w1'"),
+        (["--initial_text", ""], True, "initial_text must be left out with a Quiet-STaR checkpoint"),
+        (["--embedding_scale", "2"], True, "embedding_scale must be left out with a Quiet-STaR .*, got 2.0 with "),
+    ],
+)
+def test_beginnings_that_make_no_sense(run, base, tmp_path, capsys, flags, ours, message):
+    if ours:
+        model, tokenizer = load_model(ModelArguments(str(base)))
+        model.save_pretrained(tmp_path / "ours")
+        tokenizer.save_pretrained(tmp_path / "ours")
+        flags = ["--model", tmp_path / "ours", *flags]
+    assert run(*flags) == 2
+    assert re.search(f"^quietstar train: {message}", capsys.readouterr().err, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dtype_of_the_weights(run, tmp_path):
     assert run("--dtype", "bfloat16", "--max_steps", 1, "--eval_strategy", "no") == 0
     assert QuietStarForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
@@ -192,7 +233,9 @@ def test_bad_arguments_are_named_without_a_traceback(run, tmp_path, capsys, flag
 
 
 NOT_NEGATIVE = "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "thought_temperature", "policy_weight"
-POSITIVE = "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "policy_temperature"
+POSITIVE = (
+    "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "policy_temperature", "embedding_scale",
+)  # fmt: skip
 SHARES = "held_out_fraction", "adam_beta1", "base_loss_weight"
 COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit", "block_size",

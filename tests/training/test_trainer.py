@@ -195,6 +195,35 @@ def test_kernels_that_do_not_think_are_refused(make_model, make_trainer, monkeyp
         make_trainer(make_model(), use_liger_kernel=True)
 
 
+@pytest.mark.parametrize(
+    ("policy_weight", "rate", "thought_length", "warns"),
+    [
+        (1e6, 1e-6, 2, False),
+        (1e6, 1e-5, 2, False),
+        (1e6, 2e-5, 2, True),
+        (1e6, 2e-3, 2, True),
+        (1.0, 2e-3, 2, False),
+        (0.0, 1.0, 2, False),
+        (1e6, 2e-3, 0, False),  # no policy term
+    ],
+)
+@pytest.mark.parametrize("own_optimizer", [False, True], ids=["", "own optimizer"])
+def test_warns_of_policy_weights_for_other_learning_rates(
+    make_model, make_trainer, monkeypatch, policy_weight, rate, thought_length, warns, own_optimizer
+):
+    warnings = []
+    monkeypatch.setattr("quietstar.training.trainer.logger.warning", warnings.append)
+    model = make_model(policy_weight=policy_weight, thought_length=thought_length)
+    trainer = make_trainer(model, max_steps=2, learning_rate=1.0 if own_optimizer else rate, logging_strategy="no")
+    if own_optimizer:
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    trainer.train()
+    assert len(warnings) == warns
+    if warns:
+        assert f"policy_weight 1e+06 is too much for learning_rate {rate:g}" in warnings[0]
+        assert f"set policy_weight to {1 / rate:g} or less, or learning_rate to 1e-06 or less" in warnings[0]
+
+
 def test_label_smoothing_is_refused(make_model, make_trainer):
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
         make_trainer(make_model(), label_smoothing_factor=0.1)
