@@ -1,7 +1,6 @@
 """Measuring what thoughts do."""
 
 from quietstar.evaluation.answers import AnswerProbabilities, answer_probabilities
-from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
 from quietstar.evaluation.held_out import HeldOutNll, held_out_nll, text_nll
 from quietstar.evaluation.likeliest import Likeliest, likeliest_tokens
 from quietstar.evaluation.means import (
@@ -17,6 +16,7 @@ from quietstar.evaluation.means import (
 from quietstar.evaluation.said import greedy_answers, majority, sampled_answers
 from quietstar.evaluation.score import TextScore, score
 from quietstar.evaluation.tasks import Question, Task, load_task
+from quietstar.models.controls import random_thoughts, shuffle_thoughts
 
 __all__ = [
     "AnswerProbabilities",

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import MistralForCausalLM
 
 from quietstar._numbers import SEED, Interval
-from quietstar.evaluation.controls import random_thoughts, shuffle_thoughts
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
+from quietstar.models.controls import random_thoughts, shuffle_thoughts
 from quietstar.models.weights import weight_of
 from quietstar.ops import linear_cross_entropy
 

@@ -8,9 +8,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar.models.attention import TextCache, ThoughtStates
+from quietstar.models.controls import thoughts_of_call
 from quietstar.models.documents import document_starts
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
-from quietstar.models.speculation import DraftLength, Thinking, verify
+from quietstar.models.speculation import OPTIONS, DraftLength, Thinking, verify
 from quietstar.models.text_rules import TextRules
 from quietstar.models.thoughts import Thinker, run_layers
 from quietstar.models.transformers_names import CACHE_NAMES, pad_token_id
@@ -49,7 +50,7 @@ def decode(
     refused |= {name: value is not None for name, value in others.items() if name not in _PREPARED}
     if any(refused.values()):
         names = ", ".join(name for name, value in refused.items() if value)
-        raise ValueError(f"{names} must be left out with draft_length, think or return_thoughts")
+        raise ValueError(f"{names} must be left out with {OPTIONS}")
     if isinstance(streamer, ThoughtStreamer) and len(input_ids) > 1:
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
     with torch.inference_mode():  # calls cost less in it
@@ -68,8 +69,8 @@ class _Loop:
 
     With drafts rows grow at their own pace: ``lengths`` holds how far each is, on the host. What stands behind is left
     over from rejected drafts and never read. Rows that have stopped are computed on but grow no more. Without drafts,
-    or where the rules of the text have a state, all rows are in step, and those that have stopped grow by padding.
-    ``ends`` holds where the texts end, without that padding.
+    where the rules of the text have a state, or where rows think for each other, all rows are in step, and those that
+    have stopped grow by padding. ``ends`` holds where the texts end, without that padding.
     """
 
     rules: TextRules
@@ -87,8 +88,13 @@ class _Loop:
         batch, prompt = input_ids.shape
         device = model.device
         self.model, self.thinking = model, thinking
-        self.draft_length = DraftLength(thinking.draft_length, model.config.thought_length)
         self.prompt_length, self.max_length = prompt, generation_config.max_length
+        self.returned = generation_config.num_return_sequences or 1
+        given = thoughts_of_call(thinking.thoughts, batch, self.returned, self.max_length - prompt, model.config)
+        self.given = None if given is None else given.to(device)
+        self.shuffled = given is None and not thinking.own_thoughts
+        self.thought_length = model.config.thought_length if given is None else given.shape[-1]
+        self.draft_length = DraftLength(thinking.draft_length, self.thought_length if given is None else 1)
         self.do_sample = generation_config.do_sample
         pad = pad_token_id(generation_config)
         self.pad = 0 if pad is None else pad
@@ -118,7 +124,7 @@ class _Loop:
         self.thinks = torch.zeros(new, dtype=torch.bool, device=device)
         self.details: list[Tensor] = []
         if thinking.return_thoughts:
-            thoughts = torch.full((*new, model.config.thought_length), -1, device=device)
+            thoughts = torch.full((*new, self.thought_length), -1, device=device)
             self.details = [thoughts, *torch.zeros(3, *new, device=device).unbind()]
 
     def run(self) -> QuietStarGenerateOutput:
@@ -134,6 +140,8 @@ class _Loop:
         """Draft ``count`` tokens, 0 or more, behind every row, think behind all of them, keep what is agreed on."""
         states, logits, draft_scores, drafts = [], [], [], []
         thinks = ~self._where_stopped()[:, None].expand(-1, count + 1)
+        if self.given is not None:
+            thinks = thinks & (self._given(torch.arange(count + 1, device=self.ids.device)) >= 0).all(dim=-1)
         thinker = None
         for i in range(count + 1):
             if i == count and self.thinking.think == "always":
@@ -148,13 +156,13 @@ class _Loop:
 
         if thinker is None:
             thinks = thinks & self._unsure(base_logits)
-            most = int(thinks.sum(dim=1).max())
+            most = int(self._thinking_behind(thinks).sum(dim=1).max())
             thinker = self._thinker(thinks, most) if most else None
         logits, thoughts = base_logits, None
         if thinker is not None:
             logits, thoughts = self._think(thinker, thinks, torch.stack(states, dim=1), base_logits)
         before = list(self.ends)
-        if self.thinking.draft_length is None or not self.rules.stateless:
+        if self.thinking.draft_length is None or not self.rules.stateless or self.shuffled:
             self._keep_in_step(drafts, draft_scores, logits)
         else:
             self._keep(drafts, draft_scores, logits)
@@ -194,13 +202,29 @@ class _Loop:
         The chosen positions of each row are moved to the front; rows that have fewer are filled up with inactive ones.
         """
         chosen = self._chosen(thinks, most)
-        anchors = torch.where(thinks.gather(1, chosen), self._column(self.lengths) - 1 + chosen, -1)
+        ahead = chosen.masked_fill(self._where_stopped()[:, None], 0)
+        anchors = torch.where(self._thinking_behind(thinks).gather(1, chosen), self._column(self.ends) - 1 + ahead, -1)
         positions = self.position_ids.gather(1, anchors.clamp_min(0))
-        return self.model._thinker(self.cache, anchors, positions, self.key_start, self.thought_states)
+        return self.model._thinker(
+            self.cache, anchors, positions, self.key_start, self.thought_states, thought_length=self.thought_length
+        )
 
-    @staticmethod
-    def _chosen(thinks: Tensor, most: int) -> Tensor:
-        return thinks.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    def _chosen(self, thinks: Tensor, most: int) -> Tensor:
+        return self._thinking_behind(thinks).logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
+    def _thinking_behind(self, thinks: Tensor) -> Tensor:
+        """Behind which positions thoughts stand if those that ``thinks`` names want one, both bool [B, P].
+
+        Where rows think for each other, every row thinks where any row wants a thought, and at the end of its text if
+        it has stopped.
+        """
+        return thinks.any(dim=0).expand_as(thinks) if self.shuffled else thinks
+
+    def _given(self, ahead: Tensor) -> Tensor:
+        """Given thoughts [B, P, k] behind the tokens ``ahead`` [P] or [B, P] columns from the last of each row."""
+        new = self._column(self.lengths) - self.prompt_length + ahead
+        row = torch.arange(len(new), device=new.device)[:, None]
+        return self.given[row, new.clamp_max(self.given.shape[1] - 1)]
 
     def _think(
         self, thinker: Thinker, thinks: Tensor, hidden: Tensor, base_logits: Tensor
@@ -217,11 +241,16 @@ class _Loop:
             The predictions [B, P, V], those of the base model where it did not think; the thoughts [B, P, k] and their
             weights [B, P], −1 and 0 where it did not.
         """
-        config = self.model.config
-        tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
+        config, most = self.model.config, thinker.positions.shape[1]
+        chosen = self._chosen(thinks, most)
+        if self.given is None:
+            tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
+        else:
+            tokens = self._given(chosen).clamp_min(0)
+        if self.shuffled:  # the thinker has read the thought of its own row
+            tokens, thinker = tokens.roll(-self.returned, dims=0), self._thinker(thinks, most)
         thought_hidden = thinker.finish(tokens)
         row = torch.arange(len(thinks), device=thinks.device)[:, None]
-        chosen = self._chosen(thinks, tokens.shape[1])
         active = thinks[row, chosen]
         base_hidden = hidden[row, chosen]
         weight = self.model.mixing_head(base_hidden, thought_hidden)
@@ -291,7 +320,9 @@ class _Loop:
             else:
                 token = self._draw(scores)[:, 0]
             self._append(token)
-            if not goes_on or all(self.stopped):
+            # What a row that has just stopped lent to others behind its drafts, it thought behind text it has not.
+            lent = self.shuffled and self.stopped.count(False) < sum(growing)
+            if not goes_on or lent or all(self.stopped):
                 return
 
     def _append(self, token: Tensor) -> None:

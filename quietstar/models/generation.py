@@ -16,7 +16,7 @@ from quietstar.models.attention import ThoughtStates
 from quietstar.models.cache import grow_in_place
 from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
-from quietstar.models.speculation import Thinking
+from quietstar.models.speculation import OPTIONS, Thinking
 from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache
 
 # Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
@@ -41,6 +41,7 @@ class ThinkingGeneration(GenerationHooks):
         draft_length: int | Literal["auto"] | None = None,
         think: float | Literal["always", "never"] = "always",
         return_thoughts: bool = False,
+        thoughts: Literal["own", "shuffled", "random"] | Tensor = "own",
         **kwargs,
     ) -> Tensor | QuietStarGenerateOutput:
         """Generate text, thinking before every token. Other arguments are those of transformers' ``generate``.
@@ -54,7 +55,14 @@ class ThinkingGeneration(GenerationHooks):
             think: ``"always"``; ``"never"`` for the base model alone; or a threshold in nats: think only in front of
                 tokens whose base prediction has more entropy.
             return_thoughts: return a :class:`QuietStarGenerateOutput` with every thought. So does
-                ``return_dict_in_generate`` with ``draft_length`` or ``think``, without the thoughts.
+                ``return_dict_in_generate`` with one of the other options, without the thoughts.
+            thoughts: what is thought in front of the tokens. ``"own"``: what the model thinks. Given ones: int64
+                [B, k], the same in front of every token, or [B, n, k], one in front of each of at most n new tokens, −1
+                for none, so that ``thought_tokens`` of an earlier call give its greedy text again; all returned
+                sequences of a prompt are given the same. Controls: ``"shuffled"``: every prompt is given what the next
+                one in the batch thinks at the same step, the last what the first does (a text that has ended goes on
+                thinking behind its last token); ``"random"``: tokens drawn evenly from the vocabulary, anew in front of
+                every token.
 
         Logits processors and stopping criteria may keep a state, as engines for grammars do: each is called once per
         token, in order. Drafts go only through those of transformers that keep none.
@@ -62,10 +70,10 @@ class ThinkingGeneration(GenerationHooks):
         Raises:
             TypeError, ValueError: a bad option or an unknown argument; a prompt that is empty, longer than the model's
                 positions or padded on the right; ``output_attentions`` and ``assistant_early_exit``; with one of the
-                three options also beam search, assistants, a cache, ``custom_generate``, ``guidance_scale``,
+                four options also beam search, assistants, a cache, ``custom_generate``, ``guidance_scale``,
                 ``synced_gpus`` and scores, logits or hidden states in the output.
         """
-        thinking = Thinking(draft_length, think, return_thoughts)
+        thinking = Thinking(draft_length, think, return_thoughts, thoughts)
         if args:
             kwargs |= inspect.signature(super().generate).bind_partial(inputs, *args).arguments
             kwargs.pop("inputs", None)
@@ -115,7 +123,7 @@ class ThinkingGeneration(GenerationHooks):
     @staticmethod
     def _only_without_options(thinking: Thinking | None, mode: str, demand: str) -> None:
         if thinking is not None:
-            raise ValueError(f"{demand} with draft_length, think or return_thoughts, got {mode}")
+            raise ValueError(f"{demand} with {OPTIONS}, got {mode}")
 
     def _check_arguments(self, arguments: dict, thinking: Thinking) -> None:
         """Refuse what would be left unheard, or break in the middle."""
@@ -140,9 +148,7 @@ class ThinkingGeneration(GenerationHooks):
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         for name in () if thinking.plain else (CACHE, "custom_generate"):
             if (value := arguments.get(name)) is not None:
-                raise ValueError(
-                    f"{name} must be None with draft_length, think or return_thoughts, got {type(value).__name__}"
-                )
+                raise ValueError(f"{name} must be None with {OPTIONS}, got {type(value).__name__}")
 
     @staticmethod
     def _new_states(input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStates:

@@ -392,12 +392,15 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
             logits[..., token] = -torch.inf
         return logits
 
-    def _thinker(self, base, anchors, anchor_positions, key_start, states=None, head=None) -> Thinker:
+    def _thinker(
+        self, base, anchors, anchor_positions, key_start, states=None, head=None, thought_length=None
+    ) -> Thinker:  # fmt: skip
         """A thinker behind ``anchors`` [B, P], indices into the base keys, at ``anchor_positions`` [B, P]."""
         head = self._head_weight() if head is None else head
+        thought_length = self.config.thought_length if thought_length is None else thought_length
         return Thinker(
             self.model, head, base, anchors, anchor_positions, self.start_embedding(), self.end_embedding(),
-            self.config.thought_length, key_start, states,
+            thought_length, key_start, states,
         )  # fmt: skip
 
     def _base_mask(

@@ -113,15 +113,12 @@ class QuietStarTrainer(Trainer):
         config, rate = self.model.config, self.args.learning_rate
         if self.optimizer is not None:  # of which a scheduler may have lowered the rate already
             rate = max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
-        if (
-            config.thought_length > 0
-            and config.policy_weight * rate > LARGEST_POLICY_STEP
-            and self.is_world_process_zero()
-        ):
+        weight = config.policy_weight if config.thought_length > 0 else 0
+        if weight * rate > LARGEST_POLICY_STEP and self.is_world_process_zero():
             logger.warning(
-                f"policy_weight {config.policy_weight:g} is too much for learning_rate {rate:g}: the policy term drowns the "
-                f"others. Their product is 1 in the paper: set policy_weight to {1 / rate:g} or less, or learning_rate to "
-                f"{1 / config.policy_weight:g} or less"
+                f"policy_weight {weight:g} is too much for learning_rate {rate:g}: the policy term drowns the others. "
+                f"Their product is 1 in the paper: set policy_weight to {1 / rate:g} or less, or learning_rate to "
+                f"{1 / weight:g} or less"
             )
 
     def _means(self, metrics: ThoughtMetrics) -> tuple[dict[str, float], int]:

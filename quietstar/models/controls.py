@@ -1,0 +1,68 @@
+"""Thoughts that should not help: whoever gains from these does not gain from what was thought."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.ops._checks import check_integer, check_range
+
+
+def shuffle_thoughts(thoughts: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """Thoughts exchanged between positions: none stays, unless a single position is chosen.
+
+    Args:
+        thoughts: int [windows, N, L, k]; the N thoughts of a position stay together.
+        chosen: bool [windows, L]: exchange among these positions only, the others keep theirs. Among positions of
+            one kind it is what the thoughts say that is taken away, not how they look. Default all.
+    """
+    by_position = thoughts.transpose(1, 2)  # [windows, L, N, k]
+    chosen = torch.ones(by_position.shape[:2], dtype=torch.bool, device=thoughts.device) if chosen is None else chosen
+    kept = by_position[chosen]
+    order = torch.randperm(len(kept)).to(thoughts.device)
+    exchanged = torch.empty_like(kept)
+    exchanged[order] = kept[order.roll(1)]  # one cycle through all of them
+    result = by_position.clone()
+    result[chosen] = exchanged
+    return result.transpose(1, 2)
+
+
+def random_thoughts(shape: Sequence[int], vocabulary: int, left_out: Collection[int] = ()) -> Tensor:
+    """Tokens drawn evenly from ``range(vocabulary)`` without those ``left_out``, int64 of a shape, on the CPU."""
+    tokens = torch.tensor([token for token in range(vocabulary) if token not in left_out])
+    return tokens[torch.randint(len(tokens), tuple(shape))]
+
+
+def thoughts_of_call(
+    thoughts: str | Tensor, batch: int, returned: int, new_tokens: int, config: QuietStarConfig
+) -> Tensor | None:
+    """What ``generate`` thinks where it does not think for itself, int64 [B, n, k], n = 1 or ``new_tokens``; else None.
+
+    Args:
+        thoughts: the option of ``generate``.
+        batch: B, rows of the text, ``returned`` of every prompt.
+        new_tokens: most tokens that will be generated.
+
+    Raises:
+        ValueError: given thoughts of another shape or out of range; shuffled ones of a single prompt.
+    """
+    prompts = batch // returned
+    if isinstance(thoughts, str):
+        if thoughts == "shuffled" and prompts == 1:
+            raise ValueError("thoughts must not be 'shuffled' with a single prompt, which has none to exchange with")
+        if thoughts != "random":
+            return None
+        return random_thoughts((batch, new_tokens, config.thought_length), config.vocab_size, config.thought_token_ids)
+    each = thoughts[:, None] if thoughts.dim() == 2 else thoughts
+    if each.dim() != 3 or len(each) != prompts or (thoughts.dim() == 3 and each.shape[1] < new_tokens):
+        raise ValueError(
+            f"thoughts must have shape [{prompts}, k], or [{prompts}, n, k] with n >= {new_tokens} new tokens, "
+            f"got {list(thoughts.shape)}"
+        )
+    check_integer("thoughts", thoughts)
+    check_range("thoughts", thoughts, -1, config.vocab_size - 1)
+    left_out = each < 0
+    if bool((left_out.any(dim=-1) & ~left_out.all(dim=-1)).any()):
+        raise ValueError("thoughts must be -1 in all of their tokens (no thought there) or in none, got some of both")
+    return each.repeat_interleave(returned, dim=0)
