@@ -37,6 +37,10 @@ def main(arguments: list[str]) -> int:
     )
     add_arguments(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "--thoughts", default="own", metavar="WHAT",
+        help="own, random, or a text to be thought in front of every token instead (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--stream", action="store_true", help="print as it comes")
     parser.add_argument("--json", action="store_true", help="print JSON: one object, or with --stream one per line")
     options = parser.parse_args(arguments)
@@ -151,6 +155,7 @@ def _generate(options: argparse.Namespace) -> None:
     elif options.stream:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
 
+    generator.settings["thoughts"] = _thoughts(options.thoughts, tokenizer)
     output = generator(inputs, streamer)
     text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
     if options.json:
@@ -166,6 +171,16 @@ def _generate(options: argparse.Namespace) -> None:
     if options.show_thoughts or not options.stream:
         print(text)
     report(output)
+
+
+def _thoughts(what: str, tokenizer: PreTrainedTokenizerBase) -> str | torch.Tensor:
+    """``--thoughts`` as ``generate`` takes it; given ones are int64 [1, k]."""
+    if what in ("own", "shuffled", "random"):
+        return what
+    thought = tokenizer.encode(what, add_special_tokens=False)
+    if not thought:
+        raise ValueError(f"--thoughts must hold at least one token, got {what!r}")
+    return torch.tensor([thought])
 
 
 def _statistics(output: QuietStarGenerateOutput) -> dict[str, float | None]:

@@ -69,6 +69,14 @@ def test_thinks_where_it_is_told_to(folder, capsys):
     assert err == ""
 
 
+def test_thinks_what_it_is_told_to(folder, capsys):
+    options = ["--model", folder, "--prompt", "the cat", "--max_new_tokens", "5", "--show-thoughts", "--thoughts"]
+    assert run(capsys, *options, "mat sat")[1].count("thought 'mat sat'") == 5
+    thoughts = [re.findall("thought '(.*)'", run(capsys, *options, "random", "--seed", seed)[1]) for seed in "001"]
+    assert len(set(thoughts[0])) > 1
+    assert thoughts[0] == thoughts[1] != thoughts[2]
+
+
 def test_json(folder, capsys):
     options = [
         *["--model", folder, "--prompt", "the cat", "--max_new_tokens", "4", "--json", "--thought_temperature", "0"],
@@ -111,6 +119,9 @@ def test_json(folder, capsys):
         (["--prompt", "the", "--model", "./nowhere"], "cannot load --model ./nowhere"),
         (["--prompt", "the", "--draft_length", "0"], "draft_length must be None, 'auto' or an integer >= 1, got 0"),
         (["--prompt", "the", "--think", "-1"], "think must be 'always', 'never' or a threshold in nats >= 0, got -1.0"),
+        (["--prompt", "the", "--thoughts", ""], "--thoughts must hold at least one token, got ''"),
+        (["--prompt", "the", "--thoughts", "shuffled"], "thoughts must not be 'shuffled' with a single prompt"),
+        (["--prompt", "the", "--thoughts", "a", "--think", "never"], "thoughts must be left out with think='never'"),
         (["--prompt", "the cat " * 20], "input_ids must have at most max_position_embeddings = 32 tokens, got 40"),
     ],
 )

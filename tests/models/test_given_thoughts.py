@@ -96,11 +96,15 @@ def test_returned_sequences_share_the_thoughts_of_their_prompt(make_model, text)
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_shuffled_thoughts_are_those_of_the_next_prompt(make_model, options, window):
-    """Rows end at different times; with drafts too, no row is lent what was thought behind rejected drafts."""
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [*((0.1, options) for options in WAYS.values()), (0.0, {"draft_length": 8})],
+    ids=[*WAYS, "drafts that are all accepted"],
+)
+def test_shuffled_thoughts_are_those_of_the_next_prompt(make_model, scale, options, window):
+    """Rows end at different times; with drafts too, no row is lent what was thought behind text that is not kept."""
     model = make_model(thought_temperature=0.0, sliding_window=window)
-    model.mixing_head[-1].weight.data *= 0.1  # thoughts matter, and some drafts are accepted
+    model.mixing_head[-1].weight.data *= scale
     text, eos = torch.randint(1, 38, (3, 12)), [*range(20, 26)]
     texts, thoughts = recompute_shuffled(model, text, 12, eos)
     assert len({len(row) for row in texts}) == 3
