@@ -26,7 +26,8 @@ _MAY_KEEP_A_CACHE = (
 
 # Arguments of ``forward`` and of the methods below that mean nothing in ``generate``.
 _NOT_OF_GENERATE = (
-    "labels", "output_thought_logprobs", "suppress_thought_tokens", "thinking", "thought_states", "thought_tokens",
+    "labels", "output_thought_entropy", "output_thought_logprobs", "suppress_thought_tokens", "thinking",
+    "thought_states", "thought_tokens",
 )  # fmt: skip
 
 

@@ -46,19 +46,26 @@ class QuietStarOutput(CausalLMOutputWithPast):
         base_nll: float [B, L−1], of token i+1 without a thought; 0 where there is no label.
         talk_nll: float [B, N, L−1, M], of token i+1+m after the thought behind i; 0 where there is no label.
         reward: float [B, N, L−1−M], what the thought gained: Σ_m base_nll[i+m] − talk_nll[i, m].
+        advantage: float [B, N, L−1−M], what the policy term multiplies log p of the thought by: the reward minus its
+            mean over the N thoughts of the position (for N > 1), 0 where that is negative.
         policy_loss: scalar, the REINFORCE term before its weight.
         thought_tokens: int64 [B, N, L, k] with labels, [B, 1, K, k] without.
         thought_logprobs: float [B, N, L−1, k], log p of the thought tokens at ``policy_temperature``; None if
             they were not asked for.
+        thought_entropy: scalar, mean entropy of the distributions that thought tokens are drawn from (at
+            ``thought_temperature``) in nats, of at most 64 thought tokens with something to predict, evenly spread;
+            NaN where there is none, None if it was not asked for.
         mixing_weight: [B, N, L−1, M] with labels, [B, 1, K, 1] without.
     """
 
     base_nll: Tensor | None = None
     talk_nll: Tensor | None = None
     reward: Tensor | None = None
+    advantage: Tensor | None = None
     policy_loss: Tensor | None = None
     thought_tokens: Tensor | None = None
     thought_logprobs: Tensor | None = None
+    thought_entropy: Tensor | None = None
     mixing_weight: Tensor | None = None
 
 
@@ -119,6 +126,7 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        output_thought_entropy: bool = False,
     ) -> QuietStarOutput | tuple:
         """Think behind every position and predict.
 
@@ -144,6 +152,7 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
             output_hidden_states: give the hidden states of the base pass, [B, L, H] behind the embedding and behind
                 each layer, the last one normed; a list names those wanted, None stands for the others.
             output_attentions: must be left out: no attention probabilities are kept.
+            output_thought_entropy: with labels: give ``thought_entropy``, which costs about one per cent of a step.
             return_dict: False returns the values that are there as a tuple.
 
         Raises:
@@ -165,7 +174,9 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
         elif cache is not None:
             raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
         else:
-            output = self._train(text, labels, thought_tokens, output_thought_logprobs, collect)
+            output = self._train(
+                text, labels, thought_tokens, output_thought_logprobs, output_thought_entropy, collect
+            )  # fmt: skip
         if collect is not None:
             chosen = range(len(collect.states))
             if output_hidden_states is not True:
@@ -233,7 +244,7 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
 
     def _train(
         self, text: Text, labels: Tensor, thought_tokens: Tensor | None, output_thought_logprobs: bool,
-        collect: HiddenStates | None,
+        output_thought_entropy: bool, collect: HiddenStates | None,
     ) -> QuietStarOutput:  # fmt: skip
         """One pass over base text and thoughts (the thought tree), and the objective."""
         config = self.config
@@ -281,7 +292,7 @@ class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausa
         )
         parts = quiet_star_objective(
             base_hidden, thought_hidden, mixing_weight, head, labels, own_tokens, config, starts,
-            output_thought_logprobs,
+            output_thought_logprobs, output_thought_entropy,
         )  # fmt: skip
         return QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
+from quietstar.models.entropy import thought_entropy
 from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
 
 
@@ -20,8 +21,10 @@ class Objective(NamedTuple):
     base_nll: Tensor  # [B, L−1], −log p of token i+1 without a thought; 0 where there is no label
     talk_nll: Tensor  # [B, N, L−1, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
     reward: Tensor  # [B, N, L−1−M], sum over m of base_nll[i+m] − talk_nll[i, m]
+    advantage: Tensor  # [B, N, L−1−M], what the policy term multiplies log p of the thought by
     policy_loss: Tensor  # scalar, before its weight
     thought_logprobs: Tensor | None  # [B, N, L−1, k], log p of the thought tokens at policy_temperature
+    thought_entropy: Tensor | None  # scalar, mean entropy of what a thought token is drawn from, in nats
 
 
 def quiet_star_objective(
@@ -34,6 +37,7 @@ def quiet_star_objective(
     config: QuietStarConfig,
     starts: Tensor | None = None,
     output_thought_logprobs: bool = True,
+    output_thought_entropy: bool = False,
 ) -> Objective:
     """Base loss, mixed ("talk") loss and REINFORCE term of one batch.
 
@@ -46,6 +50,7 @@ def quiet_star_objective(
         thought_tokens: int [B, L−1, N, k].
         starts: where documents begin, see :mod:`quietstar.models.documents`.
         output_thought_logprobs: without them, thoughts of no advantage need no logits.
+        output_thought_entropy: measure it, on a sample of the thoughts that have something to predict.
     """
     k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
     batch, length = labels.shape
@@ -93,7 +98,7 @@ def quiet_star_objective(
     if (within := rewarded(labels, lookahead, starts)) is not None:
         reward = reward.masked_fill(~within[:, :, None], 0)
         reward_count = within.sum().clamp_min(1) * num_thoughts
-    advantage = reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward
+    advantage = (reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward).clamp_min(0)
 
     loss = base_loss + talk_loss
     policy_loss = base_loss.new_zeros(())
@@ -101,7 +106,7 @@ def quiet_star_objective(
     if k > 0:
         policy_weight = config.policy_weight or 1.0  # a term without weight is reported all the same
         row_weight = torch.zeros_like(thought_nll)
-        row_weight[:, : reward.shape[1]] = advantage.clamp_min(0)[..., None] * (policy_weight / (k * reward_count))
+        row_weight[:, : reward.shape[1]] = advantage[..., None] * (policy_weight / (k * reward_count))
         result = linear_cross_entropy(
             thought_hidden[:, :, :, :k].flatten(0, 3),
             lm_head,
@@ -117,11 +122,16 @@ def quiet_star_objective(
         if config.policy_weight:
             loss = loss + policy_term
 
+    entropy = None
+    if output_thought_entropy:
+        entropy = thought_entropy(thought_hidden[:, :, :, :k], lm_head, (target != IGNORE_INDEX).any(dim=-1), config)
     return Objective(
         loss,
         base_nll,
         talk_nll.transpose(1, 2),
         reward.transpose(1, 2),
+        advantage.transpose(1, 2),
         policy_loss,
         -thought_nll.view(batch, positions, num_thoughts, k).transpose(1, 2) if output_thought_logprobs else None,
+        entropy,
     )

@@ -1,5 +1,6 @@
 """What training and evaluation report: means over steps, summed up on the device, and the time spent."""
 
+import math
 import time
 
 import torch
@@ -16,6 +17,7 @@ class ThoughtMetrics:
     """
 
     def __init__(self) -> None:
+        self._names: list[str] = []
         self._totals: Tensor | None = None
 
     def add(
@@ -27,6 +29,7 @@ class ThoughtMetrics:
     ) -> None:
         """Add one forward pass; the other arguments are those that it was given, [B, L]."""
         _, num_thoughts, _, lookahead = output.talk_nll.shape
+        k = output.thought_tokens.shape[-1]
         starts = token_starts(attention_mask, position_ids, labels.shape)
         labels = text_labels(labels, attention_mask, starts)
         labelled = labels[:, 1:] != IGNORE_INDEX
@@ -34,41 +37,57 @@ class ThoughtMetrics:
         gains = predicted[:, : output.reward.shape[2]].any(dim=-1)
         if (within := rewarded(labels, lookahead, starts)) is not None:
             gains &= within
-        sums = [
-            output.base_nll.sum(),
-            *output.talk_nll.sum(dim=(0, 1, 2)),
-            output.reward.sum(),
-            (output.mixing_weight * predicted[:, None]).sum(),
-            output.policy_loss,
-        ]
-        counts = [
-            labelled.sum(),
-            *predicted.sum(dim=(0, 1)) * num_thoughts,
-            gains.sum() * num_thoughts,
-            predicted.sum() * num_thoughts,
-            labelled.new_ones(()),
-        ]
-        totals = torch.stack([torch.stack(row).float() for row in (sums, counts)]).detach()
+        rewarded_count, predicted_count = gains.sum() * num_thoughts, predicted.sum(dim=(0, 1)) * num_thoughts
+        talk = zip(output.talk_nll.sum(dim=(0, 1, 2)), predicted_count, strict=True)
+        entries = {
+            "base_nll": (output.base_nll.sum(), labelled.sum()),
+            **{f"talk_nll_{m}": entry for m, entry in enumerate(talk)},
+            "reward": (output.reward.sum(), rewarded_count),
+            "advantage_mean": (output.advantage.sum(), rewarded_count),
+            "advantage_std": (output.advantage.square().sum(), rewarded_count),
+            "mixing_weight": ((output.mixing_weight * predicted[:, None]).sum(), predicted_count.sum()),
+            "policy_loss": (output.policy_loss, labelled.new_ones(())),
+        }
+        if k > 0:
+            thinks = predicted.any(dim=-1)[:, None].expand(-1, num_thoughts, -1)
+            count = thinks.sum()
+            entries["distinct_thoughts"] = _distinct(output.thought_tokens[:, :, :-1], thinks), count
+            entropy = output.thought_entropy
+            if entropy is not None:
+                entries["thought_entropy"] = torch.where(count > 0, entropy * count, 0), count
+        self._names = list(entries)
+        totals = torch.stack([torch.stack(row).float() for row in zip(*entries.values(), strict=True)]).detach()
         self._totals = totals if self._totals is None else self._totals + totals
 
     def totals(self) -> Tensor:
-        """Sums and counts since the last call, float32 [2, 4 + M] on the device; starts again from nothing."""
+        """Sums and counts since the last call, float32 [2, entries] on the device; starts again from nothing."""
         totals, self._totals = self._totals, None
         return totals
 
-    @staticmethod
-    def means(totals: Tensor) -> tuple[dict[str, float], int]:
+    def means(self, totals: Tensor) -> tuple[dict[str, float], int]:
         """Names and means of ``totals``, and the number of labelled tokens. Waits for the device.
 
         Returns:
             base_nll, talk_nll_0 … talk_nll_{M−1}, reward and mixing_weight, each per token, in nats where it is a
-            likelihood; policy_loss per forward pass (before its weight).
+            likelihood; policy_loss per forward pass (before its weight); mean and standard deviation of all advantages;
+            thought_entropy per thought token and distinct_thoughts, how many of the thoughts of a forward pass differ,
+            as a share of all (both not where thoughts have no tokens).
         """
-        lookahead = totals.shape[1] - 4
-        names = ["base_nll", *(f"talk_nll_{m}" for m in range(lookahead)), "reward", "mixing_weight", "policy_loss"]
         sums, counts = totals.tolist()
-        means = {name: total / max(count, 1) for name, total, count in zip(names, sums, counts, strict=True)}
+        means = {name: total / max(count, 1) for name, total, count in zip(self._names, sums, counts, strict=True)}
+        means["advantage_std"] = math.sqrt(max(0.0, means["advantage_std"] - means["advantage_mean"] ** 2))
         return means, int(counts[0])
+
+
+def _distinct(thoughts: Tensor, counted: Tensor) -> Tensor:
+    """How many of the ``counted`` thoughts, int64 [..., k] and bool [...], are different: a scalar on the device.
+
+    Sorted by their tokens, equal ones are neighbours. (torch.unique would make the host wait for the number.)
+    """
+    rows = thoughts.masked_fill(~counted[..., None], -1).flatten(0, -2)
+    for column in reversed(range(rows.shape[1])):
+        rows = rows[rows[:, column].argsort(stable=True)]
+    return (rows[1:] != rows[:-1]).any(dim=1).sum() + (rows[0] >= 0).all()
 
 
 class Stopwatch:

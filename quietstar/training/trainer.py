@@ -1,11 +1,17 @@
 """Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from quietstar.models import QuietStarConfig, QuietStarOutput
+from quietstar.models.documents import text_labels, token_starts
 from quietstar.training.checkpoints import last_whole, to_resume
+from quietstar.training.difficulty import GainByDifficulty
 from quietstar.training.metrics import Stopwatch, ThoughtMetrics
 
 logger = logging.get_logger(__name__)
@@ -19,6 +25,16 @@ class NonFiniteError(FloatingPointError):
     """The loss or the weights became NaN or infinite; nothing was saved since. The message names the step."""
 
 
+class _BeforeTraining(TrainerCallback):
+    """Calls a function when everything is ready for the first step."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
+
+
 class QuietStarTrainer(Trainer):
     """:class:`transformers.Trainer` for :class:`~quietstar.models.QuietStarForCausalLM`.
 
@@ -27,6 +43,16 @@ class QuietStarTrainer(Trainer):
     evaluations carry ``eval_base_nll`` and so on. Tokens are text tokens with a label; evaluating and saving do not
     count as training time. Evaluations draw the same thoughts every time and leave the state of the random number
     generators alone, so that they compare with each other and training runs as it would without them.
+
+    Whether thoughts collapse is seen by ``thought_entropy`` (mean entropy in nats of what a thought token is drawn
+    from, at ``thought_temperature``; exact for up to 64 tokens of each pass, evenly spread), ``distinct_thoughts``
+    (how many different thoughts a forward pass has, as a share of all: 1/n where all n are equal), ``advantage_mean``
+    and ``advantage_std`` (of the advantages as the policy term takes them, all those since the last log).
+
+    Evaluations also say what thoughts gain, base nll minus nll after a thought, on the hardest and the easiest tenth of
+    the tokens: ``eval_gain_hard`` and ``eval_gain_easy``. The tenths are chosen by the base prediction before the first
+    step, in a short pass over ``eval_dataset``, and kept for the run and in its checkpoints. Chosen by the prediction
+    that is compared, as happens to text that was not there then, they would flatter the thoughts.
 
     The loss of an accumulated batch is the mean of the losses of its micro-batches, which for windows of equal length
     is the loss of the whole batch.
@@ -55,6 +81,8 @@ class QuietStarTrainer(Trainer):
         if self.args.use_liger_kernel:
             raise ValueError("use_liger_kernel must be False, got True: its forward pass does not think")
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
+        self._gains = GainByDifficulty()
+        self.add_callback(_BeforeTraining(self._rate_held_out_text))
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
         self._check_every_step = self.args.device.type == "cpu"  # elsewhere the device would have to be waited for
@@ -63,6 +91,7 @@ class QuietStarTrainer(Trainer):
         if resume_from_checkpoint:  # True is the newest whole one
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = to_resume(wanted, self.args.output_dir, self.args.save_only_model)
+            self._gains.load(resume_from_checkpoint)
         self._warn_of_large_policy_steps()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -78,10 +107,12 @@ class QuietStarTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if "labels" not in inputs:
             raise ValueError(f"labels must be in every batch, got {', '.join(inputs)}")
-        inputs = {**inputs, "output_thought_logprobs": False}  # nothing here reads them
+        inputs = {**inputs, "output_thought_logprobs": False, "output_thought_entropy": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         metrics = self._training_metrics if model.training else self._evaluation_metrics
         metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"))
+        if not model.training:
+            self._add_gains(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -93,11 +124,11 @@ class QuietStarTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._stopwatch.pause()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with self._own_random_numbers():
             torch.manual_seed(self.args.seed)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means, _ = self._means(self._evaluation_metrics)
+        means |= self._gains.means()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -108,6 +139,40 @@ class QuietStarTrainer(Trainer):
             if not bool(parameter.isfinite().all()):
                 self._refuse(f"{name} is not finite after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:  # a checkpoint
+            self._gains.save(output_dir)
+
+    @torch.no_grad()
+    def _rate_held_out_text(self) -> None:
+        """Base predictions of all held-out text; thoughts of no tokens are the least that the objective computes."""
+        if self.eval_dataset is None:
+            return
+        model = self.model_wrapped.eval()
+        with self._own_random_numbers(), _least_thoughts(self.model.config):
+            for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]:
+                for inputs in self.get_eval_dataloader(name):
+                    if "labels" not in inputs:
+                        continue  # evaluating would fail, training does not
+                    batch, length = inputs["labels"].shape
+                    no_thoughts = inputs["labels"].new_empty(batch, 1, length, 0)
+                    inputs = self._prepare_inputs({**inputs, "thought_tokens": no_thoughts})
+                    with self.compute_loss_context_manager():
+                        self._add_gains(inputs, model(**inputs))
+                self._gains.rate()
+        model.train()
+
+    def _own_random_numbers(self) -> AbstractContextManager:
+        """Within it the state of the generators may change; behind it, it is as before."""
+        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
+
+    def _add_gains(self, inputs: dict[str, Tensor], outputs: QuietStarOutput) -> None:
+        """Of held-out text, from all processes."""
+        mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+        labels = text_labels(inputs["labels"], mask, token_starts(mask, position_ids, inputs["labels"].shape))
+        gain = outputs.base_nll - outputs.talk_nll[..., 0].mean(dim=1)
+        columns = self.accelerator.pad_across_processes((labels[:, 1:], outputs.base_nll, gain), dim=1, pad_index=-100)
+        labels, base_nll, gain = self.accelerator.gather_for_metrics(columns)
+        self._gains.add(base_nll, gain, labels)
 
     def _warn_of_large_policy_steps(self) -> None:
         config, rate = self.model.config, self.args.learning_rate
@@ -133,3 +198,17 @@ class QuietStarTrainer(Trainer):
         raise NonFiniteError(
             f"{problem}; " + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
         )
+
+
+@contextmanager
+def _least_thoughts(config: QuietStarConfig) -> Iterator[None]:
+    """One thought per position, of no tokens, that predicts one token."""
+    least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1}
+    usual = {name: getattr(config, name) for name in least}
+    try:
+        for name, value in least.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(config, name, value)

@@ -72,7 +72,13 @@ def test_logs_are_means_over_the_steps_since_the_last_log(make_model, make_train
             "base_nll": torch.stack([output.base_nll for output in passes]).mean(),
             "reward": torch.stack([output.reward for output in passes]).mean(),
             "policy_loss": torch.stack([output.policy_loss for output in passes]).mean(),
+            "advantage_mean": torch.stack([output.advantage for output in passes]).mean(),
+            "advantage_std": torch.stack([output.advantage for output in passes]).std(correction=0),
+            "thought_entropy": torch.stack([output.thought_entropy for output in passes]).mean(),
         }
+        thoughts = [output.thought_tokens[:, :, :-1].flatten(0, 2) for output in passes]
+        different = sum(len(x.unique(dim=0)) for x in thoughts)
+        expected["distinct_thoughts"] = different / sum(map(len, thoughts))
         for m in range(3):  # the last m positions have no token so far ahead
             talk = torch.stack([output.talk_nll[:, :, :, m] for output in passes])
             expected[f"talk_nll_{m}"] = talk[..., : talk.shape[-1] - m].mean()
@@ -101,7 +107,14 @@ def test_evaluation_is_repeatable_and_leaves_training_alone(make_model, make_tra
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(1)
     again = trainer.evaluate()
-    names = {"eval_base_nll", "eval_reward", "eval_mixing_weight", "eval_policy_loss"}
+    names = {
+        "eval_base_nll",
+        "eval_reward",
+        "eval_mixing_weight",
+        "eval_policy_loss",
+        "eval_gain_hard",
+        "eval_gain_easy",
+    }
     names |= {f"eval_talk_nll_{m}" for m in range(3)}
     assert names <= metrics.keys()
     assert {name: metrics[name] for name in names} == {name: again[name] for name in names}
