@@ -210,6 +210,7 @@ class TrainParser(HfArgumentParser):
             for entry in shown:
                 lines += _flag_lines(entry.name, entry.metadata.get("help", ""), entry.default)
         lines += ["", "Every other flag of transformers' TrainingArguments is taken too; --help_all lists them."]
+        lines += ["On a CPU that others use too, OMP_NUM_THREADS=1 in the environment makes steps faster."]
         return "\n".join(lines) + "\n"
 
     def format_full_help(self) -> str:

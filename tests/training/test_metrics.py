@@ -18,7 +18,10 @@ def test_only_tokens_with_a_label_count(make_model):
     entries = {name: [] for name in ("base_nll", "talk_nll_0", "talk_nll_1", "talk_nll_2", "reward", "mixing_weight")}
     entries |= {"advantage_mean": [], "distinct_thoughts": [], "thought_entropy": []}
     for _ in range(2):
-        output = model(input_ids, attention_mask=mask, labels=labels, output_thought_entropy=True)
+        thoughts = torch.randint(1, 4, (2, 2, 9, 2))  # many are equal
+        output = model(
+            input_ids, attention_mask=mask, labels=labels, thought_tokens=thoughts, output_thought_entropy=True
+        )
         metrics.add(output, labels, mask)
         different = set()
         has_label = [[t < 9 and bool(mask[b, t]) and labels[b, t] != -100 for t in range(12)] for b in range(2)]
