@@ -11,7 +11,7 @@ from quietstar.models.attention import TextCache, ThoughtStates
 from quietstar.models.controls import thoughts_of_call
 from quietstar.models.documents import document_starts
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
-from quietstar.models.speculation import OPTIONS, DraftLength, Thinking, verify
+from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.text_rules import TextRules
 from quietstar.models.thoughts import Thinker, run_layers
 from quietstar.models.transformers_names import CACHE_NAMES, pad_token_id
@@ -50,7 +50,7 @@ def decode(
     refused |= {name: value is not None for name, value in others.items() if name not in _PREPARED}
     if any(refused.values()):
         names = ", ".join(name for name, value in refused.items() if value)
-        raise ValueError(f"{names} must be left out with {OPTIONS}")
+        raise ValueError(f"{names} must be left out with {thinking.options}")
     if isinstance(streamer, ThoughtStreamer) and len(input_ids) > 1:
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
     with torch.inference_mode():  # calls cost less in it

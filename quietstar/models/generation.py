@@ -16,7 +16,7 @@ from quietstar.models.attention import ThoughtStates
 from quietstar.models.cache import grow_in_place
 from quietstar.models.decoding import decode
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
-from quietstar.models.speculation import OPTIONS, Thinking
+from quietstar.models.speculation import Thinking
 from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache
 
 # Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
@@ -124,7 +124,7 @@ class ThinkingGeneration(GenerationHooks):
     @staticmethod
     def _only_without_options(thinking: Thinking | None, mode: str, demand: str) -> None:
         if thinking is not None:
-            raise ValueError(f"{demand} with {OPTIONS}, got {mode}")
+            raise ValueError(f"{demand} with {thinking.options}, got {mode}")
 
     def _check_arguments(self, arguments: dict, thinking: Thinking) -> None:
         """Refuse what would be left unheard, or break in the middle."""
@@ -149,7 +149,7 @@ class ThinkingGeneration(GenerationHooks):
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         for name in () if thinking.plain else (CACHE, "custom_generate"):
             if (value := arguments.get(name)) is not None:
-                raise ValueError(f"{name} must be None with {OPTIONS}, got {type(value).__name__}")
+                raise ValueError(f"{name} must be None with {thinking.options}, got {type(value).__name__}")
 
     @staticmethod
     def _new_states(input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStates:

@@ -185,7 +185,7 @@ BAD_INPUT = {
     "custom_generate": (
         {"think": "never", "custom_generate": lambda model, input_ids, **_: input_ids},
         ValueError,
-        "custom_generate must be None with draft_length, think, return_thoughts or thoughts, got function",
+        "custom_generate must be None with draft_length, think or return_thoughts, got function",
     ),
     "typo": ({"max_new_token": 3}, ValueError, "max_new_token"),
     "typo in an option": ({"draft_lenght": 2}, ValueError, "draft_lenght"),

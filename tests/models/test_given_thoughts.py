@@ -187,13 +187,13 @@ BAD_INPUT = {
     "range": ({"thoughts": torch.full((2, 5), 40)}, ValueError, "thoughts must"),
     "below": ({"thoughts": torch.full((2, 5), -2)}, ValueError, "thoughts must"),
     "half": ({"thoughts": torch.tensor([[1, -1], [1, 1]])}, ValueError, "thoughts must be -1 in all of their tokens"),
-    "beams": ({"thoughts": "random", "num_beams": 2}, ValueError, "num_beams must be 1 with draft_length"),
+    "beams": ({"thoughts": "random", "num_beams": 2}, ValueError, "num_beams must be 1 with thoughts, got beam"),
     "lookup": ({"thoughts": "random", "prompt_lookup_num_tokens": 2, "inputs": torch.ones(1, 4, dtype=torch.int64)},
                ValueError, "assistant_model and prompt lookup must be left out with"),
     "scores": (
         {"thoughts": "random", "output_scores": True, "return_dict_in_generate": True},
         ValueError,
-        "output_scores must be left out with draft_length, think, return_thoughts or thoughts",
+        "output_scores must be left out with thoughts",
     ),
 }  # fmt: skip
 
