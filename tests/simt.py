@@ -43,8 +43,7 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     module = build()
     module.set_random_seed(0)
     module.set_fault("")
-    for op, name in OPS.items():
-        native = importlib.import_module(f"quietstar.ops.{op}.{name}")
+    for op, native in zip(OPS, native_modules(), strict=True):
         monkeypatch.setattr(native, "_C", module)
         monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))
         api = importlib.import_module(f"quietstar.ops.{op}.api")
@@ -54,6 +53,11 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     attention = importlib.import_module("quietstar.ops.thought_attention.native_cuda")
     monkeypatch.setattr(attention, "processors", lambda device: 4)
     return module
+
+
+def native_modules() -> list[ModuleType]:
+    """The modules that call the kernels, one for every op."""
+    return [importlib.import_module(f"quietstar.ops.{op}.{name}") for op, name in OPS.items()]
 
 
 @functools.cache

@@ -5,6 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+_COPIES = ("aten::_to_copy", "aten::copy_", "aten::copy")
+
 
 def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let calls of Triton's kernels do nothing: what is looked at is how they are called."""
@@ -14,12 +18,19 @@ def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(function, "run", lambda *args, **options: None)
 
 
-class NothingFromTheHost(TorchDispatchMode):
-    """Fails where a tensor is copied between devices."""
+class NothingWaits(TorchDispatchMode):
+    """Fails where the host would wait for the GPU, or a CUDA graph would read the host's memory when it is replayed."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        name = function.name().partition(".")[0]
+        if any(x.is_cuda for x in given):
+            assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
+            assert name not in _INDEXING or not any(x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])), (
+                f"{function} counts the rows of a mask"
+            )
         result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            devices = {x.device.type for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)}
-            assert devices == {"meta"}, f"copied between {devices}"
+        if name in _COPIES:
+            devices = {str(x.device) for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)}
+            assert len(devices) == 1, f"{function} copies between {' and '.join(sorted(devices))}"
         return result

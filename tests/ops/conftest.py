@@ -1,8 +1,15 @@
 """Backends as fixtures."""
 
+from types import SimpleNamespace
+
+import pretended_gpu
 import pytest
 import simt
+import torch
 from backends import ALL
+from waiting import launch_nothing
+
+from quietstar.ops import _native
 
 
 @pytest.fixture(params=[*ALL, "triton", "cuda"])
@@ -19,3 +26,52 @@ def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def device(every_backend: str) -> str:
     """Where the backend runs."""
     return simt.DEVICE if every_backend in ("triton", "cuda") else "cpu"
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> pretended_gpu.Gpu:
+    """A GPU that is not there, an H100 if no other is named as a parameter. No kernel is launched."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    name = getattr(request, "param", "H100")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    try:
+        from quietstar.ops.thought_attention import triton_launch
+    except ImportError:
+        pass
+    else:
+        launch_nothing(monkeypatch)
+        family = {"A100": triton_launch.AMPERE, "H100": triton_launch.HOPPER, "B200": triton_launch.BLACKWELL}
+        monkeypatch.setattr(triton_launch, "architecture", lambda: family.get(name, triton_launch.COMPACT))
+    monkeypatch.setattr(_native, "_ARCHITECTURES", ("80-virtual",) if _native._ARCHITECTURES else ())
+    with pretended_gpu.pretended(pretended_gpu.GPUS[name]):
+        yield pretended_gpu.GPUS[name]
+
+
+@pytest.fixture(params=["reference", "torch", "triton", "cuda"])
+def gpu_backend(request: pytest.FixtureRequest, gpu: pretended_gpu.Gpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend on a GPU that is not there."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    if request.param == "cuda":
+        if not _native._ARCHITECTURES:
+            pytest.skip("needs the compiled module, built with CUDA")
+        kernels = SimpleNamespace(cuda=_UpToTheLaunch(), cpu=_native._C.cpu)
+        for module in simt.native_modules():
+            monkeypatch.setattr(module, "_C", kernels)
+    return request.param
+
+
+class _UpToTheLaunch:
+    """The functions of ``_C.cuda``: they check what they are given, and find no GPU to launch a kernel on."""
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(_native._C.cuda, name)
+        if not callable(found):
+            return found
+
+        def call(*args: object) -> None:
+            with pytest.raises(RuntimeError, match="^cudaGetDevice: "):
+                found(*args)
+
+        return call

@@ -1,43 +1,38 @@
-"""Away from the CPU thought attention neither reads a value nor copies from the host, so CUDA graphs can capture it.
+"""On a GPU thought attention neither reads a value nor copies from the host, so CUDA graphs can capture it.
 
-On the meta device tensors have shapes but no values: whatever needs one fails. Triton's kernels are not launched.
+The GPU is a pretended one (``pretended_gpu``), and no kernel is launched.
 """
 
 import pytest
 import torch
+from pretended_gpu import DEVICE
 from thought_attention_cases import CASES, case
-from waiting import NothingFromTheHost, launch_nothing
+from waiting import NothingWaits
 
 from quietstar.ops import thought_attention
-from quietstar.ops.thought_attention import autograd, flash, library
+from quietstar.ops.thought_attention import flash, library
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    """Its own code instead of the ops' shape functions, which is what meta tensors are for otherwise."""
-    if request.param == "triton":
-        launch_nothing(monkeypatch)
-    monkeypatch.setattr(autograd, "_forward_op", autograd._forward)
-    monkeypatch.setattr(autograd, "_backward_op", autograd._backward)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
-    with NothingFromTheHost(), torch.device("meta"):
-        yield request.param
-
-
-@pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])
+@pytest.mark.parametrize(("dtype", "through_lse"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_is_read(name, through_lse, backend):
-    inputs, options = case(name, torch.float16, "meta")
-    output, lse = thought_attention(*inputs, **options, return_lse=True, backend=backend)
-    loss = output.sum() + lse.sum() if through_lse else output.sum()
-    assert [x.shape for x in torch.autograd.grad(loss, inputs)] == [x.shape for x in inputs]
+def test_nothing_is_read(name, through_lse, dtype, gpu_backend):
+    inputs, options = case(name, dtype, DEVICE)
+    differentiable = gpu_backend != "cuda"
+    with NothingWaits(), torch.set_grad_enabled(differentiable):
+        output, lse = thought_attention(*inputs, **options, return_lse=True, backend=gpu_backend)
+        assert (output.shape, output.dtype, output.device) == (inputs[0].shape, dtype, DEVICE)
+        assert (lse.shape, lse.dtype, lse.device) == (output.shape[:-1], torch.float32, DEVICE)
+        if differentiable:
+            loss = output.sum() + lse.sum() if through_lse else output.sum()
+            gradients = torch.autograd.grad(loss, inputs)
+            assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, dtype) for x in inputs]
 
 
 @pytest.mark.parametrize(
     ("name", "repeats"), [("all positions", 1), ("repeated anchors", None), ("left padding", None), ("window", None)]
 )
-def test_the_library_takes_what_it_can_without_looking(name, repeats, monkeypatch):
-    monkeypatch.setattr(flash, "supports", lambda query, scale: True)
-    inputs, options = case(name, device="meta")
+def test_the_library_takes_what_it_can_without_looking(name, repeats, gpu):
+    inputs, options = case(name, torch.float16, DEVICE)
     mask = (options.get(name) for name in ("anchors", "key_start", "window"))
+    assert flash.supports(inputs[0], 1.0)
     assert library.causal_repeats(*mask, 1.0, *inputs[:2]) == repeats

@@ -1,11 +1,12 @@
-"""Away from the CPU the vocabulary ops neither read a value nor copy from the host, so CUDA graphs can capture them.
+"""On a GPU the vocabulary ops neither read a value nor copy from the host, so CUDA graphs can capture them.
 
-On the meta device tensors have shapes but no values: whatever needs one fails. Triton's kernels are not launched.
+The GPU is a pretended one (``pretended_gpu``), and no kernel is launched.
 """
 
 import pytest
 import torch
-from waiting import NothingFromTheHost, launch_nothing
+from pretended_gpu import DEVICE
+from waiting import NothingWaits
 
 from quietstar.ops import (
     linear_cross_entropy,
@@ -15,88 +16,78 @@ from quietstar.ops import (
     mixed_linear_cross_entropy,
 )
 from quietstar.ops._checks import CHECK_VALUES_VARIABLE
-from quietstar.ops.linear_cross_entropy import autograd as linear_autograd
-from quietstar.ops.linear_sample import api as sample_api
-from quietstar.ops.linear_sample import registration
-from quietstar.ops.mixing import library as mixing_library
 
 ROWS, SIZE, VOCABULARY = 200, 8, 300
-MIXING = {"torch": mixing_library}
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    """Its own code instead of the ops' shape functions, which is what meta tensors are for otherwise."""
-    if request.param == "triton":
-        launch_nothing(monkeypatch)
-        MIXING["triton"] = pytest.importorskip("quietstar.ops.mixing.triton_kernels")
-    monkeypatch.setattr(linear_autograd, "_cross_entropy_op", linear_autograd._cross_entropy)
-    monkeypatch.setattr(linear_autograd, "_scaled_gradient_op", linear_autograd._scaled_gradient)
-    monkeypatch.setattr(sample_api, "linear_sample_op", registration._linear_sample)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
-    with NothingFromTheHost(), torch.device("meta"):
-        yield request.param
-
-
-def random(*shape):
-    return torch.randn(shape, dtype=torch.float16, requires_grad=True)
+def random(*shape, dtype=torch.float16):
+    return torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
 
 
 def numbers(high, *shape):
-    return torch.randint(high, shape)
+    return torch.randint(high, shape, device=DEVICE)
 
 
+def assert_gradients_of(leaves, loss):
+    gradients = torch.autograd.grad(loss, leaves)
+    assert [(x.shape, x.dtype, x.device) for x in gradients] == [(x.shape, x.dtype, x.device) for x in leaves]
+
+
+@every_dtype
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "return_nll": True}], ids=str)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_linear_cross_entropies(mixed, options, backend):
-    options = options | {"backend": backend}
+def test_linear_cross_entropies(mixed, options, dtype, gpu_backend):
+    options = options | {"backend": gpu_backend}
     if options.get("reduction") == "sum":
-        options["row_weight"] = random(ROWS)
-    weight, target = random(VOCABULARY, SIZE), numbers(VOCABULARY, ROWS)
+        options["row_weight"] = random(ROWS, dtype=dtype)
+    hidden = [random(ROWS, SIZE, dtype=dtype)]
     if mixed:
-        hidden, options["base_index"] = (random(50, SIZE), random(ROWS, SIZE), random(ROWS)), numbers(50, ROWS)
-        result = mixed_linear_cross_entropy(*hidden, weight, target, **options)
+        hidden = [random(50, SIZE, dtype=dtype), *hidden, random(ROWS, dtype=torch.float32)]
+        options["base_index"] = numbers(50, ROWS)
     else:
-        hidden = (random(ROWS, SIZE),)
-        result = linear_cross_entropy(*hidden, weight, target, temperature=3.0, suppress=(1, 2), **options)
-    loss = result[0] if isinstance(result, tuple) else result
-    gradients = torch.autograd.grad(loss.sum(), (*hidden, weight))
-    assert [x.shape for x in gradients] == [x.shape for x in (*hidden, weight)]
+        options |= {"temperature": 3.0, "suppress": (1, 2)}
+    weight, target = random(VOCABULARY, SIZE, dtype=dtype), numbers(VOCABULARY, ROWS)
+    with NothingWaits():
+        result = (mixed_linear_cross_entropy if mixed else linear_cross_entropy)(*hidden, weight, target, **options)
+        loss, *nll = result if isinstance(result, tuple) else (result,)
+        assert [(x.shape, x.dtype, x.device) for x in nll] == [((ROWS,), torch.float32, DEVICE)] * len(nll)
+        assert (loss.shape, loss.dtype) == ((ROWS,) if options.get("reduction") == "none" else (), torch.float32)
+        assert_gradients_of([*hidden, weight], loss.sum())
 
 
 @pytest.mark.parametrize("rows", [5, ROWS])  # in Triton's matmul, and after it
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("suppress", [None, (1, 2), "tensor"])
 @pytest.mark.parametrize("seed", [3, "tensor", "on the CPU"])
-def test_linear_sample(seed, suppress, options, rows, backend):
+def test_linear_sample(seed, suppress, options, rows, gpu_backend):
     if seed != 3:
-        seed = torch.zeros((), dtype=torch.int64, device="cpu" if seed == "on the CPU" else "meta")
+        seed = torch.zeros((), dtype=torch.int64, device="cpu" if seed == "on the CPU" else DEVICE)
     suppress = numbers(VOCABULARY, 2) if suppress == "tensor" else suppress
-    tokens = linear_sample(
-        random(rows, SIZE), random(VOCABULARY, SIZE), seed=seed, suppress=suppress, backend=backend, **options
-    )
-    assert tokens.shape == (rows,)
+    hidden, weight = random(rows, SIZE), random(VOCABULARY, SIZE)
+    with NothingWaits():
+        tokens = linear_sample(hidden, weight, seed=seed, suppress=suppress, backend=gpu_backend, **options)
+    assert (tokens.shape, tokens.dtype, tokens.device) == ((rows,), torch.int64, DEVICE)
 
 
-def test_mixing(backend):
-    """The functions of the backend; those of the ops around them are next."""
-    base, thought, weight, target = random(ROWS, VOCABULARY), random(ROWS, VOCABULARY), random(ROWS), numbers(9, ROWS)
-    kernels = MIXING[backend]
-    with torch.no_grad():
-        kernels.mix(base, thought, weight)
-        kernels.mix_backward(base, base, thought, weight, [True] * 3)
-        nll, _, largest, log_total = kernels.cross_entropy(base, thought, weight, target)
-        kernels.cross_entropy_backward(nll, base, thought, weight, target, largest, log_total, [True] * 2)
+@every_dtype
+@pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1, 2)], ids=str)
+def test_mixing(needed, dtype, gpu_backend):
+    leaves = random(4, 50, VOCABULARY, dtype=dtype), random(4, 50, VOCABULARY, dtype=dtype), random(4, 50, dtype=dtype)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in needed)
+    target = numbers(VOCABULARY, 4, 50)
+    with NothingWaits():
+        mixed = mix_logits(*leaves, backend=gpu_backend)
+        assert (mixed.shape, mixed.dtype, mixed.device) == (leaves[0].shape, dtype, DEVICE)
+        loss = mixed_cross_entropy(*leaves, target, backend=gpu_backend) + mixed.mean()
+        assert_gradients_of([leaves[i] for i in needed], loss)
 
 
-def test_values_are_read_where_that_is_asked_for(backend, monkeypatch):
+def test_values_are_read_where_that_is_asked_for(gpu_backend, monkeypatch):
     """``QUIETSTAR_CHECK_VALUES`` finds wrong targets on a GPU too, and waits for them."""
     monkeypatch.setenv(CHECK_VALUES_VARIABLE, "1")
-    with pytest.raises(RuntimeError, match="meta tensor"):
-        linear_cross_entropy(random(ROWS, SIZE), random(VOCABULARY, SIZE), numbers(VOCABULARY, ROWS), backend=backend)
-
-
-def test_checks_of_mixing(backend):
-    leaves, target = (random(ROWS, VOCABULARY), random(ROWS, VOCABULARY), random(ROWS)), numbers(VOCABULARY, ROWS)
-    loss = mixed_cross_entropy(*leaves, target, backend=backend) + mix_logits(*leaves, backend=backend).mean()
-    assert [x.shape for x in torch.autograd.grad(loss, leaves)] == [x.shape for x in leaves]
+    arguments = random(ROWS, SIZE), random(VOCABULARY, SIZE), numbers(VOCABULARY, ROWS)
+    with NothingWaits(), pytest.raises(AssertionError, match="waits for the GPU"):
+        linear_cross_entropy(*arguments, backend=gpu_backend)
