@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from pretended_gpu import DEVICE
-from test_capability import machine  # noqa: F401
 from thought_attention_cases import make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 from waiting import NothingWaits
 
 from quietstar.ops import (
@@ -49,12 +49,17 @@ CALLS = {
 every_call = pytest.mark.parametrize("op", CALLS)
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """The backends that registered ops were called with."""
-    names = []
-    monkeypatch.setattr("pretended_gpu.on_call", lambda function, arguments: names.append(arguments[-1]))
-    return names
+class Taken(TorchDispatchMode):
+    """Which backends run."""
+
+    def __init__(self):
+        super().__init__()
+        self.backends = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "quietstar":
+            self.backends.add(args[-1])
+        return function(*args, **(kwargs or {}))
 
 
 @every_call
@@ -70,10 +75,11 @@ def taken(monkeypatch):
     ],
     indirect=["gpu"],
 )
-def test_the_backend_that_is_taken(op, gpu, dtype, backend, taken):
+def test_the_backend_that_is_taken(op, gpu, dtype, backend):
     pytest.importorskip("triton")
-    CALLS[op](Arguments(dtype))
-    assert taken == [backend]
+    with Taken() as taken:
+        CALLS[op](Arguments(dtype))
+    assert taken.backends == {backend}
 
 
 @every_call
@@ -93,3 +99,129 @@ def test_kernels_of_the_cpu_are_refused(op, gpu, monkeypatch):
     monkeypatch.setattr(_native, "_C", object())
     with pytest.raises(ValueError, match="'cpu' cannot run .*: its kernels need tensors on the CPU, got cuda; usable"):
         CALLS[op](Arguments(), backend="cpu")
+
+
+def moved(arguments, name, index=0):
+    """The arguments with one tensor, or one of several, on the CPU."""
+    value = getattr(arguments, name)
+    tensors = [value] if isinstance(value, torch.Tensor) else list(value)
+    tensors[index] = torch.empty_like(tensors[index], device="cpu")
+    setattr(arguments, name, tensors[0] if isinstance(value, torch.Tensor) else tensors)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "index", "message"),
+    [
+        ("thought_attention", "attention", 3, "thought_key must be on the device of query, cuda:0, got cpu"),
+        ("mix_logits", "logits", 2, "mixing_weight must be on the device of base_logits, cuda:0, got cpu"),
+        ("mixed_cross_entropy", "target", 0, "target must be on the device of base_logits, cuda:0, got cpu"),
+        ("linear_cross_entropy", "weight", 0, "weight must be on the device of hidden, cuda:0, got cpu"),
+        ("mixed_linear_cross_entropy", "mixed", 4, "target must be on the device of base_hidden, cuda:0, got cpu"),
+        ("linear_sample", "weight", 0, "weight must be on the device of hidden, cuda:0, got cpu"),
+    ],
+)
+def test_tensors_on_the_cpu_are_refused(op, name, index, message, gpu_backend):
+    with NothingWaits(), torch.no_grad(), pytest.raises(ValueError, match=re.escape(message)):
+        CALLS[op](moved(Arguments(), name, index), backend=gpu_backend)
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "message"),
+    [
+        ("thought_attention", {"anchors": "int16"}, "anchors must be int32 or int64"),
+        ("thought_attention", {"key_start": "cpu"}, "key_start must be on the device of query"),
+        ("thought_attention", {"window": 0}, "window must be None or an integer >= 1"),
+        ("mixed_cross_entropy", {"reduction": "most"}, "reduction must be one of"),
+        ("linear_cross_entropy", {"temperature": 0}, "temperature must be positive"),
+        ("linear_cross_entropy", {"suppress": (3, VOCABULARY)}, "suppress must be token ids in"),
+        ("linear_cross_entropy", {"suppress": "cpu"}, "suppress must be on the device of weight"),
+        ("linear_cross_entropy", {"reduction": "sum", "row_weight": "cpu"}, "row_weight must be"),
+        ("mixed_linear_cross_entropy", {"base_index": "cpu"}, "base_index must be on the device of base_hidden"),
+        ("mixed_linear_cross_entropy", {"base_index": "int16"}, "base_index must be int32 or int64"),
+        ("linear_sample", {"top_p": 2}, "top_p must be in"),
+        ("linear_sample", {"suppress": range(VOCABULARY)}, "suppress must leave at least one token"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_without_waiting(op, options, message, gpu_backend):
+    def value(given):
+        if given == "int16":
+            return torch.empty(ROWS, dtype=torch.int16, device=DEVICE)
+        return torch.empty(ROWS, dtype=torch.int64) if given == "cpu" else given
+
+    options = {name: value(given) for name, given in options.items()}
+    with NothingWaits(), torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        CALLS[op](Arguments(), backend=gpu_backend, **options)
+
+
+LAYOUTS = {
+    "in the order of other dimensions": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every other element": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "behind another": lambda x: torch.cat((x, x), dim=-1)[..., 1 : x.shape[-1] + 1],
+    "one for all": lambda x: x.flatten()[:1].view([1] * x.dim()).expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_call
+def test_any_layout(op, layout, gpu_backend):
+    """Results are laid out as is said of them: see ``pretended_gpu``."""
+    arguments = Arguments()
+    needs = gpu_backend != "cuda" or op != "thought_attention"
+    leaves = []
+    for name in ("attention", "logits", "mixed"):
+        made = [LAYOUTS[layout](x) for x in getattr(arguments, name)]
+        setattr(arguments, name, [x.requires_grad_() if needs and x.is_floating_point() else x for x in made])
+    arguments.hidden, _, _, arguments.weight, arguments.target = arguments.mixed
+    with NothingWaits():
+        result = CALLS[op](arguments, backend=gpu_backend)
+        if result.requires_grad:
+            leaves = [x for x in (*arguments.attention, *arguments.logits, *arguments.mixed) if x.requires_grad]
+            torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+
+
+WAITING = {
+    "a number": lambda x: x[0].item(),
+    "a branch": lambda x: bool((x > 0).all()),
+    "a list": lambda x: x.tolist(),
+    "equality": lambda x: torch.equal(x, x + 1),
+    "places": lambda x: x.nonzero(),
+    "rows of a mask": lambda x: x[x > 0],
+    "what a mask selects": lambda x: x.masked_select(x > 0),
+    "writing where a mask is": lambda x: x.index_put_((x > 0,), x.new_ones(())),
+    "setting where a mask is": lambda x: x.__setitem__(x > 0, 1),
+    "repeats": lambda x: x.repeat_interleave(torch.ones_like(x, dtype=torch.int64)),
+    "unique values": lambda x: x.unique(),
+    "to the CPU": lambda x: x.cpu(),
+    "from the CPU": lambda x: torch.ones(3).to(x.device),
+    "a list from the CPU": lambda x: torch.tensor([1, 2], device=x.device),
+    "a number from the CPU": lambda x: torch.tensor(1, device=x.device),
+    "a copy from the CPU": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_waits_is_seen(name, gpu):
+    x = torch.ones(3, device=DEVICE)
+    with NothingWaits(), pytest.raises(AssertionError, match="waits for|counts the rows|copies between"):
+        WAITING[name](x)
+
+
+@pytest.mark.parametrize(
+    "fake",
+    [
+        lambda x: x.new_empty(3, 2),
+        lambda x: x.new_empty(2, 3, dtype=torch.float64),
+        lambda x: x.new_empty(3, 2).t(),
+        lambda x: torch.empty(2, 3),
+    ],
+    ids=["shape", "dtype", "strides", "device"],
+)
+def test_what_stands_for_an_op_is_compared(fake, gpu, monkeypatch):
+    library = torch.library.Library("quietstar", "FRAGMENT")
+    monkeypatch.setattr(_registration, "_LIBRARY", library)
+    op = _registration.register_op("test_of_pretended_gpu(Tensor x) -> Tensor", lambda x: x + 1, fake)
+    with pytest.raises(AssertionError, match="test_of_pretended_gpu"):
+        op(torch.ones(2, 3, device=DEVICE))
+    library._destroy()
