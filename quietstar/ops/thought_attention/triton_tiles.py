@@ -56,7 +56,7 @@ def anchor_of(position, anchors, length):
 def start_of(position, batch, key_start, num_anchors, PER_ANCHOR: tl.constexpr):
     """First base key of the anchors at ``position``; one number if it is the same for all of a batch."""
     if key_start is None:
-        return tl.to_tensor(0)
+        return tl.full((), 0, tl.int32)
     elif PER_ANCHOR:
         return tl.load(key_start + (batch * num_anchors + position)).to(tl.int32)
     else:
