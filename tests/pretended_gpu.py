@@ -41,30 +41,33 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Memory:
-    """Addresses of fake tensors, as an allocator would hand them out: a storage after the other."""
+    """Addresses of fake tensors, as allocators would hand them out: a storage after the other."""
 
-    _FIRST, _ALIGNMENT = 1 << 40, 512
+    _FIRST = {"cuda": 1 << 40, "cpu": 1 << 46}
+    _ALIGNMENT = 512
 
     def __init__(self) -> None:
-        self._next = self._FIRST
-        self._blocks: dict[int, tuple[int, int]] = {}
-        """First address and bytes, by what tells storages apart. Kept when a storage is freed."""
+        self._next = dict(self._FIRST)
+        self._blocks: dict[tuple[str, int], tuple[int, int]] = {}
+        """First address and bytes, by device and by what tells storages apart. Kept when a storage is freed."""
 
     def address(self, tensor: torch.Tensor) -> int:
         """That of the first element; 0 of a tensor without any."""
-        storage = tensor.untyped_storage()
+        storage, device = tensor.untyped_storage(), tensor.device.type
         if storage.nbytes() == 0:
             return 0
-        start, size = self._blocks.get(storage._cdata, (0, 0))
+        key = device, storage._cdata
+        start, size = self._blocks.get(key, (0, 0))
         if size != storage.nbytes():
-            start, size = self._next, storage.nbytes()
-            self._blocks[storage._cdata] = start, size
-            self._next += -(-size // self._ALIGNMENT) * self._ALIGNMENT
+            start, size = self._next[device], storage.nbytes()
+            self._blocks[key] = start, size
+            self._next[device] += -(-size // self._ALIGNMENT) * self._ALIGNMENT
         return start + tensor.storage_offset() * tensor.element_size()
 
-    def holds(self, address: int) -> bool:
-        """Whether a tensor was there."""
-        return any(start <= address < start + size for start, size in self._blocks.values())
+    def is_on_gpu(self, address: int) -> bool:
+        """Whether a tensor is there, or was."""
+        blocks = (block for (device, _), block in self._blocks.items() if device == "cuda")
+        return any(start <= address < start + size for start, size in blocks)
 
 
 @contextlib.contextmanager
