@@ -17,7 +17,6 @@ import triton.language as tl
 from quietstar.ops.thought_attention.triton_tiles import (
     LN_2,
     LOWEST,
-    active_at,
     anchor_of,
     base_2,
     base_range,
@@ -139,7 +138,9 @@ def forward_kernel(
         column_place = place_of(near, order).to(tl.int64)
         key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
         value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
-        seen = active_at(near, anchors)
+        seen = None
+        if anchors is not None:  # some may be inactive
+            seen = tl.load(anchors + near) >= 0
         k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
         v = load_vectors(thought_value, value_offsets, seen, HEAD, BLOCK_D)
         visible = tl.expand_dims(column_position, -2) == row_position

@@ -204,15 +204,6 @@ def seen_keys(anchor, keys, first, end, window):
 
 
 @triton.jit
-def active_at(position, anchors):
-    """Whether the anchors at ``position`` are active; None without anchors, when all are."""
-    if anchors is None:
-        return None
-    else:
-        return tl.load(anchors + position) >= 0
-
-
-@triton.jit
 def in_pieces(rows, PIECES: tl.constexpr):
     """[BLOCK_M, ...] -> [PIECES, PIECE, ...]; unchanged if the tile is one piece."""
     if PIECES == 1:
