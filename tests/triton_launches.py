@@ -1,6 +1,7 @@
 """Triton's own launcher on a GPU that is not there.
 
-``launched(script, gpu, *functions)`` calls functions of a Python file in a process of its own. There, tensors on
+``launched(script, gpu, *names)`` calls these of the functions in ``LAUNCHES``, of a Python file, in a process of its
+own. There, tensors on
 ``pretended_gpu.DEVICE`` have no values, kernels are compiled as far as PTX, and Triton hands them to ``stub_driver``,
 which refuses what CUDA's driver would refuse, and keeps the rest. Every launch is compared with what the kernel was
 called with.
@@ -23,13 +24,12 @@ import torch
 from pretended_gpu import GPUS, pretended
 from stub_driver import Launch, StubDriver
 
-
 _TENSOR_MAP = object()
 """In place of the value of one, which only the driver knows."""
 
 
 class Outcome(NamedTuple):
-    """What came of a function."""
+    """What came of a call."""
 
     launches: list[Launch]
     error: str | None
@@ -37,13 +37,13 @@ class Outcome(NamedTuple):
 
 
 @functools.cache
-def launched(script: str, gpu: str, *functions: str) -> dict[str, Outcome]:
-    """What came of each function, by its name; ``gpu`` is a name of ``GPUS``."""
+def launched(script: str, gpu: str, *names: str) -> dict[str, Outcome]:
+    """What came of each call, by its name; ``gpu`` is a name of ``GPUS``."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(["", *sys.path]), "TRITON_CACHE_DIR": str(_folder() / "triton")}
     environment["TRITON_LIBCUDA_PATH"] = str(_folder())
     done = subprocess.run(
-        [sys.executable, __file__, script, gpu, str(_folder()), *functions],
+        [sys.executable, __file__, script, gpu, str(_folder()), *names],
         env=environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert done.returncode == 0, "see stderr"
@@ -59,14 +59,14 @@ def _folder() -> Path:
     return Path(folder.name)
 
 
-def _call(script: str, gpu: str, folder: str, *functions: str) -> list:
+def _call(script: str, gpu: str, folder: str, *names: str) -> list:
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime.jit import JITFunction
 
     CUDABackend.make_cubin = lambda self, source, *others: source.encode()
-    module = runpy.run_path(script)
+    functions = runpy.run_path(script)["LAUNCHES"]
     outcomes = []
     with pretended(GPUS[gpu]) as memory:
         include = Path(triton.__file__).parent / "backends/nvidia/include"
@@ -86,11 +86,11 @@ def _call(script: str, gpu: str, folder: str, *functions: str) -> list:
             return kernel
 
         JITFunction.run = compared
-        for name in functions:
+        for name in names:
             driver.launches.clear()
             error = None
             try:
-                module[name]()
+                functions[name]()
             except Exception as raised:
                 traceback.print_exc()
                 error = f"{type(raised).__name__}: {raised}"

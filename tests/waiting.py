@@ -26,9 +26,8 @@ class NothingWaits(TorchDispatchMode):
         name = function.name().partition(".")[0]
         if any(x.is_cuda for x in given):
             assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
-            assert name not in _INDEXING or not any(x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])), (
-                f"{function} counts the rows of a mask"
-            )
+            masks = [x for x in tree_leaves(args[1:2]) if name in _INDEXING and x.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{function} counts the rows of a mask"
         result = function(*args, **(kwargs or {}))
         if name in _COPIES:
             devices = {str(x.device) for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)}

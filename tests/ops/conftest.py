@@ -71,7 +71,7 @@ class _UpToTheLaunch:
             return found
 
         def call(*args: object) -> None:
-            with pytest.raises(RuntimeError, match="^cudaGetDevice: "):
+            with pytest.raises(RuntimeError, match=r"^cudaGetDevice: "):
                 found(*args)
 
         return call

@@ -97,7 +97,7 @@ def test_an_older_gpu_is_refused(op, backend, gpu, monkeypatch):
 @every_call
 def test_kernels_of_the_cpu_are_refused(op, gpu, monkeypatch):
     monkeypatch.setattr(_native, "_C", object())
-    with pytest.raises(ValueError, match="'cpu' cannot run .*: its kernels need tensors on the CPU, got cuda; usable"):
+    with pytest.raises(ValueError, match=r"'cpu' cannot run .*: its kernels need tensors on the CPU, got cuda; usable"):
         CALLS[op](Arguments(), backend="cpu")
 
 
@@ -204,7 +204,7 @@ WAITING = {
 @pytest.mark.parametrize("name", WAITING)
 def test_what_waits_is_seen(name, gpu):
     x = torch.ones(3, device=DEVICE)
-    with NothingWaits(), pytest.raises(AssertionError, match="waits for|counts the rows|copies between"):
+    with NothingWaits(), pytest.raises(AssertionError, match=r"waits for|counts the rows|copies between"):
         WAITING[name](x)
 
 

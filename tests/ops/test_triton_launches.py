@@ -3,6 +3,8 @@
 The functions that make the launches run in processes of their own: see ``triton_launches``.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from pretended_gpu import DEVICE
@@ -18,8 +20,7 @@ from quietstar.ops import (
 )
 
 triton = pytest.importorskip("triton")
-
-import triton.language as tl
+tl = pytest.importorskip("triton.language")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -34,34 +35,35 @@ def numbers(*shape):
     return torch.empty(shape, dtype=torch.int64, device=DEVICE)
 
 
-def attend(head=64, dtype=BF16, steps=14, anchors=2048, backward=True, length=2048, batch=2, **options):
-    """8 query heads in groups of 4, thoughts of 14 steps, laid out as transformers gives them."""
+def attend(
+    head=64, dtype=BF16, steps=14, count=None, backward=True, length=2048, batch=2, anchors=None, **options
+):  # fmt: skip
+    """8 query heads in groups of 4, ``count`` thoughts of 14 steps, laid out as transformers gives them."""
 
     def laid_out(heads, *sizes):
-        count = torch.Size(sizes).numel()
-        return tensor(batch, count, heads, head, dtype=dtype).transpose(1, 2).unflatten(2, sizes)
+        rows = torch.Size(sizes).numel()
+        return tensor(batch, rows, heads, head, dtype=dtype).transpose(1, 2).unflatten(2, sizes)
 
-    inputs = laid_out(8, anchors, steps), *(laid_out(2, *x) for x in ((length,), (length,), (anchors, 14), (anchors, 14)))
-    inputs = [x.requires_grad_(backward) for x in inputs]
-    if anchors != length:
-        options.setdefault("anchors", numbers(anchors))
-    output, lse = thought_attention(*inputs, return_lse=True, backend="triton", **options)
+    if count is not None:
+        anchors = numbers(count)
+    count = count or length
+    base, thoughts = [laid_out(2, length) for _ in range(2)], [laid_out(2, count, 14) for _ in range(2)]
+    inputs = [x.requires_grad_(backward) for x in (laid_out(8, count, steps), *base, *thoughts)]
+    output, lse = thought_attention(*inputs, anchors=anchors, return_lse=True, backend="triton", **options)
     if backward:
         torch.autograd.grad(output.sum() + lse.sum(), inputs)
 
 
-def mix(vocabulary, dtype):
-    logits = [tensor(3, 100, vocabulary, dtype=dtype).requires_grad_() for _ in range(2)]
-    leaves = *logits, tensor(3, 100, dtype=dtype).requires_grad_()
-    loss = mixed_cross_entropy(*leaves, numbers(3, 100), backend="triton") + mix_logits(*leaves, backend="triton").sum()
+def mix(vocabulary, dtype, rows=100):
+    logits = [tensor(3, rows, vocabulary, dtype=dtype).requires_grad_() for _ in range(2)]
+    leaves, target = (*logits, tensor(3, rows, dtype=dtype).requires_grad_()), numbers(3, rows)
+    loss = mixed_cross_entropy(*leaves, target, backend="triton") + mix_logits(*leaves, backend="triton").sum()
     torch.autograd.grad(loss, leaves)
 
 
-def lose(vocabulary, dtype):
-    base, thought, weight = (
-        tensor(*shape, dtype=dtype).requires_grad_() for shape in ((50, 512), (200, 512), (vocabulary, 512))
-    )
-    mixing, target, index = tensor(200, dtype=F32).requires_grad_(), numbers(200), numbers(200)
+def lose(vocabulary, dtype, rows=200):
+    base, thought, weight = (tensor(size, 512, dtype=dtype).requires_grad_() for size in (50, rows, vocabulary))
+    mixing, target, index = tensor(rows, dtype=F32).requires_grad_(), numbers(rows), numbers(rows)
     linear_cross_entropy(thought, weight, target, temperature=3.0, backend="triton")
     loss = mixed_linear_cross_entropy(base, thought, mixing, weight, target, base_index=index, backend="triton")
     torch.autograd.grad(loss, (base, thought, mixing, weight))
@@ -70,48 +72,60 @@ def lose(vocabulary, dtype):
 def sample(vocabulary, dtype):
     weight = tensor(vocabulary, 512, dtype=dtype)
     linear_sample(tensor(5, 512, dtype=dtype), weight, seed=3, suppress=(1, 2), backend="triton")
-    linear_sample(
-        tensor(300, 512, dtype=dtype), weight, seed=3, temperature=0.7, top_k=5, top_p=0.9, backend="triton"
-    )
-
-
-def launch_training():
-    attend()
-
-
-def launch_decoding():
-    attend(anchors=2, backward=False)
-
-
-def launch_mixing():
-    mix(32002, BF16)
-
-
-def launch_losses():
-    lose(32002, BF16)
-
-
-def launch_sampling():
-    sample(32002, BF16)
+    linear_sample(tensor(300, 512, dtype=dtype), weight, seed=3, temperature=0.7, top_k=5, top_p=0.9, backend="triton")
 
 
 GRADIENTS = ["query_gradient_kernel", "key_gradient_kernel", "thought_gradient_kernel"]
-COMMON = {
-    "launch_training": ["forward_kernel", *GRADIENTS],
-    "launch_decoding": ["forward_kernel", "combine_kernel"],
-    "launch_mixing": [
-        "cross_entropy_kernel", "mix_kernel", "mix_backward_kernel", "cross_entropy_backward_kernel",
-    ],
-    "launch_losses": ["resident_kernel", "mix_hidden_kernel", "resident_kernel", "split_gradient_kernel"],
-    "launch_sampling": ["matmul_sample_kernel", "pick_kernel", "threshold_kernel", "bounds_kernel", "race_kernel"],
-}  # fmt: skip
+COMMON = {  # and the kernels launched, in order
+    "training": (attend, ["forward_kernel", *GRADIENTS]),
+    "decoding": (partial(attend, count=2, backward=False), ["forward_kernel", "combine_kernel"]),
+    "mixing": (
+        partial(mix, 32002, BF16),
+        ["cross_entropy_kernel", "mix_kernel", "mix_backward_kernel", "cross_entropy_backward_kernel"],
+    ),
+    "losses": (
+        partial(lose, 32002, BF16),
+        ["resident_kernel", "mix_hidden_kernel", "resident_kernel", "split_gradient_kernel"],
+    ),
+    "sampling": (
+        partial(sample, 32002, BF16),
+        ["matmul_sample_kernel", "pick_kernel", "threshold_kernel", "bounds_kernel", "race_kernel"],
+    ),
+}
+OTHERS = {
+    "heads of 128": partial(attend, head=128),
+    "heads of 80, float16": partial(attend, head=80, dtype=F16),
+    "heads of 256": partial(attend, head=256),
+    "float32": partial(attend, head=128, dtype=F32),
+    "sampling step": partial(attend, steps=1, head=128),
+    "left padding": lambda: attend(key_start=numbers(2)),
+    "packed, window, any anchors": lambda: attend(key_start=numbers(2, 2048), window=1000, anchors=numbers(2, 2048)),
+    "packed, decoding": lambda: attend(count=2, backward=False, key_start=numbers(2, 2), head=128),
+    "negative scale": partial(attend, scale=-0.5),
+    "one thought": partial(attend, count=1),
+    "strides beyond 32 bits": partial(attend, batch=1, length=1 << 21, head=128),
+    "decoding behind 2M tokens": partial(attend, batch=1, length=1 << 21, count=2, backward=False, head=128),
+    "float32 vocabulary": lambda: [act(32003, F32) for act in (mix, lose, sample)],
+    "float16 vocabulary": lambda: [act(32000, F16) for act in (mix, lose, sample)],
+    "large vocabulary": lambda: [act(152064, BF16) for act in (mix, lose, sample)],
+    "many rows": lambda: (mix(32002, BF16, rows=1 << 20), lose(32002, BF16, rows=1 << 20)),
+}
 
 
 @pytest.mark.parametrize("name", COMMON)
 def test_common_calls(name):
-    launches, error = launched(__file__, "H100", *COMMON, *RIGHT, *WRONG)[name]
+    launches, error = by_name(name)
     assert error is None
-    assert [launch.kernel for launch in launches] == COMMON[name]
+    assert [launch.kernel for launch in launches] == COMMON[name][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["A100", "L40S", "H100", "B200"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls(name, gpu):
+    launches, error = launched(__file__, gpu, *OTHERS)[name]
+    assert error is None
+    assert launches
 
 
 @triton.jit
@@ -125,43 +139,7 @@ def rows_kernel(x, size=512, number=1.5, *others, grid=(4, 1), **options):
     _rows_kernel[grid](x, size, number, *others, **{"BLOCK": 512} | options)
 
 
-def launch_right():
-    rows_kernel(tensor(4, 512))
-
-
-def launch_with_too_much():
-    rows_kernel(tensor(4, 512), 512, 1.5, 64, 3, BLOCK=64)
-
-
-def launch_with_too_little():
-    _rows_kernel[(4,)](tensor(4, 512), 512, 1.5)
-
-
-def launch_with_text():
-    rows_kernel("x")
-
-
-def launch_with_an_unknown_option():
-    rows_kernel(tensor(4, 512), number_of_warps=4)
-
-
-def launch_on_the_cpu():
-    rows_kernel(torch.empty(4, 512))
-
-
-def launch_many_columns():
-    rows_kernel(tensor(4, 512), grid=(4, 65536))
-
-
-def launch_more_programs_than_are_counted():
-    rows_kernel(tensor(4, 512), grid=(1 << 16, 1 << 15))
-
-
-def launch_many_warps():
-    rows_kernel(tensor(4, 512), num_warps=64)
-
-
-def launch_with_much_shared_memory():
+def much_shared_memory():
     from quietstar.ops.linear_sample import triton_matmul
 
     triton_matmul._TILES[16] = triton_matmul.Tile(64, 256, 4, 8)
@@ -184,50 +162,59 @@ def copy(source):
     _copy_kernel[(1,)](described(source), described(tensor(64, 64)))
 
 
-def launch_with_descriptors():
-    copy(tensor(64, 64))
-
-
-def launch_with_a_descriptor_of_misaligned_rows():
-    copy(tensor(64, 68)[:, :64])
-
-
-def launch_with_a_misaligned_descriptor():
-    copy(tensor(65, 64).flatten()[4 : 4 + 64 * 64].view(64, 64))
-
-
-RIGHT = ["launch_right", "launch_with_descriptors"]
-WRONG = {
-    "launch_with_too_much": "TypeError: ",
-    "launch_with_too_little": "TypeError: ",
-    "launch_with_text": "Error: ",
-    "launch_with_an_unknown_option": "KeyError: 'Keyword argument number_of_warps was specified but unrecognised",
-    "launch_on_the_cpu": "ValueError: Pointer argument ",
-    "launch_many_columns": "RuntimeError: Triton Error [CUDA]: invalid argument",
-    "launch_more_programs_than_are_counted": "AssertionError: _rows_kernel was launched 0 times",
-    "launch_many_warps": "OutOfResources: out of resource: threads, Required: 2048",
-    "launch_with_much_shared_memory": "OutOfResources: out of resource: shared memory",
-    "launch_with_a_descriptor_of_misaligned_rows": "RuntimeError: Triton Error [CUDA]: ",
-    "launch_with_a_misaligned_descriptor": "RuntimeError: Triton Error [CUDA]: ",
+RIGHT = {
+    "rows": lambda: rows_kernel(tensor(4, 512)),
+    "descriptors": lambda: copy(tensor(64, 64)),
 }
+WRONG = {  # and what is said
+    "too many arguments": (
+        lambda: rows_kernel(tensor(4, 512), 512, 1.5, 64, 3, BLOCK=64),
+        "TypeError: dynamic_func() got multiple values for argument 'BLOCK'",
+    ),
+    "a constant is missing": (
+        lambda: _rows_kernel[(4,)](tensor(4, 512), 512, 1.5),
+        "TypeError: dynamic_func() missing 1 required positional argument: 'BLOCK'",
+    ),
+    "text": (lambda: rows_kernel("x"), "TypeError: failed to specialize argument of type: str"),
+    "an unknown option": (lambda: rows_kernel(tensor(4, 512), number_of_warps=4), "KeyError: 'Keyword argument"),
+    "a tensor on the CPU": (lambda: rows_kernel(torch.empty(4, 512)), "ValueError: Pointer argument "),
+    "too high a grid": (lambda: rows_kernel(tensor(4, 512), grid=(4, 65536)), "RuntimeError: Triton Error [CUDA]: "),
+    "more programs than are counted": (  # which Triton passes over
+        lambda: rows_kernel(tensor(4, 512), grid=(1 << 16, 1 << 15)),
+        "AssertionError: _rows_kernel was launched 0 times",
+    ),
+    "too many warps": (lambda: rows_kernel(tensor(4, 512), num_warps=64), "OutOfResources: out of resource: threads"),
+    "too much shared memory": (much_shared_memory, "OutOfResources: out of resource: shared memory"),
+    "a descriptor of misaligned rows": (lambda: copy(tensor(64, 68)[:, :64]), "RuntimeError: Triton Error [CUDA]: "),
+    "a misaligned descriptor": (
+        lambda: copy(tensor(65 * 64)[4 : 4 + 64 * 64].view(64, 64)),
+        "RuntimeError: Triton Error [CUDA]: ",
+    ),
+}
+
+LAUNCHES = {name: call for name, (call, _) in (COMMON | WRONG).items()} | OTHERS | RIGHT
+
+
+def by_name(name):
+    return launched(__file__, "H100", *COMMON, *RIGHT, *WRONG)[name]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_launch(name):
-    launches, error = launched(__file__, "H100", *COMMON, *RIGHT, *WRONG)[name]
+    launches, error = by_name(name)
     assert error is None
     assert len(launches) == 1
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_launch_is_refused(name):
-    launches, error = launched(__file__, "H100", *COMMON, *RIGHT, *WRONG)[name]
-    assert WRONG[name] in error
+    launches, error = by_name(name)
+    assert error.startswith(WRONG[name][1])
     assert launches == []
 
 
 def test_what_is_kept_of_a_launch():
-    ((launch,), _) = launched(__file__, "H100", *COMMON, *RIGHT, *WRONG)["launch_right"]
+    (launch,), _ = by_name("rows")
     (_, address), *others = launch.arguments
     assert launch[:4] == ("_rows_kernel", [4, 1, 1], 128, 0)
     assert address % 512 == 0
