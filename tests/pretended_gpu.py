@@ -117,9 +117,11 @@ _tensors_make_subclass = torch.Tensor._make_subclass
 def _make_subclass(cls, data, requires_grad=False, *, dispatch_device=False, **options):
     """Without ``dispatch_device`` autograd's engine takes fake tensors for what they wrap, tensors on "meta".
 
-    It would ask for CUDA's streams otherwise, which a PyTorch without CUDA does not have.
+    Of those on a GPU it would ask CUDA's streams otherwise, which a PyTorch without CUDA does not have.
     """
-    return _tensors_make_subclass(cls, data, requires_grad, **options)
+    if options.get("device_for_backend_keys") == DEVICE:
+        dispatch_device = False
+    return _tensors_make_subclass(cls, data, requires_grad, dispatch_device=dispatch_device, **options)
 
 
 class _FakeTensors(FakeTensorMode):

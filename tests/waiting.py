@@ -25,9 +25,11 @@ class NothingWaits(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         name = function.name().partition(".")[0]
         if any(x.is_cuda for x in given):
-            assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
-            masks = [x for x in tree_leaves(args[1:2]) if name in _INDEXING and x.dtype in (torch.bool, torch.uint8)]
-            assert not masks, f"{function} counts the rows of a mask"
+            if name in _INDEXING:
+                masks = [x for x in tree_leaves(args[1]) if x is not None and x.dtype in (torch.bool, torch.uint8)]
+                assert not masks, f"{function} counts what a mask has"
+            else:
+                assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
         result = function(*args, **(kwargs or {}))
         if name in _COPIES:
             devices = {str(x.device) for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)}

@@ -188,6 +188,7 @@ WAITING = {
     "equality": lambda x: torch.equal(x, x + 1),
     "places": lambda x: x.nonzero(),
     "rows of a mask": lambda x: x[x > 0],
+    "columns of a mask": lambda x: x[None][:, x > 0],
     "what a mask selects": lambda x: x.masked_select(x > 0),
     "writing where a mask is": lambda x: x.index_put_((x > 0,), x.new_ones(())),
     "setting where a mask is": lambda x: x.__setitem__(x > 0, 1),
@@ -204,8 +205,15 @@ WAITING = {
 @pytest.mark.parametrize("name", WAITING)
 def test_what_waits_is_seen(name, gpu):
     x = torch.ones(3, device=DEVICE)
-    with NothingWaits(), pytest.raises(AssertionError, match=r"waits for|counts the rows|copies between"):
+    with NothingWaits(), pytest.raises(AssertionError, match=r"waits for|counts what|copies between"):
         WAITING[name](x)
+
+
+def test_what_does_not_wait_is_left_alone(gpu):
+    x, places = torch.ones(3, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with NothingWaits():
+        x[None][:, places] += x.masked_fill(x > 0, 2).fill_(torch.tensor(1.0))[places].sort().values
+        torch.ones(3)[torch.ones(3) > 0] = 1
 
 
 @pytest.mark.parametrize(

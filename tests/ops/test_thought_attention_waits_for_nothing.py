@@ -13,8 +13,11 @@ from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import flash, library
 
 
-@pytest.mark.parametrize(("dtype", "through_lse"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "through_lse"),
+    [(name, torch.bfloat16, False) for name in CASES] + [(name, torch.float32, True) for name in list(CASES)[::4]],
+    ids=str,
+)
 def test_nothing_is_read(name, through_lse, dtype, gpu_backend):
     inputs, options = case(name, dtype, DEVICE)
     differentiable = gpu_backend != "cuda"

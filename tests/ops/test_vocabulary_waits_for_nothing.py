@@ -59,8 +59,7 @@ def test_linear_cross_entropies(mixed, options, dtype, gpu_backend):
 
 @pytest.mark.parametrize("rows", [5, ROWS])  # in Triton's matmul, and after it
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}], ids=str)
-@pytest.mark.parametrize("suppress", [None, (1, 2), "tensor"])
-@pytest.mark.parametrize("seed", [3, "tensor", "on the CPU"])
+@pytest.mark.parametrize(("seed", "suppress"), [(3, (1, 2)), ("tensor", "tensor"), ("on the CPU", None)], ids=str)
 def test_linear_sample(seed, suppress, options, rows, gpu_backend):
     if seed != 3:
         seed = torch.zeros((), dtype=torch.int64, device="cpu" if seed == "on the CPU" else DEVICE)
