@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from pretended_gpu import Gpu
 
+COMPILER = os.environ.get("CC", "gcc")
 SOURCE = Path(__file__).parent / "csrc/cuda_driver.c"
 
 _SUCCESS, _INVALID_VALUE = 0, 1  # CUresult
@@ -196,7 +197,7 @@ def _built(folder: Path, include: Path) -> Path:
     library = folder / "libcuda.so.1"
     if not library.exists():
         scratch = folder / f"{os.getpid()}.so"
-        command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-O1", f"-I{include}", str(SOURCE), "-o", scratch]
+        command = [COMPILER, "-shared", "-fPIC", "-O1", f"-I{include}", str(SOURCE), "-o", scratch]
         subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
         with contextlib.suppress(FileExistsError):
             scratch.rename(library)

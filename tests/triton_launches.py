@@ -12,17 +12,20 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from pretended_gpu import GPUS, pretended
-from stub_driver import Launch, StubDriver
+from stub_driver import COMPILER, Launch, StubDriver
 
 _TENSOR_MAP = object()
 """In place of the value of one, which only the driver knows."""
@@ -38,7 +41,14 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def launched(script: str, gpu: str, *names: str) -> dict[str, Outcome]:
-    """What came of each call, by its name; ``gpu`` is a name of ``GPUS``."""
+    """What came of each call, by its name; ``gpu`` is a name of ``GPUS``.
+
+    Skips the test where the stub and Triton's launcher cannot be built.
+    """
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no C compiler: {COMPILER} is not on PATH")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("Triton's launcher is built with Python.h, which is missing")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(["", *sys.path]), "TRITON_CACHE_DIR": str(_folder() / "triton")}
     environment["TRITON_LIBCUDA_PATH"] = str(_folder())
