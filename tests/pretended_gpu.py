@@ -17,6 +17,7 @@ import torch._dynamo  # before _make_subclass is replaced, of which it keeps a s
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waiting import without_waiting
 
 from quietstar.ops import _cuda
 
@@ -104,6 +105,13 @@ def pretended(gpu: Gpu) -> Iterator[Memory]:
         yield memory
 
 
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """A region of a pretended GPU in which nothing may wait for it: see ``waiting.without_waiting``."""
+    with patch.object(_OwnOps, "nothing_waits", True):
+        yield
+
+
 def _cached_processors() -> list:
     found = [_cuda.processors]
     with contextlib.suppress(ImportError):
@@ -137,10 +145,12 @@ class _FakeTensors(FakeTensorMode):
 class _OwnOps(TorchDispatchMode):
     """Runs the code of the project's ops, and compares its results with what stands for it in ``torch.compile``."""
 
+    nothing_waits = False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function.namespace != "quietstar":
-            return function(*args, **kwargs)
+            return without_waiting(function, args, kwargs) if self.nothing_waits else function(*args, **kwargs)
         expected = function(*args, **kwargs)
         with self:
             result = function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -18,20 +17,21 @@ def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(function, "run", lambda *args, **options: None)
 
 
-class NothingWaits(TorchDispatchMode):
-    """Fails where the host would wait for the GPU, or a CUDA graph would read the host's memory when it is replayed."""
+def without_waiting(function: torch._ops.OpOverload, args: tuple, kwargs: dict) -> object:
+    """Call an op of PyTorch; fails where the host would wait for the GPU, or read memory of the host that is to change.
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        name = function.name().partition(".")[0]
-        if any(x.is_cuda for x in given):
-            if name in _INDEXING:
-                masks = [x for x in tree_leaves(args[1]) if x is not None and x.dtype in (torch.bool, torch.uint8)]
-                assert not masks, f"{function} counts what a mask has"
-            else:
-                assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
-        result = function(*args, **(kwargs or {}))
-        if name in _COPIES:
-            devices = {str(x.device) for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)}
-            assert len(devices) == 1, f"{function} copies between {' and '.join(sorted(devices))}"
-        return result
+    A CUDA graph would read that again whenever it is replayed.
+    """
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    name = function.name().partition(".")[0]
+    if any(x.is_cuda for x in given):
+        if name in _INDEXING:
+            masks = [x for x in tree_leaves(args[1]) if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{function} counts what a mask has"
+        else:
+            assert not _WAITING.intersection(function.tags), f"{function} waits for the GPU"
+    result = function(*args, **kwargs)
+    if name in _COPIES:
+        devices = {str(x.device) for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)}
+        assert len(devices) == 1, f"{function} copies between {' and '.join(sorted(devices))}"
+    return result

@@ -4,10 +4,9 @@ import re
 
 import pytest
 import torch
-from pretended_gpu import DEVICE
+from pretended_gpu import DEVICE, nothing_waits
 from thought_attention_cases import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
-from waiting import NothingWaits
 
 from quietstar.ops import (
     _native,
@@ -122,7 +121,7 @@ def moved(arguments, name, index=0):
     ],
 )
 def test_tensors_on_the_cpu_are_refused(op, name, index, message, gpu_backend):
-    with NothingWaits(), torch.no_grad(), pytest.raises(ValueError, match=re.escape(message)):
+    with nothing_waits(), torch.no_grad(), pytest.raises(ValueError, match=re.escape(message)):
         CALLS[op](moved(Arguments(), name, index), backend=gpu_backend)
 
 
@@ -151,7 +150,7 @@ def test_wrong_options_are_refused_without_waiting(op, options, message, gpu_bac
         return torch.empty(ROWS, dtype=torch.int64) if given == "cpu" else given
 
     options = {name: value(given) for name, given in options.items()}
-    with NothingWaits(), torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"^{message}"):
+    with nothing_waits(), torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"^{message}"):
         CALLS[op](Arguments(), backend=gpu_backend, **options)
 
 
@@ -174,7 +173,7 @@ def test_any_layout(op, layout, gpu_backend):
         made = [LAYOUTS[layout](x) for x in getattr(arguments, name)]
         setattr(arguments, name, [x.requires_grad_() if needs and x.is_floating_point() else x for x in made])
     arguments.hidden, _, _, arguments.weight, arguments.target = arguments.mixed
-    with NothingWaits():
+    with nothing_waits():
         result = CALLS[op](arguments, backend=gpu_backend)
         if result.requires_grad:
             leaves = [x for x in (*arguments.attention, *arguments.logits, *arguments.mixed) if x.requires_grad]
@@ -205,13 +204,13 @@ WAITING = {
 @pytest.mark.parametrize("name", WAITING)
 def test_what_waits_is_seen(name, gpu):
     x = torch.ones(3, device=DEVICE)
-    with NothingWaits(), pytest.raises(AssertionError, match=r"waits for|counts what|copies between"):
+    with nothing_waits(), pytest.raises(AssertionError, match=r"waits for|counts what|copies between"):
         WAITING[name](x)
 
 
 def test_what_does_not_wait_is_left_alone(gpu):
     x, places = torch.ones(3, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    with NothingWaits():
+    with nothing_waits():
         x[None][:, places] += x.masked_fill(x > 0, 2).fill_(torch.tensor(1.0))[places].sort().values
         torch.ones(3)[torch.ones(3) > 0] = 1
 

@@ -5,9 +5,8 @@ The GPU is a pretended one (``pretended_gpu``), and no kernel is launched.
 
 import pytest
 import torch
-from pretended_gpu import DEVICE
+from pretended_gpu import DEVICE, nothing_waits
 from thought_attention_cases import CASES, case
-from waiting import NothingWaits
 
 from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import flash, library
@@ -21,7 +20,7 @@ from quietstar.ops.thought_attention import flash, library
 def test_nothing_is_read(name, through_lse, dtype, gpu_backend):
     inputs, options = case(name, dtype, DEVICE)
     differentiable = gpu_backend != "cuda"
-    with NothingWaits(), torch.set_grad_enabled(differentiable):
+    with nothing_waits(), torch.set_grad_enabled(differentiable):
         output, lse = thought_attention(*inputs, **options, return_lse=True, backend=gpu_backend)
         assert (output.shape, output.dtype, output.device) == (inputs[0].shape, dtype, DEVICE)
         assert (lse.shape, lse.dtype, lse.device) == (output.shape[:-1], torch.float32, DEVICE)

@@ -5,8 +5,7 @@ The GPU is a pretended one (``pretended_gpu``), and no kernel is launched.
 
 import pytest
 import torch
-from pretended_gpu import DEVICE
-from waiting import NothingWaits
+from pretended_gpu import DEVICE, nothing_waits
 
 from quietstar.ops import (
     linear_cross_entropy,
@@ -49,7 +48,7 @@ def test_linear_cross_entropies(mixed, options, dtype, gpu_backend):
     else:
         options |= {"temperature": 3.0, "suppress": (1, 2)}
     weight, target = random(VOCABULARY, SIZE, dtype=dtype), numbers(VOCABULARY, ROWS)
-    with NothingWaits():
+    with nothing_waits():
         result = (mixed_linear_cross_entropy if mixed else linear_cross_entropy)(*hidden, weight, target, **options)
         loss, *nll = result if isinstance(result, tuple) else (result,)
         assert [(x.shape, x.dtype, x.device) for x in nll] == [((ROWS,), torch.float32, DEVICE)] * len(nll)
@@ -65,7 +64,7 @@ def test_linear_sample(seed, suppress, options, rows, gpu_backend):
         seed = torch.zeros((), dtype=torch.int64, device="cpu" if seed == "on the CPU" else DEVICE)
     suppress = numbers(VOCABULARY, 2) if suppress == "tensor" else suppress
     hidden, weight = random(rows, SIZE), random(VOCABULARY, SIZE)
-    with NothingWaits():
+    with nothing_waits():
         tokens = linear_sample(hidden, weight, seed=seed, suppress=suppress, backend=gpu_backend, **options)
     assert (tokens.shape, tokens.dtype, tokens.device) == ((rows,), torch.int64, DEVICE)
 
@@ -77,7 +76,7 @@ def test_mixing(needed, dtype, gpu_backend):
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i in needed)
     target = numbers(VOCABULARY, 4, 50)
-    with NothingWaits():
+    with nothing_waits():
         mixed = mix_logits(*leaves, backend=gpu_backend)
         assert (mixed.shape, mixed.dtype, mixed.device) == (leaves[0].shape, dtype, DEVICE)
         loss = mixed_cross_entropy(*leaves, target, backend=gpu_backend) + mixed.mean()
@@ -88,5 +87,5 @@ def test_values_are_read_where_that_is_asked_for(gpu_backend, monkeypatch):
     """``QUIETSTAR_CHECK_VALUES`` finds wrong targets on a GPU too, and waits for them."""
     monkeypatch.setenv(CHECK_VALUES_VARIABLE, "1")
     arguments = random(ROWS, SIZE), random(VOCABULARY, SIZE), numbers(VOCABULARY, ROWS)
-    with NothingWaits(), pytest.raises(AssertionError, match="waits for the GPU"):
+    with nothing_waits(), pytest.raises(AssertionError, match="waits for the GPU"):
         linear_cross_entropy(*arguments, backend=gpu_backend)
