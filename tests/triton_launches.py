@@ -81,7 +81,9 @@ def _call(script: str, gpu: str, folder: str, *names: str) -> list:
     with pretended(GPUS[gpu]) as memory:
         include = Path(triton.__file__).parent / "backends/nvidia/include"
         driver = StubDriver(GPUS[gpu], memory.is_on_gpu, Path(folder), include)
-        triton.runtime.driver.set_active(CudaDriver())
+        active = CudaDriver()
+        active.get_current_stream = lambda device: 0  # of which a PyTorch with CUDA would ask CUDA
+        triton.runtime.driver.set_active(active)
         run = JITFunction.run
 
         def compared(self, *arguments, grid, warmup, **options):

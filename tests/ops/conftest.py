@@ -1,5 +1,6 @@
 """Backends as fixtures."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pretended_gpu
@@ -29,7 +30,7 @@ def device(every_backend: str) -> str:
 
 
 @pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> pretended_gpu.Gpu:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[pretended_gpu.Gpu]:
     """A GPU that is not there, an H100 if no other is named as a parameter. No kernel is launched."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
