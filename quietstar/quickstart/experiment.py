@@ -46,17 +46,17 @@ class Size(NamedTuple):
     hidden_size: int
     windows: int  # for the base model; it reads them several times
     base: Training
-    thinking: Training
+    thinking: Training  # for every token of a thought: longer, it learns the answers of training questions by heart
     held_out_windows: int
 
 
 # Every written step must be learnt, or first thoughts are too rarely right: that happens after 500 to 800 base steps.
 USUAL = Size(
-    people=len(PEOPLE), hidden_size=64, windows=6000, base=Training(1600, 32, 5e-3), thinking=Training(300, 8, 2e-3),
+    people=len(PEOPLE), hidden_size=64, windows=6000, base=Training(1600, 32, 5e-3), thinking=Training(150, 8, 2e-3),
     held_out_windows=96,
 )  # fmt: skip
 TINY = Size(
-    people=5, hidden_size=16, windows=64, base=Training(8, 16, 5e-3), thinking=Training(4, 8, 2e-3), held_out_windows=8
+    people=5, hidden_size=16, windows=64, base=Training(8, 16, 5e-3), thinking=Training(2, 8, 2e-3), held_out_windows=8
 )
 
 
@@ -73,13 +73,13 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command:
     set_seed(seed)
     streams = [np.random.default_rng([seed, part]) for part in range(3)]  # of text
     world, tokenizer = World(hops, seed, size.people), world_tokenizer()
-    thinking = THINKING | {"thought_length": hops - 1}
+    thought_length = hops - 1
+    thinking, training = THINKING | {"thought_length": thought_length}, size.thinking
+    training = training._replace(steps=training.steps * thought_length)
     exam = Exam.of(world, tokenizer)
     print(f"1/4  A world of {len(world.people)} people and {len(RELATIONS)} relations; questions chain {hops} of these")
     corpus = world.windows(tokenizer, size.windows, WINDOW, READING, world.train, streams[0])
-    terse = world.windows(
-        tokenizer, size.thinking.steps * size.thinking.batch_size, WINDOW, TERSE, world.train, streams[1]
-    )
+    terse = world.windows(tokenizer, training.steps * training.batch_size, WINDOW, TERSE, world.train, streams[1])
     held_out = world.windows(tokenizer, size.held_out_windows, WINDOW, TERSE, world.held_out, streams[2])
     print(f"     {tokenizer.decode(corpus.tokens[0])} ...")
 
@@ -99,14 +99,14 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(".")  # a document ends there
     first = steps_thought(exam, answer(model, exam).thoughts)
     print(f"     first thoughts that name the steps: {first:.0%}")
-    trained = train_thinking(model, terse.tokens, size.thinking, second_seed(seed))
+    trained = train_thinking(model, terse.tokens, training, second_seed(seed))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     trained.state.save_to_json(folder / "model" / "trainer_state.json")
 
     print("4/4  Questions held out of all text, with and without thoughts\n")
     measured, own = measure(model, exam, held_out)
-    results = {"seed": seed, "hops": hops, "people": len(world.people), "thought_length": hops - 1} | measured
+    results = {"seed": seed, "hops": hops, "people": len(world.people), "thought_length": thought_length} | measured
     results |= {"base_steps_right": right, "first_thoughts_that_name_the_steps": first}
     results |= {"tokens_per_second": trained.tokens_per_second}
     results |= {"questions": described_questions(world, exam, own, tokenizer)}
@@ -123,7 +123,7 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command:
 
     save()
     if controls:
-        stage = Stage(folder, tokenizer, world, exam, terse, size.thinking, second_seed(seed), thinking)
+        stage = Stage(folder, tokenizer, world, exam, terse, training, second_seed(seed), thinking)
         results |= {"controls": further_controls(model, stage, own, terse.tokens.size / trained.tokens_per_second)}
         results |= {"seconds_with_controls": time.perf_counter() - start[0]}
         print("", results_table(results), sep="\n")
