@@ -116,9 +116,24 @@ def _stop_behind_ttir() -> None:
     CUDABackend.add_stages = add_first_stage
 
 
-def _compile_launches(script: str, function: str, architecture: int, stage: str) -> list[Kernel] | list[Launch]:
+def pretend_gpu(architecture: int) -> None:
+    """Let Triton compile for ``architecture`` in this process, whatever is in the machine."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: architecture,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+            utils=SimpleNamespace(
+                get_device_properties=lambda device: {"max_shared_mem": (SHARED_MEMORY | GEFORCE)[architecture]}
+            ),
+        )
+    )
+
+
+def _compile_launches(script: str, function: str, architecture: int, stage: str) -> list[Kernel] | list[Launch]:
     from triton.runtime.jit import JITFunction
 
     functions = runpy.run_path(script)
@@ -139,16 +154,7 @@ def _compile_launches(script: str, function: str, architecture: int, stage: str)
     JITFunction.run = only_compile
     if stage == "ttir":
         _stop_behind_ttir()
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: architecture,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", architecture, 32),
-            utils=SimpleNamespace(
-                get_device_properties=lambda device: {"max_shared_mem": (SHARED_MEMORY | GEFORCE)[architecture]}
-            ),
-        )
-    )
+    pretend_gpu(architecture)
     for name in function.split(","):
         functions[name]()
     return launches if stage == "ttir" else [_kernel(kernel) for kernel in found.values()]

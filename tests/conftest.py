@@ -7,8 +7,24 @@ import pytest
 import torch
 from backends import FAST
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported; "auto" still passes Triton over
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate", choices=["sm_80", "sm_90"], help="emulate the kernels of this GPU: docs/testing_kernels.md"
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How Triton's kernels run, before any is imported."""
+    target = config.getoption("--emulate")
+    if target is not None:
+        from ptx import plugin
+
+        os.environ.pop("TRITON_INTERPRET", None)
+        plugin.start(target)
+        config.pluginmanager.register(plugin.Plugin(target))
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # "auto" still passes Triton over
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,5 @@
+"""What each PTX instruction becomes; importing this package fills the table of ``encoder``."""
+
+from . import arithmetic, asynchronous, control, matrices, memory
+
+__all__ = ["arithmetic", "asynchronous", "control", "matrices", "memory"]

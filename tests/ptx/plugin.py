@@ -1,0 +1,67 @@
+"""pytest --emulate sm_90: tests of Triton and CUDA kernels run them emulated; see docs/testing_kernels.md."""
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+TRITON = {"sm_80": 80, "sm_90": 90}
+PROCESSORS = {80: 108, 90: 132}  # of an A100, an H100
+OPS = ("linear_cross_entropy", "linear_sample", "mixing", "thought_attention")
+
+
+def start(target: str) -> None:
+    """Emulate Triton's kernels in this process."""
+    from quietstar.ops import _triton
+
+    from . import triton_launches
+
+    architecture = TRITON[target]
+    triton_launches.emulate(architecture)
+    _let_triton_run_on_the_cpu(_triton.triton_unavailable)
+    launch = importlib.import_module("quietstar.ops.thought_attention.triton_launch")
+    launch.processors = lambda device: PROCESSORS[architecture]
+
+
+def _let_triton_run_on_the_cpu(unavailable: Callable) -> None:
+    import torch
+
+    def emulated(tensor):
+        return unavailable(tensor) if tensor.dtype == torch.float64 else None
+
+    for op in OPS:
+        api = importlib.import_module(f"quietstar.ops.{op}.api")
+        api.triton_unavailable = emulated
+        if api._BACKENDS["triton"] is unavailable:
+            api._BACKENDS["triton"] = emulated
+
+
+class Plugin:
+    """Fails tests in which a kernel did something wrong, and says what was launched."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.launches, self.seconds = Counter(), Counter()
+
+    def pytest_report_header(self) -> str:
+        return f"emulated: Triton and CUDA kernels on {self.target}, from their PTX"
+
+    @pytest.fixture(autouse=True)
+    def no_faults(self) -> Iterator[None]:
+        """No launch may touch memory it should not, or race."""
+        from .launches import recorded
+
+        with recorded() as launches:
+            yield
+        for launch in launches:
+            self.launches[launch.name] += 1
+            self.seconds[launch.name] += launch.seconds
+        faults = [fault for launch in launches for fault in launch.faults()]
+        if faults:
+            pytest.fail("\n".join(dict.fromkeys(faults)), pytrace=False)
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        for name, count in sorted(self.launches.items()):
+            seconds = self.seconds[name]
+            terminalreporter.write_line(f"emulated on {self.target}: {name}, {count} launches, {seconds:.1f} s")
