@@ -306,6 +306,5 @@ class Encoder:
 
 
 def _bits(value: float, wide: bool) -> int:
-    return (
-        struct.unpack("<Q", struct.pack("<d", value))[0] if wide else struct.unpack("<I", struct.pack("<f", value))[0]
-    )
+    integer, real = ("<Q", "<d") if wide else ("<I", "<f")
+    return struct.unpack(integer, struct.pack(real, value))[0]

@@ -139,7 +139,7 @@ class Kernel:
         machine.ptx_launch(
             self._machine, sizes.ctypes.data, sizes[3:].ctypes.data, self._entry.register_limit,
             self.static_shared + dynamic_shared, bytes(parameters), len(parameters), ranges.ctypes.data, len(buffers),
-            order, check_global, limit, None if chosen is None else chosen.ctypes.data, 0 if ctas is None else len(ctas),
+            order, check_global, limit, None if chosen is None else chosen.ctypes.data, len(ctas or ()),
         )  # fmt: skip
         counts = machine.ptx_counts(self._machine)
         failure = machine.ptx_failure(self._machine).decode()
@@ -162,7 +162,7 @@ class Kernel:
         return findings
 
     def instruction_counts(self, which: int) -> np.ndarray:
-        """Of the last launch, by instruction: 0 executions, 1 wavefronts of shared memory, 2 the least there could be."""
+        """Of the last launch, by instruction: 0 executions, 1 wavefronts of shared memory, 2 the least possible."""
         counts = library().ptx_instruction_counts(self._machine, which)
         return np.ctypeslib.as_array(counts, (len(self.origin),)).astype(np.int64)
 
