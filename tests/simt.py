@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,10 @@ OPS = {  # and the module of each that calls the kernels
 }
 
 
+# Set by `pytest --emulate`: hands the kernels of the module over to the emulator of PTX.
+emulate: Callable[[pytest.MonkeyPatch, ModuleType], ModuleType] | None = None
+
+
 def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     """Let ``backend="cuda"`` run on tensors of DEVICE. Returns the module of ``csrc/module.cpp`` if it has to."""
     if DEVICE == "cuda":
@@ -43,6 +48,8 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     module = build()
     module.set_random_seed(0)
     module.set_fault("")
+    if emulate is not None:
+        module = emulate(monkeypatch, module)
     for op, native in zip(OPS, native_modules(), strict=True):
         monkeypatch.setattr(native, "_C", module)
         monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))
@@ -70,8 +77,8 @@ def build() -> ModuleType:
     sources = [ROOT / "tests/csrc/module.cpp", ROOT / "csrc/cuda/bindings.cpp"]
     sources += [ROOT / f"csrc/cuda/{op}.cu" for op in OPS]
     includes = [ROOT / "csrc/include", ROOT / "tests/csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-I{path}" for path in includes]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-I{path}" for path in includes]  # nothing is hidden: dladdr names kernels
 
     texts = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests/csrc").glob("*.*")])
     key = hashlib.sha256(repr([compiler, flags]).encode() + b"".join(path.read_bytes() for path in texts))
@@ -88,7 +95,7 @@ def build() -> ModuleType:
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compiled, sources))
-        subprocess.run([compiler, "-shared", *objects, "-o", scratch / library.name], check=True)
+        subprocess.run([compiler, "-shared", *objects, "-ldl", "-o", scratch / library.name], check=True)
         (scratch / library.name).replace(library)  # at once: another process may be about to load it
         shutil.rmtree(scratch)
     spec = importlib.util.spec_from_file_location("simt_module", library)

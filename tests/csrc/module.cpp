@@ -1,5 +1,8 @@
 // The kernels of the cuda backend and their bindings, as a module that runs them on the CPU, under simt.h.
 
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
 #include "quietstar/bindings.h"
 #include "quietstar/device.cuh"
 
@@ -30,6 +33,18 @@ PYBIND11_MODULE(simt_module, module) {
   module.def(
       "set_random_seed", [](std::uint32_t seed) { simt::random_seed = seed; },
       "Chooses another order in which threads and blocks run.");
+  module.def(
+      "set_launcher",
+      [](const std::optional<pybind11::function>& run) {
+        simt::launcher = nullptr;
+        if (!run) return;
+        simt::launcher = [run = *run](const char* kernel, std::int64_t blocks, int threads, std::size_t shared_bytes,
+                                      const void* parameter, std::size_t bytes) {
+          pybind11::gil_scoped_acquire python;
+          run(kernel, blocks, threads, shared_bytes, pybind11::bytes(static_cast<const char*>(parameter), bytes));
+        };
+      },
+      "Hands kernels over instead of running them, by the name they have in PTX; None ends that.");
   module.def("set_fault", [](const std::string& fault) { simt::fault = fault; }, "See simt.h.");
   const auto run = [](void (*kernel)()) {
     return [kernel] { quietstar::cuda::launch(kernel, 2, 64, 0, {0, nullptr}); };

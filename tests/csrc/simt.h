@@ -9,6 +9,7 @@
 // between blocks. Caches, alignment of accesses and time are not.
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -24,6 +25,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #define __global__
@@ -91,6 +93,8 @@ inline Index block_index, block_size, grid_size;
 inline std::uint32_t random_seed = 0;
 inline std::string
     fault;  // what the GPU does wrong, to show that tests notice: "barrier", "shuffle", "copy" or nothing
+// Who runs kernels instead, if anybody: name, blocks, threads, bytes of dynamic shared memory, parameter, its bytes.
+inline std::function<void(const char*, std::int64_t, int, std::size_t, const void*, std::size_t)> launcher;
 inline std::size_t static_bytes = 0;  // of static shared memory, in all kernels together
 
 inline void wait_as(decltype(Fiber::state) state) {
@@ -321,7 +325,19 @@ namespace quietstar::cuda {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes, const Launch&,
             const Arguments&... arguments) {
-  if (blocks > 0) simt::run_grid(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  if (blocks == 0) return;
+  if (!simt::launcher) return simt::run_grid(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  if constexpr (sizeof...(Parameters) == 1) {
+    Dl_info kernel_symbol;
+    if (!dladdr(reinterpret_cast<void*>(kernel), &kernel_symbol) || !kernel_symbol.dli_sname) {
+      throw std::runtime_error("a kernel without a name");
+    }
+    const std::tuple<Parameters...> parameter(arguments...);
+    simt::launcher(kernel_symbol.dli_sname, blocks, threads, shared_bytes, &std::get<0>(parameter),
+                   sizeof(std::get<0>(parameter)));
+  } else {
+    throw std::runtime_error("kernels that are handed over have one parameter");
+  }
 }
 
 template <class T>

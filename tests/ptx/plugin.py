@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator
 import pytest
 
 TRITON = {"sm_80": 80, "sm_90": 90}
+CUDA = {"sm_90": "sm_90a"}  # where nvcc's name is another
 PROCESSORS = {80: 108, 90: 132}  # of an A100, an H100
 OPS = ("linear_cross_entropy", "linear_sample", "mixing", "thought_attention")
 
 
 def start(target: str) -> None:
-    """Emulate Triton's kernels in this process."""
+    """Emulate the kernels of Triton and CUDA in this process."""
+    import simt
+
     from quietstar.ops import _triton
 
-    from . import triton_launches
+    from . import cuda_launches, triton_launches
+
+    simt.emulate = cuda_launches.emulate(CUDA.get(target, target))
 
     architecture = TRITON[target]
     triton_launches.emulate(architecture)
@@ -50,8 +55,9 @@ class Plugin:
     @pytest.fixture(autouse=True)
     def no_faults(self) -> Iterator[None]:
         """No launch may touch memory it should not, or race."""
-        from .launches import recorded
+        from .launches import recorded, schedule
 
+        schedule.order = 0
         with recorded() as launches:
             yield
         for launch in launches:

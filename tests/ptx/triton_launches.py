@@ -4,16 +4,19 @@
 """
 
 import functools
+import os
 import struct
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import triton
 from compile_kernels import pretend_gpu
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from .kernel import Buffer, Kernel, Module
 from .launches import launch, reached
+from .library import kept
 
 _FORMATS = {
     "i1": "<B", "u1": "<B", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q",
@@ -27,6 +30,8 @@ state = SimpleNamespace(edit=None)
 
 def emulate(architecture: int) -> None:
     """Let launches of Triton kernels run emulated on ``architecture`` (80, 90), on tensors of the CPU."""
+    # A cache of its own: what is compiled here must never be launched on a GPU.
+    os.environ["TRITON_CACHE_DIR"] = str(kept("emulated-triton", triton.__version__))
     CUDABackend.make_cubin = lambda self, *arguments: b""  # ptxas is not needed: it is the PTX that runs
     pretend_gpu(architecture)
     if not hasattr(JITFunction.run, "compile"):

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
       }
       largest = largest_of_lanes(largest, kTeamLanes);
       const std::int64_t group = begin + j * kTeams + team;
-      if (member == 0 && group < a.groups) bounds[group] = largest;
+      if (member == 0 && group < a.groups + a.groups % 2) bounds[group] = largest;
     }
   }
   if (threadIdx.x == 0) shared.best = order_of(-kInfinity);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
   if (kFiltered) __syncthreads();
   for (std::int64_t pair = threadIdx.x; 2 * pair < a.groups; pair += kSampleThreads) {
     const Noise::First first = noise.of_groups(static_cast<std::uint32_t>(pair));
-    Vector<float, 2> both = load<2>(bounds + 2 * pair);  // the last may be of one group only
+    Vector<float, 2> both = load<2>(bounds + 2 * pair);  // the last may hold a group twice
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float largest = both.element[i];
