@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quietstar.ops import _native
+from quietstar.ops._triton import interpreted
 
 _COMPILED = pytest.mark.skipif(_native._C is None, reason="needs the compiled module: `pip install .` builds it")
 _CPU = pytest.param("cpu", marks=_COMPILED)
@@ -23,3 +24,8 @@ def with_dtypes(dtypes: Sequence[torch.dtype], backends: Sequence[str] = ("refer
         for dtype in dtypes
         if backend != "cpu" or dtype in (torch.float32, torch.bfloat16)
     ]
+
+
+def triton_dtypes() -> list[torch.dtype]:
+    """What Triton's kernels can be tested with; its interpreter cannot round to bfloat16."""
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted())

@@ -64,6 +64,33 @@ CASES = {
 }
 
 
+_HEADS = {"batch": 1, "query_heads": 4, "kv_heads": 2}
+_LATE = {"batch": 1, "query_heads": 4, "kv_heads": 1, "length": 400, "num_anchors": 12, "steps": 13}
+# What fills the tiles of a GPU, in heads of models: loops over several blocks of keys and rows, with the loads of some
+# in flight, masked and not.
+GPU_CASES = {
+    "D = 64, all positions": (_HEADS | {"length": 40, "steps": 4, "head": 64}, {}),
+    "D = 128, all positions": (_HEADS | {"length": 40, "steps": 4, "head": 128}, {}),
+    "D = 128, sampling step": (_HEADS | {"length": 70, "steps": 1, "thought_steps": 5, "head": 128}, {}),
+    "D = 128, long thoughts": (_HEADS | {"length": 6, "steps": 4, "thought_steps": 40, "head": 128}, {}),
+    "D = 64, blocks of keys": (_LATE | {"head": 64}, {"anchors": [388 + i for i in range(12)]}),
+    "D = 128, blocks of keys": (_LATE | {"head": 128}, {"anchors": [388 + i for i in range(12)]}),
+    "D = 128, blocks of keys, window, padding, inactive": (
+        {"batch": 2, "query_heads": 4, "kv_heads": 2, "length": 300, "num_anchors": 10, "steps": 4, "head": 128},
+        {"anchors": [299, -1, 150, 150, 3, 298, 7, 200, -1, 40], "window": 140, "key_start": [0, 37]},
+    ),
+    "D = 64, many blocks of rows": (
+        {"batch": 1, "query_heads": 4, "kv_heads": 1, "length": 300, "num_anchors": 40, "steps": 4, "head": 64},
+        {"anchors": [(5 + 37 * i) % 300 if i % 7 else -1 for i in range(40)], "window": 140, "key_start": [11]},
+    ),
+    "D = 128, decoding": (
+        {"batch": 1, "query_heads": 8, "kv_heads": 2, "length": 300, "num_anchors": 1, "steps": 1, "thought_steps": 9,
+         "head": 128},
+        {"anchors": [299]},
+    ),
+}  # fmt: skip
+
+
 def case(name, dtype=torch.float32, device="cpu", cases=CASES):
     shapes, options = cases[name]
     tensors = {k: torch.tensor(v, device=device) for k, v in options.items() if k in ("anchors", "key_start")}

@@ -1,10 +1,14 @@
-"""The linear cross-entropies in Triton kernels: on a GPU if there is one, else in Triton's interpreter."""
+"""The linear cross-entropies in Triton kernels: on a GPU if there is one, else in Triton's interpreter.
+
+`pytest --emulate sm_90` compiles them and emulates the GPU: docs/testing_kernels.md.
+"""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import triton_dtypes
 from cross_entropy_problem import (
     CASES,
     INPUTS,
@@ -27,7 +31,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
+DTYPES = triton_dtypes()
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,13 @@
-"""linear_sample in Triton kernels gives the specification's tokens: on a GPU, or else in Triton's interpreter."""
+"""linear_sample in Triton kernels gives the specification's tokens: on a GPU, or else in Triton's interpreter.
+
+`pytest --emulate sm_90` compiles them and emulates the GPU: docs/testing_kernels.md.
+"""
 
 import math
 
 import pytest
 import torch
+from backends import triton_dtypes
 from broken_rows import OPTIONS as OPTIONS_OF_BROKEN_ROWS
 from broken_rows import assert_broken_rows_have_no_token
 
@@ -23,7 +27,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
+DTYPES = triton_dtypes()
 
 
 @pytest.fixture(params=["matmul", "rows"])

@@ -7,10 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from thought_attention_cases import CASES, INPUTS, case, make_inputs, weighted_sum
+from backends import triton_dtypes
+from thought_attention_cases import CASES, GPU_CASES, INPUTS, case, make_inputs, weighted_sum
 from tolerances import assert_as_accurate
 
 from quietstar.ops import thought_attention
+from quietstar.ops._triton import interpreted
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 from quietstar.ops.thought_attention import triton_backend, triton_launch  # noqa: E402 (import triton)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # which the interpreter cannot round to
+DTYPES = triton_dtypes()
 NAMES = "output", "lse", *(f"d_{name}" for name in INPUTS)
 
 
@@ -95,6 +97,13 @@ def assert_right(inputs, options):
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
 def test_values_and_gradients(name, dtype):
     assert_right(*case(name, dtype, DEVICE, CASES | LARGE))
+
+
+@pytest.mark.skipif(interpreted(), reason="for the tiles of GPUs; the interpreter would take minutes")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_values_and_gradients_over_tiles(name, dtype):
+    assert_right(*case(name, dtype, DEVICE, GPU_CASES))
 
 
 @pytest.mark.parametrize("count", [3, 12], ids="{} anchors".format)  # less than a tile of rows, more than one

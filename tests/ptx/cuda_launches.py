@@ -75,6 +75,8 @@ class _Functions:
         found = getattr(self._module, name)
         if name == "cuda":
             return _Functions(found, self._tensors)
+        if not callable(found):
+            return found
 
         def call(*arguments, **named):
             try:
@@ -86,7 +88,7 @@ class _Functions:
 
 
 def emulate(target: str) -> Callable[[pytest.MonkeyPatch, ModuleType], object]:
-    """What hands the kernels of the module of ``tests/csrc`` to the emulator, compiled for ``target``: sm_80, sm_90a."""
+    """What hands the kernels of the module of ``tests/csrc`` to the emulator, for ``target``: sm_80, sm_90a."""
 
     def emulated(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> object:
         if shutil.which("nvcc") is None:
