@@ -1,4 +1,4 @@
-"""Tests of Triton and CUDA kernels, run emulated: in a pytest of their own, since Triton's interpreter runs in this one.
+"""Tests of Triton and CUDA kernels, run emulated: in a pytest of their own, since this one has Triton's interpreter.
 
 The tests are those of ``tests/ops``, with all their cases; only what runs the kernels is another.
 """

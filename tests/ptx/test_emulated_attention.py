@@ -1,0 +1,25 @@
+"""The Triton kernels of thought attention, compiled and emulated."""
+
+import pytest
+
+from ptx.emulated import every_target, run_emulated
+
+pytest.importorskip("triton")
+
+FILE = "test_thought_attention_triton.py"
+# Loops over blocks with loads in flight in the models' precision, and the smallest of everything else.
+QUICK = {
+    "sm_80": "over_tiles and bfloat16 and ((64 and all_positions) or decoding)",
+    "sm_90": "over_tiles and bfloat16 and ((64 and blocks_of_keys) or (128 and sampling))",
+}
+
+
+@every_target
+def test_quick_ones_emulated(target):
+    run_emulated(target, FILE, QUICK[target])
+
+
+@pytest.mark.slow
+@every_target
+def test_all_emulated(target):
+    run_emulated(target, FILE, workers=2)
