@@ -4,15 +4,15 @@ The tests are those of ``tests/ops``, with all their cases; only what runs the k
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-
-from . import library
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")
@@ -21,35 +21,47 @@ every_target = pytest.mark.parametrize("target", TARGETS)
 NOT_EMULATED = "not test_cpu_tensors_need_the_interpreter"
 
 
-def run_emulated(target: str, file: str, select: str = "", *, workers: int = 0) -> None:
-    """Run the tests of ``tests/ops/FILE`` that ``-k select`` names with all kernels emulated on ``target``.
+def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set[str]:
+    """Run tests with all kernels emulated on ``target``; returns the names of those that were launched.
 
     Each must pass, and none be skipped. Without a C++ compiler or, for CUDA's kernels, nvcc the test is skipped.
 
     Args:
-        workers: processes to run them in; 0 is this one's child alone.
+        tests: by file under ``tests``, which of its tests: an expression of ``pytest -k``, or an empty text for all.
+        workers: processes to run them in; 0 is this one's child alone. Others tell no names of kernels.
     """
-    needed = [os.environ.get("CXX", "g++")] + ["nvcc"] * ("cuda" in file)
+    needed = [os.environ.get("CXX", "g++")] + ["nvcc"] * any("cuda" in file for file in tests)
     for program in needed:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not on PATH")
-    report = library.kept("reports", str(os.getpid())) / "emulated.xml"
-    select = f"{NOT_EMULATED} and ({select})" if select else NOT_EMULATED
-    command = [
-        sys.executable, "-P", "-m", "pytest", f"--emulate={target}", f"tests/ops/{file}", "-k", select, "-q",
-        "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}",
-    ]  # fmt: skip
-    if workers:
-        command += ["-n", str(workers)]
-    hidden = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    print(done.stdout)
-    assert done.returncode == 0, f"emulated on {target}: {file} failed, see above"
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert int(suite.get("tests")) > 0
-    assert int(suite.get("skipped")) == 0
+    names = {file: Path(file).name for file in tests}
+    chosen = " or ".join(f"({names[file]} and ({select}))" if select else names[file] for file, select in tests.items())
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable, "-P", "-m", "pytest", f"--emulate={target}", *(f"tests/{file}" for file in tests),
+            "-k", f"{NOT_EMULATED} and ({chosen})", "-q", "--tb=short", "-p", "no:cacheprovider",
+            f"--junitxml={report}",
+        ]  # fmt: skip
+        if workers:
+            command += ["-n", str(workers)]
+        hidden = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["OMP_NUM_THREADS"] = "1"
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )  # fmt: skip
+        print(done.stdout)
+        assert done.returncode == 0, f"emulated on {target}: see above"
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert int(suite.get("skipped")) == 0, f"emulated on {target}: some were skipped, see above"
+    ran = {case.get("classname").split(".")[-1] + ".py" for case in suite.iter("testcase")}
+    assert ran == set(names.values()), f"emulated on {target}: of {list(tests)} only {ran} had tests to run"
+    return set(re.findall(rf"^emulated on {target}: (\w+), \d+ launches", done.stdout, re.M))
+
+
+def kernels_of(op: str) -> set[str]:
+    """The Triton kernels of an op: a kernel is a function of which the name says so."""
+    texts = [path.read_text() for path in (ROOT / "quietstar/ops" / op).glob("triton*.py")]
+    return {name for text in texts for name in re.findall(r"^def ([a-z]\w*_kernel)\(", text, re.M)}

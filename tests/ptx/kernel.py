@@ -83,21 +83,22 @@ class Kernel:
         for special, place in encoder.specials.items():
             machine.ptx_add_special(self._machine, SPECIALS[special], place)
         units = {unit: number for number, unit in enumerate(count_names())}
-        unknown = set()
+        unknown = {}
 
         def place(operand):
             return encoder.resolved(operand) if isinstance(operand, Label) else operand
 
-        for each in encoder.instructions:
+        for each, statement in zip(encoder.instructions, encoder.origin, strict=True):
             operands = np.array([place(operand) for operand in each.operands], np.int32)
             immediates = np.array(each.immediates, np.int64)
             if not machine.ptx_add_instruction(
                 self._machine, each.name.encode(), each.kind, *each.predicate, place(each.target), each.negated,
                 units[each.unit], len(operands), each.destinations, operands.ctypes.data, immediates.ctypes.data,
             ):  # fmt: skip
-                unknown.add(each.name)
+                unknown.setdefault(each.name, statement)
         if unknown:
-            raise UnknownPtxError(f"no meaning for {', '.join(sorted(unknown))} in {name}")
+            first = [f"{statement.text!r} (PTX line {statement.line})" for statement in unknown.values()]
+            raise UnknownPtxError(f"instructions without a meaning in {name}: {', '.join(first)}")
 
     def __del__(self) -> None:
         if hasattr(self, "_machine"):

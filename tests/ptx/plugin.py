@@ -53,13 +53,13 @@ class Plugin:
         return f"emulated: Triton and CUDA kernels on {self.target}, from their PTX"
 
     @pytest.fixture(autouse=True)
-    def no_faults(self) -> Iterator[None]:
-        """No launch may touch memory it should not, or race."""
+    def emulated_launches(self) -> Iterator[list]:
+        """Those of the test, which fails if one touched memory it must not touch, raced, or the like."""
         from .launches import recorded, schedule
 
         schedule.order = 0
         with recorded() as launches:
-            yield
+            yield launches
         for launch in launches:
             self.launches[launch.name] += 1
             self.seconds[launch.name] += launch.seconds

@@ -2,11 +2,11 @@
 
 import pytest
 
-from ptx.emulated import every_target, run_emulated
+from ptx.emulated import every_target, kernels_of, run_emulated
 
 pytest.importorskip("triton")
 
-FILE = "test_thought_attention_triton.py"
+FILE = "ops/test_thought_attention_triton.py"
 # Loops over blocks with loads in flight in the models' precision, and the smallest of everything else.
 QUICK = {
     "sm_80": "over_tiles and bfloat16 and ((64 and all_positions) or decoding)",
@@ -16,10 +16,17 @@ QUICK = {
 
 @every_target
 def test_quick_ones_emulated(target):
-    run_emulated(target, FILE, QUICK[target])
+    launched = run_emulated(target, {FILE: QUICK[target]})
+    assert kernels_of("thought_attention") - launched == set()
 
 
 @pytest.mark.slow
 @every_target
 def test_all_emulated(target):
-    run_emulated(target, FILE, workers=2)
+    run_emulated(target, {FILE: ""}, workers=2)
+
+
+@pytest.mark.slow
+@every_target
+def test_broken_kernels_are_caught_emulated(target):
+    run_emulated(target, {"ptx/broken_triton.py": ""})

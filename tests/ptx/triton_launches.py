@@ -17,12 +17,12 @@ from triton.runtime.jit import JITFunction
 from .kernel import Buffer, Kernel, Module
 from .launches import launch, reached
 from .library import kept
+from .tensor_map import tensor_map
 
 _FORMATS = {
     "i1": "<B", "u1": "<B", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q",
     "u64": "<Q", "fp32": "<f", "fp64": "<d",
 }  # fmt: skip
-_TENSOR_MAP_MAGIC = 0x50414D5254584D54  # of machine.h
 
 # Changes a kernel's PTX before it is run: (name of the kernel, text) -> text. For tests of the emulator itself.
 state = SimpleNamespace(edit=None)
@@ -107,15 +107,9 @@ def _packed(kernel: Kernel, arguments: list[tuple], metadata) -> tuple[bytes, li
 
 
 def _tensor_map(descriptor, metadata: dict) -> bytes:
-    """TensorMap of machine.h: what stands for the opaque descriptor of CUDA. Dimensions innermost first."""
-    size, rank = descriptor.base.element_size(), len(descriptor.shape)
+    size = descriptor.base.element_size()
     if metadata["fp4_padded"] or metadata["is_im2col"] or metadata["elem_size"] != size or descriptor.strides[-1] != 1:
         raise NotImplementedError(f"a descriptor that is not emulated: {metadata}")
-
-    def five(values, scale=1):
-        return [int(value) * scale for value in reversed(values)] + [0] * (5 - rank)
-
-    return struct.pack(
-        "<QQ5Q5Q5I3I", _TENSOR_MAP_MAGIC, descriptor.base.data_ptr(), *five(descriptor.shape),
-        *five(descriptor.strides, size), *five(metadata["block_size"]), rank, size, metadata["swizzle"],
+    return tensor_map(
+        descriptor.base, descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"]
     )  # fmt: skip
