@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")
 every_target = pytest.mark.parametrize("target", TARGETS)
+CXX = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} is not on PATH")
 # Of what happens where kernels cannot run: here they can.
 NOT_EMULATED = "not test_cpu_tensors_need_the_interpreter"
 
@@ -30,7 +32,7 @@ def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set
         tests: by file under ``tests``, which of its tests: an expression of ``pytest -k``, or an empty text for all.
         workers: processes to run them in; 0 is this one's child alone. Others tell no names of kernels.
     """
-    needed = [os.environ.get("CXX", "g++")] + ["nvcc"] * any("cuda" in file for file in tests)
+    needed = [CXX] + ["nvcc"] * any("cuda" in file for file in tests)
     for program in needed:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not on PATH")
