@@ -13,7 +13,7 @@ from .encoder import SPECIALS, Encoder, Label
 from .library import count_names, library
 from .syntax import Entry, Module, UnknownPtxError
 
-NO_LIMIT = 1 << 40  # instructions
+LIMIT = 1 << 30  # instructions of warps: minutes, ten times what any test needs
 
 
 class EmulationError(RuntimeError):
@@ -115,7 +115,7 @@ class Kernel:
         order: int = 0,
         check_global: bool = True,
         ctas: Sequence[int] | None = None,
-        limit: int = NO_LIMIT,
+        limit: int = LIMIT,
     ) -> Launch:
         """Run the kernel.
 
@@ -127,7 +127,7 @@ class Kernel:
             order: in which warps run; see launch.cpp.
             check_global: look for races in global memory.
             ctas: numbers of the blocks to run; by default all.
-            limit: instructions of warps after which it is stopped.
+            limit: instructions of warps after which it is taken to go on for ever.
         """
         if len(parameters) != self.parameter_bytes:
             raise ValueError(f"{self.name}: {self.parameter_bytes} bytes of parameters, got {len(parameters)}")

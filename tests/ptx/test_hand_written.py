@@ -24,7 +24,7 @@ def launched(
     text = f"{HEAD}.visible .entry k({parameters})\n{bounds}\n{{\n{REGISTERS}\n{body}\nret;\n}}\n"
     buffers = [Buffer(*(t.data_ptr(), t.data_ptr() + t.nbytes) * 2) for t in tensors]
     kernel = Kernel(Module(text), "k")
-    return kernel.launch((1, 1, 1), (threads, 1, 1), 65536, data, buffers, order=order)
+    return kernel.launch((1, 1, 1), (threads, 1, 1), 65536, data, buffers, order=order, limit=1 << 16)
 
 
 # A box of 16 rows is loaded to shared memory and copied out from there as it lies.
@@ -117,6 +117,7 @@ WRONG = {
     "a branch out of its table": (
         "brx.idx out", "T: .branchtargets A, B; mov.b32 %r11, 2; brx.idx %r11, T; A: bra E; B: bra E; E:",
     ),
+    "a loop without an end": ("goes on and on", "L: bra L;"),
     "no barrier": ("shared race", by_warps(STORE, LOAD)),
     "what was never written": ("uninitialised", LOAD),
     "shared memory out of bounds": ("shared load out of bounds", "ld.shared.b32 %r8, [%r1+65536];"),

@@ -1,4 +1,4 @@
-// bar, barrier and mbarrier [Parallel Synchronization and Communication Instructions].
+// bar, barrier and mbarrier [9.7.13 Parallel Synchronization and Communication Instructions].
 //
 // A warp's clock advances when it arrives somewhere; whoever waits learns the clocks of all that arrived.
 

@@ -1,4 +1,4 @@
-// Predicates [Comparison and Selection Instructions; Predicated Execution]: one mask for the lanes of a warp.
+// Predicates [9.7.6 Comparison and Selection Instructions; 9.3 Predicated Execution]: one mask for the lanes of a warp.
 
 #include "meaning.h"
 #include "numbers.h"

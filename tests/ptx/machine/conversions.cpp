@@ -1,4 +1,4 @@
-// cvt [Data Movement and Conversion Instructions: cvt]. Immediates: rounding, .ftz, .sat.
+// cvt [9.7.9 Data Movement and Conversion Instructions: cvt]. Immediates: rounding, .ftz, .sat.
 
 #include <cmath>
 #include <limits>

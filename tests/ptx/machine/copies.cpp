@@ -1,4 +1,4 @@
-// cp.async [Asynchronous copy operations: Non-bulk copy]: copies that are over only when their group is waited for.
+// cp.async [9.7.9, Asynchronous copy: Non-bulk copy]: copies that are over only when their group is waited for.
 
 #include "checks.h"
 #include "meaning.h"

@@ -1,4 +1,4 @@
-// Floating point [Floating Point Instructions, Half Precision Floating Point Instructions].
+// Floating point [9.7.3 Floating Point Instructions, 9.7.4 Half Precision Floating Point Instructions].
 //
 // Compiled without contraction. The approximate functions are correctly rounded here, which no GPU promises.
 

@@ -1,4 +1,4 @@
-// Integers and bits [Integer Arithmetic Instructions, Logic and Shift Instructions].
+// Integers and bits [9.7.1 Integer Arithmetic Instructions, 9.7.8 Logic and Shift Instructions].
 
 #include <type_traits>
 

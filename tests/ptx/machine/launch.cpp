@@ -9,7 +9,7 @@
 
 namespace ptx {
 
-// Numbers of special registers, as Python numbers them [Special Registers].
+// Numbers of special registers, as Python numbers them [10 Special Registers].
 static u32 special_value(const Machine& machine, int warp, int lane, s32 which) {
   const u32 thread = warp * kWarp + lane;
   const u32* block = machine.block;

@@ -1,5 +1,5 @@
-// ld, st, atom and red [Data Movement and Conversion Instructions; Parallel Synchronization and Communication
-// Instructions: atom, red].
+// ld, st, atom and red [9.7.9 Data Movement and Conversion Instructions; 9.7.13 Parallel Synchronization and
+// Communication Instructions: atom, red].
 
 #include "checks.h"
 #include "meaning.h"
@@ -49,7 +49,7 @@ struct Request {
   }
 };
 
-// A register may be wider than what is loaded into it [Operand Size Exceeding Instruction-Type Size].
+// A register may be wider than what is loaded into it [9.4.1 Operand Size Exceeding Instruction-Type Size].
 static void set_register(Warp& warp, const Instruction& in, int operand, int lane, const u8* from) {
   const s64 bytes = in.immediate[kElementBytes];
   u64 value = 0;

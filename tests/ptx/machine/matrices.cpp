@@ -1,4 +1,5 @@
-// ldmatrix, stmatrix and mma.sync [Warp Level Matrix Instructions]: all lanes of a warp together.
+// ldmatrix, stmatrix and mma.sync [9.7.14 Warp Level Matrix Multiply-Accumulate Instructions]: all lanes of a warp
+// together.
 
 #include "checks.h"
 #include "meaning.h"

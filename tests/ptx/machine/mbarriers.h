@@ -1,4 +1,4 @@
-// What barriers and TMA know of mbarriers [mbarrier].
+// What barriers and TMA know of mbarriers [9.7.13, mbarrier].
 #pragma once
 
 #include "machine.h"

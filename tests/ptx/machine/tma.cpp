@@ -1,4 +1,4 @@
-// cp.async.bulk.tensor [Asynchronous copy operations: Tensor copy]: tiles of 1 to 5 dimensions to the block's own
+// cp.async.bulk.tensor [9.7.9, Asynchronous copy: Tensor copy]: tiles of 1 to 5 dimensions to the block's own
 // shared memory. A copy lands at some later time, and tells its mbarrier.
 
 #include "checks.h"

@@ -113,7 +113,7 @@ class Turn {
       ++machine_.counts[kWARP_INSTRUCTIONS];
       ++machine_.executed[pc];
       if (++machine_.instructions_done > machine_.instruction_limit) {
-        machine_.fail("instruction limit", warp_, in, 0, 0);
+        machine_.fail("the kernel goes on and on", warp_, in, 0, 0);
         return false;
       }
       ++warp_.step;

@@ -1,4 +1,5 @@
-// wgmma [Asynchronous Warpgroup Level Matrix Instructions]: 64 x N x 16, a quarter of the rows by each of four warps.
+// wgmma [9.7.15 Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions]: 64 x N x 16, a quarter of the
+// rows by each of four warps.
 //
 // Until its group is waited for, an accumulator is in flight: its registers hold NaN and may not be touched, nor may
 // the shared memory and registers that it reads be written.
@@ -15,7 +16,7 @@ namespace ptx {
 enum Immediate { kN, kType, kAInRegisters, kScaleIsPredicate, kScale, kTransposeA, kTransposeB, kNegate };
 constexpr int kDepth = 16, kMostColumns = 256;
 
-// [Matrix Descriptor Format]
+// [9.7.15.5.1.2.2 Matrix Descriptor Format]
 struct Descriptor {
   u64 start, leading, stride;
   int swizzle;
@@ -24,7 +25,8 @@ struct Descriptor {
         leading((bits >> 16 & 0x3fff) << 4),
         stride((bits >> 32 & 0x3fff) << 4),
         swizzle(static_cast<int>(bits >> 62)) {}
-  // Addresses of 8 elements, 16 bytes [Shared Memory Matrix Layout]. K-major: of a row, the k-th eight along K.
+  // Addresses of 8 elements, 16 bytes [9.7.15.5.1.2 Shared Memory Matrix Layout]. K-major: of a row, the k-th eight
+  // along K.
   u64 k_major(int row, int k) const {
     const int row_bytes = swizzle_bytes(swizzle);
     const u64 across = swizzle == kNoSwizzle ? k * leading : u64(k) * 16;
