@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 FILE = "ops/test_thought_attention_triton.py"
 # Loops over blocks with loads in flight in the models' precision, and the smallest of everything else.
 QUICK = {
-    "sm_80": "over_tiles and bfloat16 and ((64 and all_positions) or decoding)",
-    "sm_90": "over_tiles and bfloat16 and ((64 and blocks_of_keys) or decoding)",
+    "sm_80": "over_tiles and bfloat16 and ((64 and all and positions) or decoding)",
+    "sm_90": "over_tiles and bfloat16 and ((64 and blocks and keys) or decoding)",
 }
 
 

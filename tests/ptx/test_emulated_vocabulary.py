@@ -10,7 +10,7 @@ OPS = "linear_sample", "mixing", "linear_cross_entropy"
 # By the file of an op's tests: those that are quick, and between them launch every kernel of it.
 QUICK = {
     "ops/test_linear_sample_triton.py": "(test_tokens and 1000) or (hidden_sizes and bfloat16 and 150)",
-    "ops/test_mixing_triton.py": "test_results_and_gradients and bfloat16 and 32002",
+    "ops/test_mixing_triton.py": "test_results_and_gradients and 32002 and (float32 or bfloat16)",
     "ops/test_linear_cross_entropy_triton.py": "(test_loss_and_gradients and bfloat16 and mixed) or "
     "(test_row_kernel and 50001 and bfloat16)",
 }
