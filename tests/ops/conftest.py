@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import pretended_gpu
 import pytest
 import simt
 import torch
@@ -11,6 +11,9 @@ from backends import ALL
 from waiting import launch_nothing
 
 from quietstar.ops import _native
+
+if TYPE_CHECKING:  # it imports Triton, which must wait until it is known how kernels run
+    from pretended_gpu import Gpu
 
 
 @pytest.fixture(params=[*ALL, "triton", "cuda"])
@@ -30,10 +33,12 @@ def device(every_backend: str) -> str:
 
 
 @pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[pretended_gpu.Gpu]:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Gpu]":
     """A GPU that is not there, an H100 if no other is named as a parameter. No kernel is launched."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    import pretended_gpu
+
     name = getattr(request, "param", "H100")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     try:
@@ -50,7 +55,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture(params=["reference", "torch", "triton", "cuda"])
-def gpu_backend(request: pytest.FixtureRequest, gpu: pretended_gpu.Gpu, monkeypatch: pytest.MonkeyPatch) -> str:
+def gpu_backend(request: pytest.FixtureRequest, gpu: "Gpu", monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend on a GPU that is not there."""
     if request.param == "triton":
         pytest.importorskip("triton")
