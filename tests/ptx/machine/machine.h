@@ -59,18 +59,18 @@ struct Instruction {
 
 // What is counted. Per thread: F32 to F16 and OTHER. WAVEFRONTS and LEAST: passes through shared memory's banks, and
 // how many there would be without conflicts. SECTORS: of 32 bytes.
-#define PTX_COUNTS(X)                                                                                                  \
-  X(WARP_INSTRUCTIONS)                                                                                                 \
-  X(F32)                                                                                                               \
-  X(FMA32)                                                                                                             \
-  X(F16)                                                                                                               \
-  X(EX2) X(MUFU) X(INT) X(CVT) X(CONTROL) X(OTHER) X(SHUFFLES) X(ATOMICS) X(BARRIERS) X(MMA) X(MMA_FLOP) X(WGMMA)      \
-      X(WGMMA_FLOP) X(WGMMA_SHARED_BYTES) X(GLOBAL_LOADS) X(GLOBAL_LOAD_BYTES) X(GLOBAL_LOAD_SECTORS) X(GLOBAL_STORES) \
-          X(GLOBAL_STORE_BYTES) X(GLOBAL_STORE_SECTORS) X(COPIES) X(COPY_BYTES) X(COPY_SECTORS) X(COPY_WAVEFRONTS)     \
-              X(COPY_LEAST) X(TMA_BYTES) X(SHARED_LOADS) X(SHARED_LOAD_BYTES) X(SHARED_LOAD_WAVEFRONTS)                \
-                  X(SHARED_LOAD_LEAST) X(SHARED_STORES) X(SHARED_STORE_BYTES) X(SHARED_STORE_WAVEFRONTS)               \
-                      X(SHARED_STORE_LEAST) X(LDMATRIX_WAVEFRONTS) X(LDMATRIX_LEAST) X(STMATRIX_WAVEFRONTS)            \
-                          X(STMATRIX_LEAST) X(WAITS) X(WAITS_FAILED) X(TMA_LOADS)
+// clang-format off
+#define PTX_COUNTS(X) \
+  X(WARP_INSTRUCTIONS) X(F32) X(FMA32) X(F16) X(EX2) X(MUFU) X(INT) X(CVT) X(CONTROL) X(OTHER) X(SHUFFLES) X(ATOMICS) \
+  X(BARRIERS) X(MMA) X(MMA_FLOP) X(WGMMA) X(WGMMA_FLOP) X(WGMMA_SHARED_BYTES) \
+  X(GLOBAL_LOADS) X(GLOBAL_LOAD_BYTES) X(GLOBAL_LOAD_SECTORS) \
+  X(GLOBAL_STORES) X(GLOBAL_STORE_BYTES) X(GLOBAL_STORE_SECTORS) \
+  X(COPIES) X(COPY_BYTES) X(COPY_SECTORS) X(COPY_WAVEFRONTS) X(COPY_LEAST) X(TMA_LOADS) X(TMA_BYTES) \
+  X(SHARED_LOADS) X(SHARED_LOAD_BYTES) X(SHARED_LOAD_WAVEFRONTS) X(SHARED_LOAD_LEAST) \
+  X(SHARED_STORES) X(SHARED_STORE_BYTES) X(SHARED_STORE_WAVEFRONTS) X(SHARED_STORE_LEAST) \
+  X(LDMATRIX_WAVEFRONTS) X(LDMATRIX_LEAST) X(STMATRIX_WAVEFRONTS) X(STMATRIX_LEAST) \
+  X(WAITS) X(WAITS_FAILED)
+// clang-format on
 enum Count {
 #define PTX_COUNT(name) k##name,
   PTX_COUNTS(PTX_COUNT)
