@@ -23,6 +23,7 @@ import torch
 
 from quietstar.ops._backend import always_available
 from quietstar.ops._native import cuda_unavailable
+from quietstar.ops.thought_attention import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ OPS = {  # and the module of each that calls the kernels
     "linear_cross_entropy": "native_cuda",
     "linear_sample": "native_cuda",
     "mixing": "native",
-    "thought_attention": "native_cuda",
+    "thought_attention": "backend_cuda",
 }
 
 
@@ -53,11 +54,12 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     for op, native in zip(OPS, native_modules(), strict=True):
         monkeypatch.setattr(native, "_C", module)
         monkeypatch.setattr(native, "launch_place", lambda tensor: (0, 0))
+        if op == "thought_attention":
+            monkeypatch.setattr(backends, "cuda_unavailable", always_available)
+            continue
         api = importlib.import_module(f"quietstar.ops.{op}.api")
-        monkeypatch.setattr(api, "cuda_unavailable", always_available)
-        if api._BACKENDS["cuda"] is cuda_unavailable:
-            monkeypatch.setitem(api._BACKENDS, "cuda", always_available)
-    attention = importlib.import_module("quietstar.ops.thought_attention.native_cuda")
+        monkeypatch.setitem(api._BACKENDS, "cuda", api._BACKENDS["cuda"]._replace(unavailable=always_available))
+    attention = importlib.import_module("quietstar.ops.thought_attention.backend_cuda")
     monkeypatch.setattr(attention, "processors", lambda device: 4)
     return module
 

@@ -6,11 +6,13 @@ INPUTS = ("query", "key", "value", "thought_key", "thought_value")
 
 
 def make_inputs(batch=2, query_heads=4, kv_heads=2, length=6, num_anchors=None, steps=3, thought_steps=None, head=8,
-                dtype=torch.float32, device="cpu"):  # fmt: skip
+                value_head=None, dtype=torch.float32, device="cpu"):  # fmt: skip
     num_anchors = length if num_anchors is None else num_anchors
     thought_steps = steps if thought_steps is None else thought_steps
-    shapes = [(batch, query_heads, num_anchors, steps, head)] + [(batch, kv_heads, length, head)] * 2
-    shapes += [(batch, kv_heads, num_anchors, thought_steps, head)] * 2
+    sizes = head, head if value_head is None else value_head
+    shapes = [(batch, query_heads, num_anchors, steps, head)]
+    shapes += [(batch, kv_heads, length, size) for size in sizes]
+    shapes += [(batch, kv_heads, num_anchors, thought_steps, size) for size in sizes]
     return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
 
 
@@ -61,7 +63,58 @@ CASES = {
     "multi-head": ({"kv_heads": 4}, {}),
     "multi-query": ({"kv_heads": 1}, {}),
     "odd head size, scale": ({"head": 5}, {"scale": 0.7}),
-}
+    "steps see each other": ({}, {"causal": False}),
+    "steps see each other, S < T": ({"steps": 2, "thought_steps": 5}, {"causal": False}),
+    "drafted blocks behind some anchors": (
+        {"length": 9, "num_anchors": 4, "steps": 5, "kv_heads": 4},
+        {"anchors": [7, 0, -1, 3], "causal": False, "key_start": [[4, 0, 0, 2], [0, 0, 9, 0]]},
+    ),
+    "thought lengths": ({}, {"thought_lengths": [3, 0, 1, 2, 3, 0]}),
+    "thought lengths per batch, S < T": (
+        {"steps": 2, "thought_steps": 4},
+        {"thought_lengths": [[4, 3, 2, 1, 0, 4], [0, 4, 3, 3, 1, 2]]},
+    ),
+    "thought lengths, steps see each other, anchors": (
+        {"num_anchors": 5, "steps": 4},
+        {"anchors": [[5, -1, 2, 2, 0], [1, 1, 1, -1, 4]], "thought_lengths": [4, 2, 3, 0, 1], "causal": False},
+    ),
+    "thought lengths, sampling step (S = 1)": (
+        {"steps": 1, "thought_steps": 4},
+        {"thought_lengths": [4, 3, 4, 0, 4, 4]},
+    ),
+    "no thought has a step": ({}, {"thought_lengths": [0] * 6}),
+    "window from the step": ({}, {"window": 2, "window_from": "step"}),
+    "window from the step, of one": ({}, {"window": 1, "window_from": "step"}),
+    "window from the step, S < T": ({"steps": 2, "thought_steps": 5}, {"window": 3, "window_from": "step"}),
+    "window from the step, sampling step (S = 1)": (
+        {"steps": 1, "thought_steps": 4},
+        {"window": 5, "window_from": "step"},
+    ),
+    "window from the step that hides only own steps": (
+        {"num_anchors": 2, "length": 2, "steps": 5},
+        {"window": 4, "window_from": "step"},
+    ),
+    "window from the step that hides nothing": ({}, {"window": 9, "window_from": "step"}),
+    "window from the step, steps see each other, documents": (
+        {"num_anchors": 4, "steps": 4, "batch": 1},
+        {"anchors": [5, 1, -1, 3], "window": 3, "window_from": "step", "causal": False, "key_start": [[4, 0, 0, 6]]},
+    ),
+    "softcap": ({}, {"softcap": 0.8}),
+    "softcap, scale, window, padding": ({}, {"softcap": 2.0, "scale": -0.9, "window": 3, "key_start": [2, 0]}),
+    "short values": ({"value_head": 3}, {}),
+    "long values, anchors, S < T": (
+        {"value_head": 12, "num_anchors": 3, "steps": 1, "thought_steps": 3},
+        {"anchors": [4, -1, 4]},
+    ),
+    "everything at once": (
+        {"length": 9, "num_anchors": 5, "steps": 3, "thought_steps": 5, "head": 6, "value_head": 10},
+        {
+            "anchors": [[8, 3, -1, 3, 5], [0, 7, 7, 2, -1]], "key_start": [[2, 0, 0, 3, 4], [0, 8, 1, 0, 0]],
+            "thought_lengths": [[5, 4, 3, 2, 0], [3, 5, 5, 4, 4]], "window": 6, "window_from": "step", "causal": False,
+            "scale": 0.6, "softcap": 1.5,
+        },
+    ),
+}  # fmt: skip
 
 
 _HEADS = {"batch": 1, "query_heads": 4, "kv_heads": 2}
@@ -93,7 +146,7 @@ GPU_CASES = {
 
 def case(name, dtype=torch.float32, device="cpu", cases=CASES):
     shapes, options = cases[name]
-    tensors = {k: torch.tensor(v, device=device) for k, v in options.items() if k in ("anchors", "key_start")}
+    tensors = {k: torch.tensor(v, device=device) for k, v in options.items() if isinstance(v, list)}
     return make_inputs(**shapes, dtype=dtype, device=device), options | tensors
 
 

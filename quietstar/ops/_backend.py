@@ -1,7 +1,8 @@
-"""Which backend runs an op: one resolver for all of them."""
+"""Which backend runs an op: one resolver for all of them. The table of an op is in its ``backends.py``."""
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from quietstar.ops._triton import interpreted
 
@@ -13,12 +14,20 @@ AUTO = "auto"
 Availability = Callable[..., str | None]
 
 
+class Backend(NamedTuple):
+    """One way to run an op."""
+
+    unavailable: Availability
+    load: Callable[[], Any]
+    """Imports the code and returns it, when it is first used: triton may be missing, and takes its time."""
+
+
 def always_available(*_: object) -> None:
     """The availability of a backend that runs anywhere torch does."""
     return None
 
 
-def select_backend(op: str, requested: str | None, candidates: Mapping[str, Availability], *inputs: object) -> str:
+def select_backend(op: str, requested: str | None, candidates: Mapping[str, Backend], *inputs: object) -> str:
     """Return the name of the backend that runs ``op`` on ``inputs``.
 
     Args:
@@ -26,8 +35,8 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Avai
         requested: the caller's ``backend`` argument: a name, or several separated by commas, of which the first that
             can run is taken; the last may be ``"auto"``, whichever can. ``None`` defers to the environment variable
             ``QUIETSTAR_BACKEND`` (of the same form) and, when that is unset or empty too, to ``"auto"``.
-        candidates: the op's backends in order of preference, each with its availability check.
-            ``"auto"`` takes the first that can run, but never Triton's interpreter.
+        candidates: the op's backends in order of preference. ``"auto"`` takes the first that can run, but
+            never Triton's interpreter.
         inputs: handed to the availability checks.
 
     Raises:
@@ -43,13 +52,16 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Avai
     reasons = []
     for name in names:
         for backend in candidates if name == AUTO else (name,):
-            reason = candidates[backend](*inputs) if backend in candidates else f"the op has {', '.join(candidates)}"
+            if backend in candidates:
+                reason = candidates[backend].unavailable(*inputs)
+            else:
+                reason = f"the op has {', '.join(candidates)}"
             if name == AUTO and backend == "triton" and interpreted():
                 reason = f"Triton's interpreter, which is slow, is not for {AUTO!r}"
             if reason is None:
                 return backend
             reasons.append(f"{backend!r} cannot run {op} here: {reason}")
-    usable = [name for name, unavailable in candidates.items() if unavailable(*inputs) is None]
+    usable = [name for name, candidate in candidates.items() if candidate.unavailable(*inputs) is None]
     advice = f" ('{requested.strip()},{usable[0]}' takes the first that can run)" if usable and names != [AUTO] else ""
     raise ValueError(f"{source}: {'; '.join(reasons)}; usable here: {', '.join(usable) or 'none'}{advice}")
 

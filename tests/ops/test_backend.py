@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from quietstar.ops import linear_sample, mix_logits, thought_attention
-from quietstar.ops._backend import select_backend
+from quietstar.ops._backend import Backend, select_backend
 
 PLACES = ("backend", "QUIETSTAR_BACKEND")
+WORKING = Backend(lambda: None, lambda: None)
+BROKEN = Backend(lambda: "it is broken", lambda: None)
 
 
 @pytest.fixture(params=PLACES)
@@ -16,8 +18,8 @@ def choose(request, monkeypatch):
     """Choose for an op of which triton and torch can run; the request comes from the argument or the environment."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
-    candidates = {name: lambda: "it is broken" for name in ("cuda", "triton", "cpu", "torch", "reference")}
-    candidates |= dict.fromkeys(("triton", "torch"), lambda: None)
+    candidates = dict.fromkeys(("cuda", "triton", "cpu", "torch", "reference"), BROKEN)
+    candidates |= dict.fromkeys(("triton", "torch"), WORKING)
 
     def select(requested):
         if request.param == "QUIETSTAR_BACKEND":
@@ -71,24 +73,24 @@ def test_what_cannot_be_chosen_is_explained(requested, message, choose):
 def test_an_empty_variable_is_none_and_an_empty_argument_is_wrong(monkeypatch):
     for empty in ("", " "):
         monkeypatch.setenv("QUIETSTAR_BACKEND", empty)
-        assert select_backend("the_op", None, {"torch": lambda: None}) == "torch"
+        assert select_backend("the_op", None, {"torch": WORKING}) == "torch"
         with pytest.raises(ValueError, match=r"backend must be None, 'auto' or one of .*, got ' ?'"):
-            select_backend("the_op", empty, {"torch": lambda: None})
+            select_backend("the_op", empty, {"torch": WORKING})
 
 
 @pytest.mark.parametrize("backend", [3, ["cuda", "torch"]], ids=str)
 def test_the_argument_is_text(backend):
     with pytest.raises(TypeError, match=f"backend must be None or a string, got {type(backend).__name__}"):
-        select_backend("the_op", backend, {"torch": lambda: None})
+        select_backend("the_op", backend, {"torch": WORKING})
 
 
 def test_the_argument_goes_before_the_variable(monkeypatch):
     monkeypatch.setenv("QUIETSTAR_BACKEND", "fast")
-    assert select_backend("the_op", "auto", {"torch": lambda: None}) == "torch"
+    assert select_backend("the_op", "auto", {"torch": WORKING}) == "torch"
 
 
 def test_an_op_need_not_have_every_backend():
-    candidates = {"torch": lambda: None}
+    candidates = {"torch": WORKING}
     assert select_backend("the_op", "cuda,torch", candidates) == "torch"
     with pytest.raises(ValueError, match="'cuda' cannot run the_op here: the op has torch; usable here: torch"):
         select_backend("the_op", "cuda", candidates)
@@ -96,20 +98,20 @@ def test_an_op_need_not_have_every_backend():
 
 def test_the_interpreter_runs_only_if_triton_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    candidates = {"triton": lambda: None, "torch": lambda: None}
+    candidates = {"triton": WORKING, "torch": WORKING}
     assert select_backend("the_op", "auto", candidates) == "torch"
-    assert select_backend("the_op", "cuda,auto", candidates | {"cuda": lambda: "broken"}) == "torch"
+    assert select_backend("the_op", "cuda,auto", candidates | {"cuda": BROKEN}) == "torch"
     assert select_backend("the_op", "cuda,triton,torch", candidates) == "triton"
     with pytest.raises(ValueError, match="Triton's interpreter, which is slow, is not for 'auto'"):
-        select_backend("the_op", "auto", {"triton": lambda: None})
+        select_backend("the_op", "auto", {"triton": WORKING})
 
 
 def test_with_a_list_a_step_that_needs_gradients_takes_what_has_them(monkeypatch):
     """The cuda backend of thought attention has no backward: with a list it samples, and another backend trains."""
-    from quietstar.ops.thought_attention import api
+    from quietstar.ops.thought_attention import api, backends
 
     ran = []
-    monkeypatch.setattr(api, "cuda_unavailable", lambda query: None)
+    monkeypatch.setattr(backends, "cuda_unavailable", lambda query: None)
     monkeypatch.setattr(api.ThoughtAttention, "apply", lambda *arguments: ran.append(arguments[-1]) or (None, None))
     query, key = torch.zeros(1, 1, 3, 2, 8, requires_grad=True), torch.zeros(1, 1, 3, 8)
     for backend in ("cuda,torch", None):

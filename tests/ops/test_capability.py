@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quietstar.ops import _native, _triton, mix_logits
-from quietstar.ops._backend import select_backend
+from quietstar.ops._backend import Backend, select_backend
 from quietstar.ops._capability import not_built_for, runs_on, too_old
 from quietstar.ops._native import cuda_unavailable
 from quietstar.ops._triton import triton_unavailable
@@ -78,7 +78,8 @@ def built_for(monkeypatch):
 
 
 def auto(tensor):
-    candidates = {"triton": triton_unavailable, "cuda": cuda_unavailable, "torch": lambda tensor: None}
+    unavailable = {"triton": triton_unavailable, "cuda": cuda_unavailable, "torch": lambda tensor: None}
+    candidates = {name: Backend(why, lambda: None) for name, why in unavailable.items()}
     return select_backend("the_op", "auto", candidates, tensor)
 
 

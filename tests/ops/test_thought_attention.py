@@ -9,39 +9,48 @@ from backends import ALL, with_dtypes
 from thought_attention_cases import CASES, INPUTS, case, make_inputs, weighted_sum
 
 from quietstar.ops import thought_attention
-from quietstar.ops.thought_attention import library
+from quietstar.ops.thought_attention import backend_torch
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
+def oracle(inputs, anchors=None, key_start=None, thought_lengths=None, window=None, window_from="anchor", causal=True,
+           scale=None, softcap=None):  # fmt: skip
     """Output and lse in float64, row by row."""
     query, key, value, thought_key, thought_value = (x.double() for x in inputs)
-    batch, query_heads, _, steps, head_size = query.shape
+    batch, query_heads, num_anchors, steps, head_size = query.shape
     group = query_heads // key.shape[1]
-    offset = thought_key.shape[3] - steps
+    thought_steps = thought_key.shape[3]
     anchors = torch.arange(key.shape[2]) if anchors is None else anchors
     anchors = anchors.expand(batch, -1)
     starts = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.view(batch, -1)
     starts = starts.expand(anchors.shape).tolist()
+    lengths = torch.tensor(thought_steps) if thought_lengths is None else thought_lengths
+    lengths = lengths.expand(batch, num_anchors).tolist()
+    reach = math.inf if window is None else window
     scale = head_size**-0.5 if scale is None else scale
     outputs, lses = [], []
     for b in range(batch):
         for h in range(query_heads):
             for p, a in enumerate(anchors[b].tolist()):
-                base = slice(max(starts[b][p], 0 if window is None else a - window + 1), max(a + 1, 0))
                 for s in range(steps):
-                    if a < 0:
-                        outputs.append(0 * query[b, h, p, s])
+                    step = thought_steps - steps + s
+                    if a < 0 or step >= lengths[b][p]:
+                        outputs.append(0 * value[b, h // group, 0])
                         lses.append(torch.tensor(-math.inf, dtype=torch.float64))
                         continue
-                    own = slice(0, offset + s + 1)
+                    place = a + 1 + step if window_from == "step" else a
+                    base = [j for j in range(starts[b][p], a + 1) if place - j < reach]
+                    own = range(min(step + 1, lengths[b][p]) if causal else lengths[b][p])
+                    own = [t for t in own if window_from == "anchor" or step - t < reach]
                     keys = torch.cat([key[b, h // group, base], thought_key[b, h // group, p, own]])
                     values = torch.cat([value[b, h // group, base], thought_value[b, h // group, p, own]])
                     scores = keys @ query[b, h, p, s] * scale
+                    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
                     outputs.append(scores.softmax(0) @ values)
                     lses.append(scores.logsumexp(0))
-    return torch.stack(outputs).view(query.shape), torch.stack(lses).view(query.shape[:-1])
+    return torch.stack(outputs).view(*query.shape[:-1], -1), torch.stack(lses).view(query.shape[:-1])
 
 
 @pytest.mark.parametrize("through_lse", [False, True], ids=["output", "output and lse"])
@@ -49,9 +58,9 @@ def oracle(inputs, anchors=None, key_start=None, window=None, scale=None):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, backend, through_lse):
     inputs, options = case(name)
-    grad_output = torch.randn(inputs[0].shape)
-    grad_lse = torch.randn(inputs[0].shape[:-1]) * through_lse
     expected = oracle(inputs, **options)
+    grad_output = torch.randn(expected[0].shape)
+    grad_lse = torch.randn(expected[1].shape) * through_lse
     wanted = torch.autograd.grad(weighted_sum(*expected, grad_output, grad_lse), inputs, allow_unused=True)
 
     output, lse = thought_attention(*inputs, **options, return_lse=True, backend=backend)
@@ -70,7 +79,7 @@ def test_values_and_gradients(name, backend, through_lse):
 def test_blocks_of_anchors_change_nothing(name, score_bytes, monkeypatch, default_backend):
     inputs, options = case(name)
     whole = thought_attention(*inputs, **options, return_lse=True, backend=default_backend)
-    monkeypatch.setattr(library, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(backend_torch, "SCORE_BYTES", score_bytes)
     blocked = thought_attention(*inputs, **options, return_lse=True, backend=default_backend)
     torch.testing.assert_close(blocked, whole)
     grads = [torch.autograd.grad(x[0].sum() + x[1][x[1].isfinite()].sum(), inputs) for x in (whole, blocked)]
@@ -144,7 +153,7 @@ def test_second_backward_through_a_retained_graph(default_backend):
 def test_opcheck(name, default_backend):
     inputs, options = case(name)
     inputs = [x.detach() for x in inputs]
-    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, default_backend
+    mask = *Mask.of(Inputs(*inputs), **options), default_backend
     output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)
     torch.library.opcheck(torch.ops.quietstar.thought_attention, (*inputs, *mask))
     grads = (torch.randn_like(output), torch.randn_like(lse), *inputs, output, lse, *mask)
@@ -181,7 +190,15 @@ def change(**changes):
 BAD_INPUT = {
     "not a tensor": (change(key=[1.0]), TypeError, "key must be a torch.Tensor, got list"),
     "rank": (change(query=torch.zeros(2, 4, 6, 8)), ValueError, "query must have shape [B, Hq, P, S, D]"),
-    "head size": (change(value=torch.zeros(2, 2, 6, 9)), ValueError, "with D = 8 as in query, got [2, 2, 6, 9]"),
+    "head size": (change(key=torch.zeros(2, 2, 6, 9)), ValueError, "with D = 8 as in query, got [2, 2, 6, 9]"),
+    "values of another head size": (
+        change(thought_value=torch.zeros(2, 2, 6, 3, 9)), ValueError, "with Dv = 8 as in value, got [2, 2, 6, 3, 9]",
+    ),
+    "values of another length": (change(value=torch.zeros(2, 2, 5, 8)), ValueError, "with L = 6 as in key"),
+    "no element in a value": (
+        change(value=torch.zeros(2, 2, 6, 0), thought_value=torch.zeros(2, 2, 6, 3, 0)), ValueError,
+        "value must have heads of at least Dv = 1 element, got Dv = 0",
+    ),
     "heads": (
         change(query=torch.zeros(2, 3, 6, 3, 8)), ValueError,
         "query must have Hq a multiple of Hkv = 2 heads of key, got Hq = 3",
@@ -218,6 +235,30 @@ BAD_INPUT = {
     "dtype": (change(thought_value=torch.zeros(2, 2, 6, 3, 8).half()), TypeError, "thought_value must have the dtype"),
     "integer query": (change(query=torch.zeros(2, 4, 6, 3, 8).long()), TypeError, "query must be float16"),
     "device": (change(key=torch.zeros(2, 2, 6, 8, device="meta")), ValueError, "key must be on the device of query"),
+    "thought too long": (
+        change(thought_lengths=torch.tensor([0, 1, 2, 3, 4, 0])), ValueError, "thought_lengths must be in [0, 3], got",
+    ),
+    "negative thought length": (
+        change(thought_lengths=torch.full((2, 6), -1)), ValueError, "thought_lengths must be in [0, 3], got values",
+    ),
+    "thought_lengths not integer": (
+        change(thought_lengths=torch.ones(6)), TypeError, "thought_lengths must be int32 or int64, got torch.float32",
+    ),
+    "thought_lengths of the batch": (
+        change(thought_lengths=torch.ones(2, dtype=torch.int64)), ValueError,
+        "thought_lengths must have shape [P] or [B, P] with P = 6",
+    ),
+    "thought_lengths on another device": (
+        change(thought_lengths=torch.ones(6, dtype=torch.int64, device="meta")), ValueError,
+        "thought_lengths must be on the device of query",
+    ),
+    "causal": (change(causal=1), TypeError, "causal must be a bool, got int"),
+    "causal as a mask": (change(causal=torch.ones(3, 3)), TypeError, "causal must be a bool, got Tensor"),
+    "softcap of 0": (change(softcap=0.0), ValueError, "softcap must be None or positive, got 0.0"),
+    "negative softcap": (change(softcap=-30), ValueError, "softcap must be None or positive, got -30"),
+    "softcap not finite": (change(softcap=math.inf), ValueError, "softcap must be finite in torch.float32, got inf"),
+    "softcap not a number": (change(softcap="30"), TypeError, "softcap must be None or a number, got str"),
+    "window_from": (change(window_from="base"), ValueError, "window_from must be one of 'anchor', 'step', got 'base'"),
     "window": (change(window=0), ValueError, "window must be None or an integer >= 1, got 0"),
     "unknown backend": (change(backend="fast"), ValueError, "backend must be None, 'auto' or one of"),
 }  # fmt: skip

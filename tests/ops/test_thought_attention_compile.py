@@ -14,7 +14,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False, packed=False):
     """Launch the kernels of a call with groups of 4 heads, laid out as transformers gives them."""
-    from quietstar.ops.thought_attention import triton_backend
+    from quietstar.ops.thought_attention import backend_triton
+    from quietstar.ops.thought_attention.inputs import Inputs, Mask, ResultGradients
 
     def tensor(heads, tokens):
         return torch.empty(2, tokens, heads, head, dtype=dtype, device="meta").transpose(1, 2)
@@ -23,13 +24,14 @@ def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=Fals
     base = tensor(2, 4096)
     thoughts = tensor(2, anchors * thought_steps).unflatten(2, (anchors, thought_steps))
     index = {"dtype": torch.int64, "device": "meta"}
-    mask = torch.empty(anchors, **index), None, None, 0.1
+    inputs = Inputs(query, base, base, thoughts, thoughts)
+    mask = Mask.of(inputs, torch.empty(anchors, **index))
     if masked:  # by everything there is
         starts = torch.empty(2, anchors, **index) if packed else torch.empty(2, **index)
-        mask = torch.empty(2, anchors, **index), starts, 1000, 0.1
-    output, lse = triton_backend.forward(query, base, base, thoughts, thoughts, *mask)
+        mask = Mask.of(inputs, torch.empty(2, anchors, **index), starts, window=1000)
+    result = backend_triton.forward(inputs, mask)
     if backward:  # of an output that went elsewhere than the query came from: rows of dO need their own offsets
-        triton_backend.backward(output, None, query, base, base, thoughts, thoughts, output, lse, *mask)
+        backend_triton.backward(ResultGradients(result.output, None), inputs, mask, result)
 
 
 def training(head, dtype=BF16, packed=False):

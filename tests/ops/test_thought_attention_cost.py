@@ -9,34 +9,31 @@ from thought_attention_cases import CASES, case, make_inputs
 
 from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention.cost import thought_attention_cost
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
 from quietstar.ops.thought_attention.reference import visibility
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_counts_what_the_mask_lets_through(name):
     inputs, options = case(name)
-    query, key, _, thought_key, _ = inputs
-    batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, length = key.shape[1:3]
-    visible = visibility(
-        length, steps, thought_key.shape[3],
-        options.get("anchors", torch.arange(length)).expand(batch, -1),
-        options.get("key_start", torch.zeros(batch, dtype=torch.int64)),
-        options.get("window"),
-    )  # fmt: skip
-
-    options.pop("scale", None)
+    inputs = Inputs(*inputs)
+    batch, query_heads, num_anchors, steps, head_size = inputs.query.shape
+    kv_heads, value_size = inputs.key.shape[1], inputs.value.shape[3]
+    visible = visibility(inputs, Mask.of(inputs, **options)).expand(batch, -1, -1, -1)
+    options = {name: value for name, value in options.items() if name not in ("scale", "softcap")}
     forward, backward = thought_attention_cost(*inputs, **options)
 
     pairs = query_heads * int(visible.sum())
-    assert (forward.flops, backward.flops) == (4 * head_size * pairs, 10 * head_size * pairs)
-    vector = 4 * head_size
+    assert forward.flops == (2 * head_size + 2 * value_size) * pairs
+    assert backward.flops == (6 * head_size + 4 * value_size) * pairs
+    query, output = 4 * head_size, 4 * value_size
+    both = query + output
     rows = query_heads * int(visible.any(3).sum())
     all_rows = batch * query_heads * num_anchors * steps
     keys = kv_heads * int(visible.any((1, 2)).sum())
     all_keys = batch * kv_heads * visible.shape[3]
-    assert forward.bytes == (rows + 2 * keys) * vector + all_rows * (vector + 4)
-    assert backward.bytes == (3 * rows + 2 * keys) * vector + rows * 4 + (all_rows + 2 * all_keys) * vector
+    assert forward.bytes == rows * query + keys * both + all_rows * (output + 4)
+    assert backward.bytes == rows * (both + output + 4) + (keys + all_keys) * both + all_rows * query
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -17,7 +17,8 @@ from quietstar.ops._triton import interpreted
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-from quietstar.ops.thought_attention import triton_backend, triton_launch  # noqa: E402 (import triton)
+from quietstar.ops.thought_attention import backend_triton, triton_launch  # noqa: E402 (import triton)
+from quietstar.ops.thought_attention.inputs import Inputs, Mask  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = triton_dtypes()
@@ -153,9 +154,10 @@ class Recorder:
 @pytest.mark.parametrize("strided", [name for name in STRIDES if name != "elements apart"])
 def test_no_strided_input_is_copied(strided, monkeypatch):
     inputs = [STRIDES[strided](x.detach()) for x in case("all positions", device=DEVICE)[0]]
-    monkeypatch.setattr(triton_backend, "forward_kernel", Recorder())
-    triton_backend.forward(*inputs, None, None, None, 1.0)
-    for given, launched in zip(inputs, triton_backend.forward_kernel.arguments, strict=False):
+    monkeypatch.setattr(backend_triton, "forward_kernel", Recorder())
+    inputs = Inputs(*inputs)
+    backend_triton.forward(inputs, Mask.of(inputs))
+    for given, launched in zip(inputs, backend_triton.forward_kernel.arguments, strict=False):
         assert launched.data_ptr() == given.data_ptr()
 
 
@@ -259,7 +261,7 @@ def test_keys_that_no_row_sees_may_hold_anything():
 def test_opcheck(name):
     inputs, options = case(name, device=DEVICE)
     inputs = [x.detach() for x in inputs]
-    mask = options.get("anchors"), options.get("key_start"), options.get("window"), 0.3, "triton"
+    mask = *Mask.of(Inputs(*inputs), **options), "triton"
     output, lse = torch.ops.quietstar.thought_attention(*inputs, *mask)
     torch.library.opcheck(torch.ops.quietstar.thought_attention, (*inputs, *mask))
     grads = (torch.randn_like(output), torch.randn_like(lse), *inputs, output, lse, *mask)

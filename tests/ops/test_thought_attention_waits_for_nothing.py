@@ -9,7 +9,8 @@ from pretended_gpu import DEVICE, nothing_waits
 from thought_attention_cases import CASES, case
 
 from quietstar.ops import thought_attention
-from quietstar.ops.thought_attention import flash, library
+from quietstar.ops.thought_attention import backend_torch, flash
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_nothing_is_read(name, through_lse, dtype, gpu_backend):
     differentiable = gpu_backend != "cuda"
     with nothing_waits(), torch.set_grad_enabled(differentiable):
         output, lse = thought_attention(*inputs, **options, return_lse=True, backend=gpu_backend)
-        assert (output.shape, output.dtype, output.device) == (inputs[0].shape, dtype, DEVICE)
+        assert (output.shape, output.dtype, output.device) == (Inputs(*inputs).output_shape, dtype, DEVICE)
         assert (lse.shape, lse.dtype, lse.device) == (output.shape[:-1], torch.float32, DEVICE)
         if differentiable:
             loss = output.sum() + lse.sum() if through_lse else output.sum()
@@ -35,6 +36,6 @@ def test_nothing_is_read(name, through_lse, dtype, gpu_backend):
 )
 def test_the_library_takes_what_it_can_without_looking(name, repeats, gpu):
     inputs, options = case(name, torch.float16, DEVICE)
-    mask = (options.get(name) for name in ("anchors", "key_start", "window"))
-    assert flash.supports(inputs[0], 1.0)
-    assert library.causal_repeats(*mask, 1.0, *inputs[:2]) == repeats
+    inputs = Inputs(*inputs)
+    assert flash.supports(inputs.query, 1.0)
+    assert backend_torch.causal_repeats(inputs, Mask.of(inputs, **options)) == repeats

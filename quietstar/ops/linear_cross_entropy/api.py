@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._backend import Backend, always_available, select_backend
 from quietstar.ops._checks import (
     Dims,
     check_floating,
@@ -31,12 +31,15 @@ from quietstar.ops._vocabulary import (
 from quietstar.ops.linear_cross_entropy import reference
 from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy, link_to
 
-_BACKENDS: dict[str, Availability] = {
-    "triton": triton_unavailable,
-    "cuda": cuda_unavailable,
-    "cpu": cpu_unavailable,
-    "torch": always_available,
-    "reference": always_available,
+_BACKENDS = {
+    name: Backend(unavailable, lambda: None)
+    for name, unavailable in {
+        "triton": triton_unavailable,
+        "cuda": cuda_unavailable,
+        "cpu": cpu_unavailable,
+        "torch": always_available,
+        "reference": always_available,
+    }.items()
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._backend import Backend, always_available, select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
@@ -16,12 +16,15 @@ from quietstar.ops.linear_sample import reference
 from quietstar.ops.linear_sample.registration import linear_sample_op
 from quietstar.ops.linear_sample.winner import check_drawn
 
-_BACKENDS: dict[str, Availability] = {
-    "triton": triton_unavailable,
-    "cuda": cuda_unavailable,
-    "cpu": cpu_unavailable,
-    "torch": always_available,
-    "reference": always_available,
+_BACKENDS = {
+    name: Backend(unavailable, lambda: None)
+    for name, unavailable in {
+        "triton": triton_unavailable,
+        "cuda": cuda_unavailable,
+        "cpu": cpu_unavailable,
+        "torch": always_available,
+        "reference": always_available,
+    }.items()
 }
 
 

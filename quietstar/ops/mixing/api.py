@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._backend import Backend, always_available, select_backend
 from quietstar.ops._checks import check_floating, check_integer, check_same_device, check_same_dtype, check_tensor
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
@@ -18,12 +18,15 @@ from quietstar.ops._vocabulary import (
 from quietstar.ops.mixing import reference
 from quietstar.ops.mixing.autograd import MixedCrossEntropy, MixLogits
 
-_BACKENDS: dict[str, Availability] = {
-    "triton": triton_unavailable,
-    "cuda": cuda_unavailable,
-    "cpu": cpu_unavailable,
-    "torch": always_available,
-    "reference": always_available,
+_BACKENDS = {
+    name: Backend(unavailable, lambda: None)
+    for name, unavailable in {
+        "triton": triton_unavailable,
+        "cuda": cuda_unavailable,
+        "cpu": cpu_unavailable,
+        "torch": always_available,
+        "reference": always_available,
+    }.items()
 }
 
 

@@ -1,54 +1,46 @@
 """The public function: checks, choice of backend, dispatch."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._backend import Availability, always_available, select_backend
+from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import (
     Dims,
+    check_choice,
     check_floating,
     check_integer,
     check_range,
     check_same_device,
     check_same_dtype,
 )
-from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off, compute_dtype
-from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
-
-_LARGEST_HEAD = {"triton": 256, "cuda": 128}
-
-
-def _triton_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
-    return _head_too_large("triton", query) or triton_unavailable(query)
+from quietstar.ops.thought_attention.backends import BACKENDS
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 
-def _cuda_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
-    if needs_gradient:
-        return "its kernels have no backward, and an input needs a gradient (torch.no_grad() switches gradients off)"
-    return _head_too_large("cuda", query) or cuda_unavailable(query)
+@overload
+def thought_attention(
+    query: Tensor, key: Tensor, value: Tensor, thought_key: Tensor, thought_value: Tensor, *,
+    anchors: Tensor | None = ..., key_start: Tensor | None = ..., thought_lengths: Tensor | None = ...,
+    causal: bool = ..., window: int | None = ..., window_from: Literal["anchor", "step"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 
 
-def _cpu_unavailable(query: Tensor, needs_gradient: bool) -> str | None:
-    return cpu_unavailable(query)
-
-
-def _head_too_large(backend: str, query: Tensor) -> str | None:
-    if query.shape[-1] <= _LARGEST_HEAD[backend]:
-        return None
-    return f"its kernels take heads of at most {_LARGEST_HEAD[backend]} elements, got D = {query.shape[-1]}"
-
-
-_BACKENDS: dict[str, Availability] = {
-    "triton": _triton_unavailable,
-    "cuda": _cuda_unavailable,
-    "cpu": _cpu_unavailable,
-    "torch": always_available,
-    "reference": always_available,
-}
+@overload
+def thought_attention(
+    query: Tensor, key: Tensor, value: Tensor, thought_key: Tensor, thought_value: Tensor, *,
+    anchors: Tensor | None = ..., key_start: Tensor | None = ..., thought_lengths: Tensor | None = ...,
+    causal: bool = ..., window: int | None = ..., window_from: Literal["anchor", "step"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def thought_attention(
@@ -60,8 +52,12 @@ def thought_attention(
     *,
     anchors: Tensor | None = None,
     key_start: Tensor | None = None,
+    thought_lengths: Tensor | None = None,
+    causal: bool = True,
     window: int | None = None,
+    window_from: Literal["anchor", "step"] = "anchor",
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,45 +69,59 @@ def thought_attention(
         output = softmax(scale · query · [key[j ≤ a]; thought_key[p, ≤ t]]ᵀ) · [value[j ≤ a]; thought_value[p, ≤ t]]
 
     This is the attention of Quiet-STaR's parallel thought generation (arXiv 2403.09629, section 4.2); with S = 1 and
-    growing T it is also that of EAGLE-3's training-time test. Differentiable (once) in all five tensors.
+    growing T it is also that of EAGLE-3's training-time test, and with ``causal=False`` that of block drafting, where
+    all steps of an anchor see each other. Differentiable (once) in all five tensors.
 
     What no row of a sequence sees (base keys behind its last anchor, in front of ``key_start``, outside of all windows;
-    everything of an inactive anchor, incoming gradients included) may hold anything, NaN too: it changes no result and
-    gets no gradient. NaN in a key that some rows see may reach other rows of that sequence.
+    everything of an inactive anchor or a step that does not exist, incoming gradients included) may hold anything, NaN
+    too: it changes no result and gets no gradient. NaN in a key that some rows see may reach other rows of that
+    sequence.
 
     Args:
-        query: [B, Hq, P, S, D], the last S of the T steps. Any strides. Every size but D may be 0.
-        key, value: [B, Hkv, L, D], the base sequence; Hq is a multiple of Hkv.
-        thought_key, thought_value: [B, Hkv, P, T, D], T ≥ S.
+        query: [B, Hq, P, S, D], the last S of the T steps. Any strides. Every size but D and Dv may be 0.
+        key: [B, Hkv, L, D], of the base sequence; Hq is a multiple of Hkv.
+        value: [B, Hkv, L, Dv]. Dv may differ from D.
+        thought_key: [B, Hkv, P, T, D], T ≥ S. Any strides: it may be the used part of room for more steps.
+        thought_value: [B, Hkv, P, T, Dv].
         anchors: int [P] or [B, P], values in [−1, L); default ``arange(L)``, then P must be L. Any order, repeats
             allowed. −1 is an inactive anchor, and with L = 0 the only one: output 0, lse −inf, no gradient.
         key_start: int [B] or [B, P], values in [0, L]: first visible base key (left padding; where an anchor's document
             starts in packed text). One behind the anchor hides all base keys from it. Default 0.
-        window: sliding window in tokens, ≥ 1: base key j is visible iff a − j < window. Default unlimited.
+        thought_lengths: int [P] or [B, P], values in [0, T], default T: steps from there on do not exist. Their keys
+            are not seen, their queries give output 0 and lse −inf, and neither has a gradient.
+        causal: whether step t sees steps ≤ t of its anchor only, else all.
+        window: sliding window in tokens, ≥ 1. Default unlimited.
+        window_from: what the window counts from. "anchor": base key j is visible iff a − j < window, and thought keys
+            always are. "step": the position of the query itself, which is a + 1 + t for step t: base key j is visible
+            iff a + 1 + t − j < window, and step t' of the own thought iff t − t' < window. That is what the sliding
+            window of a model means.
         scale: factor on the scores (kept in float32 or wider) before the softmax, of any sign. Default D^−½.
-        return_lse: also return the log-sum-exp of the scaled scores.
+        softcap: c > 0: the scaled scores s become c · tanh(s / c), as in Gemma 2 (arXiv 2408.00118). Default none.
+        return_lse: also return the log-sum-exp of the scores.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
-        output [B, Hq, P, S, D] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
+        output [B, Hq, P, S, Dv] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
         [B, Hq, P, S] in float32 (float64 for float64), differentiable too.
 
     Raises:
-        TypeError: not a tensor, a dtype that is not floating (anchors and key_start: not int32/int64), mixed dtypes, or
-            a scale that is not a number.
-        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, D = 0, T < S, values of ``anchors`` or
-            ``key_start`` out of range (read on the CPU only: on CUDA the check would wait for the device, see
-            ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, a scale that is not finite, an unknown or
-            unavailable backend.
+        TypeError: not a tensor, a dtype that is not floating (anchors, key_start and thought_lengths: not int32/int64),
+            mixed dtypes, a scale or softcap that is not a number, causal that is not a bool.
+        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, D or Dv = 0, T < S, values of
+            ``anchors``, ``key_start`` or ``thought_lengths`` out of range (read on the CPU only: on CUDA the check
+            would wait for the device, see ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, an unknown
+            ``window_from``, a scale or softcap that is not finite, softcap ≤ 0, an unknown or unavailable backend.
     """
     dims = Dims()
     dims.bind("query", query, "B Hq P S D")
     dims.bind("key", key, "B Hkv L D")
-    dims.bind("value", value, "B Hkv L D")
+    dims.bind("value", value, "B Hkv L Dv")
     dims.bind("thought_key", thought_key, "B Hkv P T D")
-    dims.bind("thought_value", thought_value, "B Hkv P T D")
+    dims.bind("thought_value", thought_value, "B Hkv P T Dv")
     if dims["D"] == 0:
         raise ValueError("query must have heads of at least D = 1 element, got D = 0")
+    if dims["Dv"] == 0:
+        raise ValueError("value must have heads of at least Dv = 1 element, got Dv = 0")
     if dims["Hq"] % dims["Hkv"] if dims["Hkv"] else dims["Hq"]:
         raise ValueError(f"query must have Hq a multiple of Hkv = {dims['Hkv']} heads of key, got Hq = {dims['Hq']}")
     if dims["T"] < dims["S"]:
@@ -120,7 +130,7 @@ def thought_attention(
         )
     check_same_device(
         query=query, key=key, value=value, thought_key=thought_key, thought_value=thought_value,
-        anchors=anchors, key_start=key_start,
+        anchors=anchors, key_start=key_start, thought_lengths=thought_lengths,
     )  # fmt: skip
     check_floating("query", query)
     query, key, value, thought_key, thought_value = autocast_inputs(query, key, value, thought_key, thought_value)
@@ -140,33 +150,35 @@ def thought_attention(
         check_integer("key_start", key_start)
         dims.bind("key_start", key_start, "B", "B P")
         check_range("key_start", key_start, 0, dims["L"])
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if thought_lengths is not None:
+        check_integer("thought_lengths", thought_lengths)
+        dims.bind("thought_lengths", thought_lengths, "P", "B P")
+        check_range("thought_lengths", thought_lengths, 0, dims["T"])
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an integer >= 1, got {window!r}")
-    scale = dims["D"] ** -0.5 if scale is None else _checked_scale(scale, query.dtype)
+    check_choice("window_from", window_from, ("anchor", "step"))
+    scale = None if scale is None else _checked_number("scale", scale, query.dtype)
+    if softcap is not None and _checked_number("softcap", softcap, query.dtype) <= 0:
+        raise ValueError(f"softcap must be None or positive, got {softcap}")
 
-    inputs = query, key, value, thought_key, thought_value
+    inputs = Inputs(query, key, value, thought_key, thought_value)
+    mask = Mask.of(inputs, anchors, key_start, thought_lengths, window, window_from, causal, scale, softcap)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    name = select_backend("thought_attention", backend, _BACKENDS, query, needs_gradient)
+    name = select_backend("thought_attention", backend, BACKENDS, inputs, mask, needs_gradient)
     if name == "reference":
-        if anchors is None:
-            anchors = torch.arange(dims["L"], device=query.device)
-        if key_start is None:
-            key_start = torch.zeros(dims["B"], dtype=torch.int64, device=query.device)
         with autocast_off(query.device):
-            output, lse = reference.thought_attention(
-                query, key, value, thought_key, thought_value, anchors.expand(dims["B"], -1), key_start, window, scale
-            )
+            output, lse = reference.forward(inputs, mask)
     else:
-        output, lse = ThoughtAttention.apply(
-            query, key, value, thought_key, thought_value, anchors, key_start, window, scale, name
-        )
+        output, lse = ThoughtAttention.apply(*inputs, *mask, name)
     return (output, lse) if return_lse else output
 
 
-def _checked_scale(scale: float, dtype: torch.dtype) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be None or a number, got {type(scale).__name__}")
+def _checked_number(name: str, value: float, dtype: torch.dtype) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be None or a number, got {type(value).__name__}")
     wide = compute_dtype(dtype)
-    if not abs(scale) <= torch.finfo(wide).max:  # nan neither
-        raise ValueError(f"scale must be finite in {wide}, got {scale}")
-    return float(scale)
+    if not abs(value) <= torch.finfo(wide).max:  # nan neither
+        raise ValueError(f"{name} must be finite in {wide}, got {value}")
+    return float(value)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quietstar.ops.thought_attention.reference import per_anchor
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 
 class Cost(NamedTuple):
@@ -25,57 +25,60 @@ class CallCost(NamedTuple):
 
 
 def thought_attention_cost(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    thought_key: Tensor,
-    thought_value: Tensor,
-    *,
-    anchors: Tensor | None = None,
-    key_start: Tensor | None = None,
-    window: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, thought_key: Tensor, thought_value: Tensor, **options: object
 ) -> CallCost:
     """FLOPs and least bytes of ``thought_attention`` with the same arguments.
 
-    A visible pair of query and key takes two products of D numbers forward (query · key, probability · value) and five
-    backward (again query · key, then one each for the gradients of probability, query, key and value): 4·D and 10·D
-    FLOPs, as FlashAttention counts (arXiv 2307.08691, section 4.1). A kernel that computes anything twice does more
-    than that.
+    A visible pair of query and key takes two products forward (query · key of D numbers, probability · value of Dv) and
+    five backward (again query · key, then one each for the gradients of probability, query, key and value): 2·D + 2·Dv
+    and 6·D + 4·Dv FLOPs, as FlashAttention counts (arXiv 2307.08691, section 4.1). A kernel that computes anything
+    twice does more than that.
 
-    The least bytes assume a cache that holds everything. Of base keys and values those count that some query sees, of
-    inactive anchors only what is written for them: zeros. The forward writes output and lse; the backward reads both,
-    the gradient of the output and all inputs, and writes five gradients.
+    The least bytes assume a cache that holds everything. Keys and values count where some query sees them, queries
+    where they see a key; for the others only what is written: zeros. The forward writes output and lse; the backward
+    reads both, the gradient of the output and all inputs, and writes five gradients.
 
     Args:
         query, key, value, thought_key, thought_value: shapes and dtypes count, values do not: meta tensors will do.
-        anchors, key_start, window: as in ``thought_attention``; the values of the tensors are read.
+        options: ``anchors``, ``key_start``, ``thought_lengths``, ``window``, ``window_from`` and ``causal`` as in
+            ``thought_attention``; the values of the tensors are read.
     """
+    inputs = Inputs(*(torch.empty(x.shape, device="meta") for x in (query, key, value, thought_key, thought_value)))
+    options = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
+    mask = Mask.of(inputs, **options)
     batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, length = key.shape[1:3]
-    thought_steps = thought_key.shape[3]
+    kv_heads, length, value_size = key.shape[1], key.shape[2], value.shape[-1]
 
-    last = torch.arange(length) if anchors is None else anchors.cpu().long()
-    last = last.expand(batch, num_anchors)
-    first = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else per_anchor(key_start).cpu().long()
-    first = first if window is None else first.maximum(last - window + 1)
-    base_pairs = (last - first + 1).clamp_min(0)  # [B, P], of one step and head
-    active = last >= 0
-    own_pairs = steps * thought_steps - steps * (steps - 1) // 2  # step t sees t + 1, the queries are the last S of T
-    pairs = query_heads * (steps * int(base_pairs.sum()) + own_pairs * int(active.sum()))
+    # What the queries of every step see: base keys first … last, int64 [B, P, S], and own keys, bool [B, P, S, T].
+    last = mask.anchors_in(length, torch.device("cpu")).expand(batch, num_anchors)[:, :, None].expand(-1, -1, steps)
+    exists = last >= 0
+    lengths = torch.full((1, 1), inputs.thought_steps) if mask.thought_lengths is None else mask.thought_lengths
+    step = torch.arange(inputs.thought_steps - steps, inputs.thought_steps)
+    exists = exists & (step < lengths[:, :, None])
+    first = torch.zeros_like(last)
+    if mask.key_start is not None:
+        first = first.maximum(mask.key_start[:, :, None])
+    if mask.window is not None:
+        offset = mask.window_offset(steps, inputs.thought_steps)
+        moved = torch.arange(offset, offset + steps) if mask.window_from_step else 0
+        first = first.maximum(last + moved - mask.window + 1)
+    base_pairs = torch.where(exists, last - first + 1, 0).clamp_min(0)
+    own = mask.sees_thought(lengths, inputs, torch.device("cpu")) & exists[..., None]
+    pairs = query_heads * int(base_pairs.sum() + own.sum())
 
-    # Base keys that some anchor sees: +1 where an anchor's range begins, −1 behind its end.
+    # Base keys that some query sees: +1 where its range begins, −1 behind its end.
+    begin, end = torch.where(base_pairs > 0, first, 0).flatten(1), torch.where(base_pairs > 0, last + 1, 0).flatten(1)
     ends = torch.zeros(batch, length + 1, dtype=torch.int64)
-    one = torch.ones_like(last)
-    ends.scatter_add_(1, first.minimum(last + 1), one).scatter_add_(1, last + 1, -one)
-    seen_keys = int((ends.cumsum(1) > 0).sum())
+    ends.scatter_add_(1, begin, torch.ones_like(begin)).scatter_add_(1, end, -torch.ones_like(end))
+    keys = kv_heads * int((ends.cumsum(1) > 0).sum() + own.any(dim=2).sum())
 
     size = query.element_size()
-    vector = head_size * size
+    active_rows = query_heads * int(exists.sum())
     rows = query_heads * steps * batch * num_anchors
-    active_rows = query_heads * steps * int(active.sum())
-    keys = kv_heads * (seen_keys + thought_steps * int(active.sum()))
-    all_keys = kv_heads * batch * (length + thought_steps * num_anchors)
+    all_keys = kv_heads * batch * (length + inputs.thought_steps * num_anchors)
+    both = (head_size + value_size) * size  # a query and its output, or a key and its value
     log_sum = torch.finfo(torch.promote_types(query.dtype, torch.float32)).bits // 8
-    forward = active_rows * vector + 2 * keys * vector + rows * (vector + log_sum)
-    backward = active_rows * (3 * vector + log_sum) + 2 * keys * vector + (rows + 2 * all_keys) * vector
-    return CallCost(Cost(4 * head_size * pairs, forward), Cost(10 * head_size * pairs, backward))
+    forward = active_rows * head_size * size + keys * both + rows * (value_size * size + log_sum)
+    backward = active_rows * (both + value_size * size + log_sum) + (keys + all_keys) * both + rows * head_size * size
+    flops = 2 * (head_size + value_size) * pairs, (6 * head_size + 4 * value_size) * pairs
+    return CallCost(Cost(flops[0], forward), Cost(flops[1], backward))

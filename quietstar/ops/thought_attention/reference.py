@@ -4,75 +4,47 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._precision import widen
+from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
 
 
-def per_anchor(key_start: Tensor) -> Tensor:
-    """``key_start`` of [B] or [B, P] as [B, 1] or [B, P]."""
-    return key_start[:, None] if key_start.dim() == 1 else key_start
+def visibility(inputs: Inputs, mask: Mask) -> Tensor:
+    """The thought mask, bool [1 or B, P, S, L + P·T]: which keys each query sees, thought keys anchor-major."""
+    length, device = inputs.key.shape[2], inputs.query.device
+    num_anchors, steps = inputs.query.shape[2:4]
+    base = mask.sees_base(mask.anchors_in(length, device), mask.key_start, torch.arange(length, device=device), inputs)
+    own = mask.sees_thought(mask.thought_lengths, inputs, device)[:, :, :, None]  # [1 or B, 1 or P, S, 1, T]
+    itself = torch.eye(num_anchors, dtype=torch.bool, device=device)[:, None, :, None]  # [P, 1, P, 1]
+    thought = (own & itself).flatten(3)
+    batch = max(len(base), len(thought))
+    parts = (part.expand(batch, num_anchors, steps, -1) for part in (base, thought))
+    visible = torch.cat(list(parts), dim=-1)
+    inactive = mask.inactive(inputs)
+    return visible if inactive is None else visible & ~inactive[..., None]
 
 
-def visibility(
-    base_length: int, steps: int, thought_steps: int, anchors: Tensor, key_start: Tensor, window: int | None
-) -> Tensor:
-    """The thought mask: which keys each query sees.
-
-    Args:
-        base_length: L.
-        steps, thought_steps: S and T; the queries are the last S of the T steps.
-        anchors: [B, P], −1 inactive.
-        key_start: [B] or [B, P], first visible base key.
-        window: base key j is visible iff a − j < window; None is no limit.
-
-    Returns:
-        bool [B, P, S, L + P·T], the thought keys anchor-major behind the base keys.
-    """
-    batch, num_anchors = anchors.shape
-    device = anchors.device
-    anchor = anchors[:, :, None]
-    position = torch.arange(base_length, device=device)
-    base = (position <= anchor) & (position >= per_anchor(key_start)[..., None])  # [B, P, L]
-    if window is not None:
-        base &= anchor - position < window
-    base = base[:, :, None, :].expand(-1, -1, steps, -1)
-
-    own = torch.eye(num_anchors, dtype=torch.bool, device=device)[:, None, :, None]  # [P, 1, P, 1]
-    step = torch.arange(thought_steps, device=device)
-    earlier = step <= step[thought_steps - steps :, None]  # [S, T]
-    thought = (own & earlier[:, None, :]).flatten(2).expand(batch, -1, -1, -1)  # [B, P, S, P·T]
-    return torch.cat([base, thought & (anchor >= 0)[..., None]], dim=-1)
-
-
-def thought_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    thought_key: Tensor,
-    thought_value: Tensor,
-    anchors: Tensor,
-    key_start: Tensor,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, P, S, D] and natural-log lse [B, Hq, P, S]; shapes as in the public function, anchors [B, P].
+def forward(inputs: Inputs, mask: Mask) -> Result:
+    """Differentiable by autograd, any number of times.
 
     Scores and sums are in float32 or wider. What no row sees is zero before it is multiplied: 0 · NaN would be NaN.
     """
-    num_anchors, steps = query.shape[2:4]
-    visible = visibility(key.shape[2], steps, thought_key.shape[3], anchors, key_start, window)
-    visible = visible.flatten(1, 2)[:, None]  # [B, 1, P·S, L + P·T]
+    num_anchors, steps = inputs.query.shape[2:4]
+    visible = visibility(inputs, mask).flatten(1, 2)[:, None]  # [1 or B, 1, P·S, L + P·T]
     active = visible.any(dim=-1, keepdim=True)
-    unseen = ~visible.any(dim=-2)[..., None]  # [B, 1, L + P·T, 1]
+    unseen = ~visible.any(dim=-2)[..., None]  # [1 or B, 1, L + P·T, 1]
 
-    group = query.shape[1] // max(1, key.shape[1])
     keys, values = (
-        torch.cat([base, thought.flatten(2, 3)], dim=2).masked_fill(unseen, 0).repeat_interleave(group, dim=1)
-        for base, thought in ((widen(key), widen(thought_key)), (widen(value), widen(thought_value)))
+        torch.cat([widen(base), widen(thought).flatten(2, 3)], dim=2)
+        .masked_fill(unseen, 0)
+        .repeat_interleave(inputs.group, dim=1)
+        for base, thought in ((inputs.key, inputs.thought_key), (inputs.value, inputs.thought_value))
     )
-    rows = widen(query).flatten(2, 3).masked_fill(~active, 0)
-    scores = (rows @ keys.mT) * scale
+    rows = widen(inputs.query).flatten(2, 3).masked_fill(~active, 0)
+    scores = (rows @ keys.mT) * mask.scale
+    if mask.softcap is not None:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
     scores = scores.masked_fill(~visible & active, -torch.inf)  # rows that see nothing stay finite: no NaN gradients
     lse = scores.logsumexp(dim=-1, keepdim=True)
     output = (scores - lse).exp() @ values
     output = output.where(active, 0).unflatten(2, (num_anchors, steps))
     lse = lse.where(active, -torch.inf)[..., 0].unflatten(2, (num_anchors, steps))
-    return output.to(query.dtype), lse
+    return Result(output.to(inputs.query.dtype), lse)

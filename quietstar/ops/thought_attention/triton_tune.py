@@ -16,7 +16,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from quietstar.ops.thought_attention import triton_backend
+from quietstar.ops.thought_attention import backend_triton
+from quietstar.ops.thought_attention.inputs import Inputs, Mask, ResultGradients
 from quietstar.ops.thought_attention.triton_launch import (
     DECODE,
     FORWARD,
@@ -129,22 +130,21 @@ def calls(
 ) -> dict[str, tuple[Tensor, Callable[[], tuple[Tensor, ...]]]]:
     """For every kernel, the query of a typical call that it dominates, and the call."""
     make = partial(torch.randn, dtype=dtype, device=device)
-    scale = head_size**-0.5
 
-    def inputs(anchors: int, queries: int) -> tuple[Tensor, ...]:
+    def inputs(anchors: int, queries: int) -> Inputs:
         base = (make(batch, kv_heads, length, head_size) for _ in range(2))
         own = (make(batch, kv_heads, anchors, steps, head_size) for _ in range(2))
-        return make(batch, heads, anchors, queries, head_size), *base, *own
+        return Inputs(make(batch, heads, anchors, queries, head_size), *base, *own)
 
     training, decoding = inputs(length, steps), inputs(1, 1)
-    anywhere = None, None, None, scale
-    at_the_end = torch.tensor([length - 1], device=device), None, None, scale
-    output, lse = triton_backend.forward(*training, *anywhere)
-    grad = torch.randn_like(output)
-    backward = training[0], partial(triton_backend.backward, grad, None, *training, output, lse, *anywhere)
+    anywhere = Mask.of(training)
+    at_the_end = Mask.of(decoding, torch.tensor([length - 1], device=device))
+    result = backend_triton.forward(training, anywhere)
+    gradients = ResultGradients(torch.randn_like(result.output), None)
+    backward = training.query, partial(backend_triton.backward, gradients, training, anywhere, result)
     return {
-        FORWARD: (training[0], partial(triton_backend.forward, *training, *anywhere)),
-        DECODE: (decoding[0], partial(triton_backend.forward, *decoding, *at_the_end)),
+        FORWARD: (training.query, partial(backend_triton.forward, training, anywhere)),
+        DECODE: (decoding.query, partial(backend_triton.forward, decoding, at_the_end)),
         QUERY_GRADIENT: backward,
         KEY_GRADIENT: backward,
     }

@@ -10,23 +10,16 @@ import triton
 from torch import Tensor
 
 from quietstar.ops.thought_attention import triton_launch as launch
+from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
 from quietstar.ops.thought_attention.triton_backward_key import key_gradient_kernel, thought_gradient_kernel
 from quietstar.ops.thought_attention.triton_backward_query import query_gradient_kernel
 from quietstar.ops.thought_attention.triton_forward import combine_kernel, forward_kernel
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    thought_key: Tensor,
-    thought_value: Tensor,
-    anchors: Tensor | None,
-    key_start: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, P, S, D] in the dtype of ``query`` and lse [B, Hq, P, S] in float32."""
+def forward(inputs: Inputs, mask: Mask) -> Result:
+    """See ``backends.py``."""
+    query, key, value, thought_key, thought_value = inputs
+    scale = mask.scale
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     batch, query_heads, num_anchors, steps, head_size = query.shape
@@ -41,8 +34,8 @@ def forward(
     tile, splits = launch.forward_launch(query, num_rows, batch * kv_heads, length)
     piece = launch.cut(steps * group, thought_steps, tile)
     # A single tile has nothing to gain from sorted anchors.
-    anchors, order = _sorted(anchors) if num_rows > tile.block_m else (_per_batch(anchors), None)
-    key_start, window = _first_keys(key_start, window, anchors, order, length)
+    anchors, order = _sorted(mask.anchors) if num_rows > tile.block_m else (mask.anchors, None)
+    key_start, window = _first_keys(mask, anchors, order, length)
     result, log_sum = output, lse
     if splits > 1:
         parts = (batch, kv_heads, splits, num_rows)
@@ -63,25 +56,15 @@ def forward(
             result, log_sum, order, output, lse, output.stride(), lse.stride(), _batch_stride(anchors),
             kv_heads, num_anchors, splits, **sizes, BLOCK_M=16, **tile.options(),
         )  # fmt: skip
-    return output, lse
+    return Result(output, lse)
 
 
-def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    thought_key: Tensor,
-    thought_value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    anchors: Tensor | None,
-    key_start: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, thought_key and thought_value, in that order."""
+def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result) -> Inputs:
+    """See ``backends.py``."""
+    query, key, value, thought_key, thought_value = inputs
+    grad_output, grad_lse = gradients
+    output, lse = result
+    scale = mask.scale
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length = key.shape[1:3]
     thought_steps = thought_key.shape[3]
@@ -93,8 +76,8 @@ def backward(
         query, scale = -query, -scale
     query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
     grad_output, output, lse = _vectors(grad_output), output.contiguous(), lse.contiguous()
-    anchors, order = _sorted(anchors)
-    key_start, window = _first_keys(key_start, window, anchors, order, length)
+    anchors, order = _sorted(mask.anchors)
+    key_start, window = _first_keys(mask, anchors, order, length)
     sizes = {"HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
     rows = {"STEPS": steps, "GROUP": group}
     units = {"QUERY_UNIT": _unit(query), "GRAD_UNIT": _unit(grad_output)}
@@ -152,7 +135,7 @@ def backward(
     if sign < 0:
         grad_query.neg_()
     grad_key, grad_value = (x[0] if splits == 1 else x.sum(dim=0).to(key.dtype) for x in (grad_key, grad_value))
-    return grad_query, grad_key, grad_value, grad_thought_key, grad_thought_value
+    return Inputs(grad_query, grad_key, grad_value, grad_thought_key, grad_thought_value)
 
 
 def _vectors(tensor: Tensor) -> Tensor:
@@ -160,32 +143,23 @@ def _vectors(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _per_batch(anchors: Tensor | None) -> Tensor | None:
-    """[P] where all batches have the same anchors for sure, else [B, P]; contiguous."""
-    if anchors is not None and anchors.dim() == 2 and (anchors.stride(0) == 0 or anchors.shape[0] == 1):
-        anchors = anchors[0]
-    return None if anchors is None else anchors.contiguous()
-
-
 def _first_keys(
-    key_start: Tensor | None, window: int | None, anchors: Tensor | None, order: Tensor | None, length: int
-) -> tuple[Tensor | None, int | None]:
+    mask: Mask, anchors: Tensor | None, order: Tensor | None, length: int
+) -> tuple[Tensor | None, int | None]:  # fmt: skip
     """``key_start`` and ``window`` as kernels take them, given anchors in their order. The first is contiguous.
 
     Those of anchors, [B, P], account for the window, too.
     """
-    window = None if window is None or window >= length else window  # if it hides no key, none pays for a mask
+    key_start = mask.key_start
     if key_start is None:
-        return None, window
-    if key_start.dim() == 2 and key_start.shape[1] == 1:
-        key_start = key_start[:, 0]
-    if not _per_anchor(key_start):
-        return key_start.contiguous(), window
+        return None, mask.window
+    if key_start.shape[1] == 1:
+        return key_start[:, 0], mask.window
     if order is not None:
         key_start = key_start.gather(1, order.expand(key_start.shape))
-    if window is not None:
+    if mask.window is not None:
         anchors = torch.arange(length, device=key_start.device) if anchors is None else anchors
-        key_start = key_start.maximum(anchors - (window - 1))
+        key_start = key_start.maximum(anchors - (mask.window - 1))
     return key_start.contiguous(), None
 
 
@@ -203,12 +177,11 @@ def _sorted(anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Anchors in ascending order, and at which place of the caller each is; no anchors are 0..L−1."""
     if anchors is None:
         return None, None
-    anchors = _per_batch(anchors)
     return torch.sort(anchors, dim=-1, stable=True)
 
 
 def _batch_stride(anchors: Tensor | None) -> int:
-    return anchors.stride(0) if anchors is not None and anchors.dim() == 2 else 0
+    return anchors.stride(0) if anchors is not None and len(anchors) > 1 else 0
 
 
 def _unit(rows: Tensor) -> int:

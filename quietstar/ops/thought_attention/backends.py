@@ -1,0 +1,91 @@
+"""The backends of thought attention, and when each can run.
+
+Each is a module with
+
+    forward(inputs, mask) -> Result
+    backward(gradients, inputs, mask, result) -> Inputs
+
+of the types in ``inputs.py``, where no size is 0 (``cuda`` has a forward only). The reference is called by itself: its
+gradients are made by autograd.
+"""
+
+from types import ModuleType
+
+from quietstar.ops._backend import Backend, always_available
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
+from quietstar.ops._triton import triton_unavailable
+from quietstar.ops.thought_attention.inputs import Inputs, Mask
+
+
+def _triton() -> ModuleType:
+    from quietstar.ops.thought_attention import backend_triton
+
+    return backend_triton
+
+
+def _triton_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
+    return _head_too_large(inputs, 256) or _lacks(inputs, mask) or triton_unavailable(inputs.query)
+
+
+def _cuda() -> ModuleType:
+    from quietstar.ops.thought_attention import backend_cuda
+
+    return backend_cuda
+
+
+def _cuda_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
+    if needs_gradient:
+        return "its kernels have no backward, and an input needs a gradient (torch.no_grad() switches gradients off)"
+    return _head_too_large(inputs, 128) or _lacks(inputs, mask) or cuda_unavailable(inputs.query)
+
+
+def _cpu() -> ModuleType:
+    from quietstar.ops.thought_attention import backend_cpu
+
+    return backend_cpu
+
+
+def _cpu_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
+    return _lacks(inputs, mask) or cpu_unavailable(inputs.query)
+
+
+def _torch() -> ModuleType:
+    from quietstar.ops.thought_attention import backend_torch
+
+    return backend_torch
+
+
+def _reference() -> ModuleType:
+    from quietstar.ops.thought_attention import reference
+
+    return reference
+
+
+def _head_too_large(inputs: Inputs, largest: int) -> str | None:
+    if inputs.query.shape[-1] <= largest:
+        return None
+    return f"its kernels take heads of at most {largest} elements, got D = {inputs.query.shape[-1]}"
+
+
+def _lacks(inputs: Inputs, mask: Mask) -> str | None:
+    if mask.thought_lengths is not None:
+        return "its kernels have no thought_lengths"
+    if not mask.causal:
+        return "its kernels have no causal=False"
+    if mask.softcap is not None:
+        return "its kernels have no softcap"
+    if mask.window is not None and mask.window_from_step:
+        return "its kernels have no window_from='step'"
+    if inputs.value.shape[-1] != inputs.query.shape[-1]:
+        return "its kernels take values of the size of keys"
+    return None
+
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(_triton_unavailable, _triton),
+    "cuda": Backend(_cuda_unavailable, _cuda),
+    "cpu": Backend(_cpu_unavailable, _cpu),
+    "torch": Backend(always_available, _torch),
+    "reference": Backend(always_available, _reference),
+}

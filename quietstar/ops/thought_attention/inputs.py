@@ -1,0 +1,173 @@
+"""What the backends of thought attention are given: five tensors, and which keys each query sees."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The differentiable tensors; the gradients of a backend are these, too. Shapes as in the public function."""
+
+    query: Tensor  # [B, Hq, P, S, D]
+    key: Tensor  # [B, Hkv, L, D]
+    value: Tensor  # [B, Hkv, L, Dv]
+    thought_key: Tensor  # [B, Hkv, P, T, D]
+    thought_value: Tensor  # [B, Hkv, P, T, Dv]
+
+    @property
+    def steps(self) -> int:
+        """S, the steps that have a query: the last of ``thought_steps``."""
+        return self.query.shape[3]
+
+    @property
+    def thought_steps(self) -> int:
+        """T."""
+        return self.thought_key.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.query.shape[1] // max(1, self.key.shape[1])
+
+    @property
+    def output_shape(self) -> torch.Size:
+        """[B, Hq, P, S, Dv]."""
+        return self.query.shape[:-1] + self.value.shape[-1:]
+
+
+class Result(NamedTuple):
+    """What a forward returns."""
+
+    output: Tensor  # [B, Hq, P, S, Dv] in the dtype of the query
+    lse: Tensor  # [B, Hq, P, S], natural log, in float32 (float64 for float64)
+
+
+class ResultGradients(NamedTuple):
+    """What a backward is given; shapes of ``Result``."""
+
+    output: Tensor
+    lse: Tensor | None
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees, and what makes a score of its product with one.
+
+    Index tensors are int64 and contiguous. Where the first dimension is 1, all batches are alike.
+    """
+
+    anchors: Tensor | None
+    """[1 or B, P]; None is 0..L−1."""
+    key_start: Tensor | None
+    """[B, 1 or P]; None is 0."""
+    thought_lengths: Tensor | None
+    """[1 or B, P]; None is T."""
+    window: int | None
+    """None where it hides no key."""
+    window_from_step: bool
+    causal: bool
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        anchors: Tensor | None = None,
+        key_start: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
+        window: int | None = None,
+        window_from: str = "anchor",
+        causal: bool = True,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> "Mask":
+        """The arguments of the public function, which checks them."""
+        farthest = inputs.key.shape[2]  # from a query to a key in front of it
+        if window_from == "step":
+            farthest += inputs.thought_steps
+        if key_start is not None:
+            key_start = _index(key_start[:, None] if key_start.dim() == 1 else key_start)
+        return cls(
+            _per_anchor(anchors),
+            key_start,
+            _per_anchor(thought_lengths),
+            None if window is None or window >= farthest else window,
+            window_from == "step",
+            causal,
+            inputs.query.shape[-1] ** -0.5 if scale is None else float(scale),
+            None if softcap is None else float(softcap),
+        )
+
+    def anchors_in(self, length: int, device: torch.device) -> Tensor:
+        """[1 or B, P], of a base sequence of ``length``."""
+        return torch.arange(length, device=device)[None] if self.anchors is None else self.anchors
+
+    def window_offset(self, steps: int, thought_steps: int) -> int:
+        """How far behind the anchor the window of the first query ends; that of the next ones moves on with them."""
+        return 1 + thought_steps - steps if self.window_from_step else 0
+
+    def sees_base(self, anchors: Tensor, key_start: Tensor | None, keys: Tensor, inputs: Inputs) -> Tensor:
+        """Whether the queries of existing steps see base keys.
+
+        Args:
+            anchors, key_start: of some anchors, [1 or B, p] and [B, 1 or p].
+            keys: int64 [n], positions.
+            inputs: for the numbers of steps.
+
+        Returns:
+            bool [1 or B, p, 1 or S, n]: with a window from the step, one step sees other keys than the next.
+        """
+        anchors = anchors[:, :, None, None]
+        visible = keys <= anchors
+        if key_start is not None:
+            visible = visible & (keys >= key_start[:, :, None, None])
+        if self.window is not None:
+            query = anchors
+            if self.window_from_step:
+                first = self.window_offset(inputs.steps, inputs.thought_steps)
+                query = anchors + torch.arange(first, first + inputs.steps, device=keys.device)[:, None]
+            visible = visible & (query - keys < self.window)
+        return visible
+
+    def sees_thought(self, lengths: Tensor | None, inputs: Inputs, device: torch.device) -> Tensor:
+        """Whether queries see the thought keys of their own anchor: bool [1 or B, 1 or p, S, T].
+
+        Args:
+            lengths: thought lengths of some anchors, [1 or B, p].
+            inputs: for the numbers of steps.
+        """
+        step = torch.arange(inputs.thought_steps, device=device)
+        own = step[inputs.thought_steps - inputs.steps :, None]
+        visible = step <= own if self.causal else torch.ones_like(step <= own)
+        if self.window is not None and self.window_from_step:
+            visible = visible & (own - step < self.window)
+        if lengths is None:
+            return visible[None, None]
+        lengths = lengths[:, :, None, None]
+        return visible & (step < lengths) & (own < lengths)
+
+    def inactive(self, inputs: Inputs) -> Tensor | None:
+        """Queries that see nothing, bool [1 or B, P, 1 or S]; None where there can be none.
+
+        They belong to an anchor of −1, or to a step that does not exist.
+        """
+        inactive = None if self.anchors is None else self.anchors[:, :, None] < 0
+        if self.thought_lengths is not None:
+            step = torch.arange(inputs.thought_steps - inputs.steps, inputs.thought_steps, device=inputs.query.device)
+            missing = step >= self.thought_lengths[:, :, None]
+            inactive = missing if inactive is None else inactive | missing
+        return inactive
+
+
+def _per_anchor(values: Tensor | None) -> Tensor | None:
+    """Values of anchors, [P] or [B, P], as [1 or B, P]."""
+    if values is None:
+        return None
+    if values.dim() == 1:
+        values = values[None]
+    return _index(values[:1] if values.stride(0) == 0 else values)
+
+
+def _index(values: Tensor) -> Tensor:
+    return values.to(torch.int64).contiguous()
