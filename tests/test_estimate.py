@@ -196,14 +196,13 @@ def test_flops_of_attention(window):
     step = training_step(SMALL | {"sliding_window": window}, length=9)
     config, length = step.config, step.length
 
-    def text_keys(position: int) -> int:
-        return min(position + 1, window or length)
+    def keys(position: int) -> int:
+        return position + 1 if window is None else min(position + 1, window)
 
     def pairs(positions: int, slots: range) -> int:
-        behind = sum(text_keys(a) + slot + 1 for a in range(positions) for slot in slots)
-        return config.num_thoughts * behind
+        return config.num_thoughts * sum(keys(a + 1 + slot) for a in range(positions) for slot in slots)
 
-    text = sum(map(text_keys, range(length)))
+    text = sum(map(keys, range(length)))
     sampling, tree = text + pairs(length, range(4)), text + pairs(length - 1, range(step.slots))
     every_pair = 4 * step.batch * config.num_hidden_layers * config.hidden_size
     assert flops_of(step, "sampling: attention") == every_pair * sampling

@@ -167,7 +167,9 @@ def _thought_attention(step: TrainingStep, positions: int, queries: int, keys: i
     query = states(config.num_attention_heads, len(anchors), queries)
     text = states(config.num_key_value_heads, step.length)
     thoughts = states(config.num_key_value_heads, len(anchors), keys)
-    cost = thought_attention_cost(query, text, text, thoughts, thoughts, anchors=anchors, window=config.sliding_window)
+    cost = thought_attention_cost(
+        query, text, text, thoughts, thoughts, anchors=anchors, window=config.sliding_window, window_from="step"
+    )
     return _AttentionCost(*(_scaled(pass_cost, step.batch) for pass_cost in cost))
 
 

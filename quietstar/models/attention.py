@@ -238,6 +238,7 @@ class ThoughtCache:
             anchors=self.anchors,
             key_start=self.key_start,
             window=sliding_window,
+            window_from="step",
             scale=scaling,
         )
         return output.flatten(2, 3).transpose(1, 2)
@@ -326,6 +327,7 @@ class ThoughtTree:
             anchors=self.anchors,
             key_start=self.key_start,
             window=sliding_window,
+            window_from="step",
             scale=scaling,
         )
         return torch.cat([base_output, thought_output.flatten(2, 3).transpose(1, 2)], dim=1)

@@ -64,16 +64,18 @@ class ThoughtsAsText:
 
     def _rows(self, anchors: Tensor, end: int, base_row: bool, groups: int, like: Tensor) -> Tensor:
         """The mask of the new steps behind ``anchors`` [B, P], in front of them a row of the base pass or none."""
-        anchors, column = anchors[:, :, None], torch.arange(end)
-        visible = column <= anchors
+        anchors, column = anchors[:, :, None, None], torch.arange(end)
+        steps = torch.arange(self.max_steps)
+        new = steps[self.new, None]
+        visible, own = column <= anchors, steps <= new
         if self.window is not None:
-            visible &= anchors - column < self.window
+            visible = visible & (anchors + 1 + new - column < self.window)
+            own = own & (new - steps < self.window)
         if self.cache.key_start is not None:
-            visible &= column >= self.cache.key_start.view(len(anchors), -1, 1)
-        own = torch.ones(self.max_steps, self.max_steps, dtype=torch.bool).tril()[self.new]
+            visible = visible & (column >= self.cache.key_start.view(len(anchors), -1, 1, 1))
         own = torch.eye(self.num_anchors, dtype=torch.bool)[:, None, :, None] & own[:, None]
-        shape = *anchors.shape[:2], own.shape[1], -1
-        visible = torch.cat([visible[:, :, None].expand(shape), own.flatten(2).expand(shape)], dim=-1).flatten(1, 2)
+        shape = *anchors.shape[:2], len(new), -1
+        visible = torch.cat([visible.expand(shape), own.flatten(2).expand(shape)], dim=-1).flatten(1, 2)
         if base_row:
             seen = self.cache.base.mask
             base = visible.new_zeros(len(visible), 1, visible.shape[2])

@@ -35,6 +35,23 @@ def test_cached_thinking_equals_the_tree(make_model, text):
         assert_close(predicted.mixing_weight[:, :, :-1, 0], scored.mixing_weight[..., 0])
 
 
+@pytest.mark.parametrize("window", [None, 2, 5])
+def test_the_tree_is_the_base_model_on_every_thought_alone(make_model, text, window):
+    """Also in a sliding window, which moves on with the steps of a thought as with any other tokens."""
+    model = make_model(sliding_window=window, num_thoughts=1)
+    thoughts = torch.randint(0, 10, (*text.shape, 3))[:, None]
+    with torch.no_grad():
+        scored = model(text, labels=text, thought_tokens=thoughts)
+        embed, start, end = model.get_input_embeddings(), model.start_embedding(), model.end_embedding()
+        for a in range(text.shape[1] - 1):
+            own = [start.expand(len(text), 1, -1), embed(thoughts[:, 0, a]), end.expand(len(text), 1, -1)]
+            hidden = model.model(inputs_embeds=torch.cat([embed(text[:, : a + 1]), *own], dim=1)).last_hidden_state
+            base, thought = hidden[:, a], hidden[:, -1]
+            logits = model.lm_head(torch.lerp(base, thought, model.mixing_head(base, thought)[:, None]))
+            nll = torch.nn.functional.cross_entropy(logits, text[:, a + 1], reduction="none")
+            assert_close(scored.talk_nll[:, 0, a, 0], nll)
+
+
 def test_thoughts_follow_the_models_distribution(make_model):
     """Chi-square of 2-token thoughts against the probabilities that the tree gives them at temperature 1."""
     model = make_model(vocab_size=7, start_thought_token_id=5, end_thought_token_id=6, thought_length=2,
