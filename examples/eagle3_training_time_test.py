@@ -18,17 +18,18 @@ own position i, for what it has drafted since. Nothing else: what was drafted at
 
 That is thought attention with an anchor at every position, S = 1 and T = n. With a mask it would be a dense attention
 over L·(n+1) keys of which hardly more than L/2 are visible; here no such mask exists, and gradients flow through every
-step.
+step. The op takes keys of any strides, so those of all steps share one tensor, with room for the last of them from the
+start (``Room``): a step appends its own and copies nothing.
 
 Run it (15 seconds on a CPU): ``python examples/eagle3_training_time_test.py``
 """
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_models import LargeModel, print_accepted, random_text, rotate, train
 
 from quietstar.ops import thought_attention
 
@@ -36,12 +37,32 @@ STEPS = 4
 DECAY = 0.8  # each step's loss counts less than the one before, as in the authors' code
 
 
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary position embedding of x [B, H, L, D] at positions [L]."""
-    frequency = 10000.0 ** (-torch.arange(0, x.shape[-1], 2, device=x.device) / x.shape[-1])
-    angle = position[:, None] * frequency
-    even, odd = x.chunk(2, dim=-1)
-    return torch.cat([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], dim=-1)
+class Room:
+    """Keys or values of steps that come one by one, in one tensor [B, H, L, steps, D].
+
+    A step is written where no earlier step has looked, so what autograd has saved of the views before stays as it was.
+    """
+
+    def __init__(self, like: Tensor, steps: int):
+        self.memory = like.new_empty(*like.shape[:3], steps, like.shape[3])
+        self.used = self.memory[:, :, :, :0]
+
+    def append(self, step: Tensor) -> Tensor:
+        """All steps so far, [B, H, L, n, D]: a view. ``step`` is [B, H, L, D]."""
+        self.used = _Append.apply(self.used, step, self.memory)
+        return self.used
+
+
+class _Append(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, used: Tensor, step: Tensor, memory: Tensor) -> Tensor:
+        n = used.shape[3]
+        memory.data[:, :, :, n] = step
+        return memory.data[:, :, :, : n + 1]  # .data: a tensor whose changes autograd does not count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient[:, :, :, :-1], gradient[:, :, :, -1], None
 
 
 class DraftHead(nn.Module):
@@ -74,17 +95,15 @@ class DraftHead(nn.Module):
             query, key = rotate(query, position), rotate(key, position)
             if n == 0:
                 base_key, base_value = key, value
-                own_keys, own_values = [], []
+                own_keys, own_values = (Room(x, steps - 1) for x in (key, value))
                 attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             else:
-                own_keys.append(key)
-                own_values.append(value)
                 attended = thought_attention(
                     query[:, :, :, None],  # [B, Hq, P = L, S = 1, D]
                     base_key,
                     base_value,
-                    torch.stack(own_keys, dim=3),  # [B, Hkv, P = L, T = n, D]
-                    torch.stack(own_values, dim=3),
+                    own_keys.append(key),  # [B, Hkv, P = L, T = n, D]
+                    own_values.append(value),
                 )[:, :, :, 0]
             state = state + self.out(attended.transpose(1, 2).flatten(2))
             state = state + self.mlp(self.norm_mlp(state))
@@ -94,28 +113,6 @@ class DraftHead(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, H · D] -> [B, H, L, D]."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
-
-class LargeModel(nn.Module):
-    """Stands in for the large model: what matters is that it has hidden states at several depths."""
-
-    def __init__(self, vocabulary: int, hidden: int, heads: int, layers: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, hidden)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(hidden, heads, 4 * hidden, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )
-        self.lm_head = nn.Linear(hidden, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, L, vocabulary] and the hidden states of all layers side by side, [B, L, layers · hidden]."""
-        x, states = self.embedding(tokens), []
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device)
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=True)
-            states.append(x)
-        return self.lm_head(x), torch.cat(states, dim=-1)
 
 
 def draft(head: DraftHead, model: LargeModel, text: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -146,24 +143,6 @@ def accepted(drafted: Tensor, wanted: Tensor) -> Tensor:
     return (drafted.argmax(-1) == wanted.argmax(-1)).float().cumprod(-1).mean((0, 1))
 
 
-def random_text(rows: int, length: int, vocabulary: int) -> Tensor:
-    """Texts [rows, length] in which, nine times out of ten, a token follows from the two before it."""
-    rule = torch.randint(vocabulary, (vocabulary, vocabulary), generator=torch.Generator().manual_seed(0))
-    text = torch.randint(vocabulary, (rows, length))
-    for i in range(2, length):
-        follows = torch.rand(rows) < 0.9
-        text[:, i] = torch.where(follows, rule[text[:, i - 2], text[:, i - 1]], text[:, i])
-    return text
-
-
-def train(module: nn.Module, loss_of: Callable[[], Tensor], updates: int, rate: float = 3e-3) -> None:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate)
-    for _ in range(updates):
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
-
-
 def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Train both models; print and return ``accepted`` before and after the head was trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -191,9 +170,7 @@ def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor]:
     before = evaluate()
     train(head, head_loss, options.draft_updates)
     after = evaluate()
-    print("drafted tokens   accepted before   after training")
-    for n in range(STEPS):
-        print(f"{n + 1:14d}   {before[n]:15.1%}   {after[n]:14.1%}")
+    print_accepted(before, after)
     return before, after
 
 

@@ -1,21 +1,8 @@
 """The EAGLE-3 example: its unrolled steps are those of a dense mask, and its draft head learns."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
-
-PATH = Path(__file__).parents[2] / "examples" / "eagle3_training_time_test.py"
-
-
-@pytest.fixture
-def example():
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def dense_attention(query, key, value, own_key, own_value):
@@ -49,7 +36,7 @@ def drafted_alone(example, head, features, tokens, position, steps):
 
 
 @pytest.mark.parametrize("other", ["a dense mask", "one draft at a time"])
-def test_steps_and_gradients_are_those_of(other, example, monkeypatch):
+def test_steps_and_gradients_are_those_of(other, example, monkeypatch, assert_same):
     hidden, levels, length, steps = 16, 2, 7, 4
     head = example.DraftHead(hidden, heads=4, kv_heads=2, levels=levels).double()
     features = torch.randn(2, length, levels * hidden, dtype=torch.float64, requires_grad=True)
@@ -66,11 +53,42 @@ def test_steps_and_gradients_are_those_of(other, example, monkeypatch):
     else:
         expected = [drafted_alone(example, head, features, tokens, i, steps) for i in range(length)]
         expected = torch.stack(expected, dim=1)
-    torch.testing.assert_close(actual, expected)
-    weights = torch.randn_like(actual)
-    gradients = [torch.autograd.grad((x * weights).sum(), leaves) for x in (actual, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same(actual, expected, leaves)
+
+
+def saved_bytes(run):
+    """Memory that autograd keeps alive for the backward of ``run()``, every byte once."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    assert result is not None  # alive until here
+    return sum(storages.values())
+
+
+def test_a_step_copies_none_of_the_earlier_ones(example, monkeypatch):
+    """What a backward needs grows by the same amount from step to step; with stacked keys it grows ever faster."""
+    head, length = example.DraftHead(16, heads=4, kv_heads=2, levels=2), 32
+    features, tokens = torch.randn(1, length, 32), torch.randn(1, length + 16, 16)
+
+    def growth():
+        saved = [saved_bytes(lambda n=n: head.unroll(features, tokens, n)) for n in (3, 8, 13)]
+        return saved[1] - saved[0], saved[2] - saved[1]
+
+    assert len(set(growth())) == 1
+    monkeypatch.setattr(example.Room, "append", stacking)
+    first, second = growth()
+    copied = 2 * 2 * length * 4 * 4  # keys and values of 2 heads of 4 float32, for a step that copies a step
+    assert second - first == copied * (sum(range(8, 13)) - sum(range(3, 8)))
+
+
+def stacking(room, step):
+    room.used = torch.cat([room.used, step[:, :, :, None]], dim=3)
+    return room.used
 
 
 def test_the_head_learns_to_draft(example, capsys):
