@@ -1,8 +1,5 @@
 """The cost of a call of thought attention, against a count of what the specification's mask lets through."""
 
-import doctest
-from pathlib import Path
-
 import pytest
 import torch
 from thought_attention_cases import CASES, case, make_inputs
@@ -44,10 +41,3 @@ def test_bytes_are_those_of_the_tensors_where_everything_is_seen(dtype):
     given, made = sum(x.nbytes for x in inputs), output.nbytes + lse.nbytes
     assert forward.bytes == given + made
     assert backward.bytes == given + made + output.nbytes + given
-
-
-def test_the_documented_example():
-    page = Path(__file__).parents[2] / "docs" / "thought_attention.md"
-    failed, attempted = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
-    assert attempted >= 7
-    assert failed == 0
