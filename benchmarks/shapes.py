@@ -37,6 +37,26 @@ class ThoughtAttentionShape:
 
 
 @dataclass(frozen=True)
+class DraftShape:
+    """Attention as trainers of draft heads and of long thoughts need it: forward and backward of one layer."""
+
+    batch: int
+    length: int
+    anchors: int
+    queries: int
+    """S, in every pass."""
+    steps: tuple[int, ...]
+    """T, of one pass after the other."""
+    causal: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    target: float | None
+    """How many times faster than the best peer it has to be, where a promise was made."""
+
+
+@dataclass(frozen=True)
 class HeadShape:
     """Rows of hidden states and the head that turns them into logits."""
 
@@ -71,9 +91,47 @@ THOUGHT_ATTENTION = {
     "cpu": ThoughtAttentionShape(1, 512, 12, 8, 2, 64, torch.float32, target=9),
     "cuda": ThoughtAttentionShape(1, 2048, 14, 32, 8, 128, torch.bfloat16, target=None),
 }
+_SMALL = {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": torch.float32, "batch": 1, "target": None}
+_LARGE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "batch": 1, "target": None}
+DRAFT_TRAINING = {
+    "cpu": {
+        "EAGLE-3, 7 steps": DraftShape(
+            length=256, anchors=256, queries=1, steps=(1, 2, 3, 4, 5, 6, 7), causal=True, **_SMALL
+        ),
+        "DFlash, blocks of 16": DraftShape(
+            length=2048, anchors=512, queries=16, steps=(16,), causal=False, **_SMALL | {"target": 3}
+        ),
+        "RLP, 16 thoughts of 256": DraftShape(length=256, anchors=16, queries=256, steps=(256,), causal=True, **_SMALL),
+    },
+    "cuda": {
+        **{
+            f"EAGLE-3, 7 steps, L = {length}": DraftShape(
+                length=length, anchors=length, queries=1, steps=(1, 2, 3, 4, 5, 6, 7), causal=True, **_LARGE
+            )
+            for length in (2048, 8192, 32768)
+        },
+        **{
+            f"DFlash, blocks of {block}, L = {length}": DraftShape(
+                length=length, anchors=512, queries=block, steps=(block,), causal=False, **_LARGE
+            )
+            for block in (8, 16)
+            for length in (2048, 8192, 32768)
+        },
+        **{
+            f"RLP, 16 thoughts of {steps}": DraftShape(
+                length=2048, anchors=16, queries=steps, steps=(steps,), causal=True, **_LARGE
+            )
+            for steps in (512, 2048)
+        },
+    },
+}
 LINEAR_CROSS_ENTROPY = {
-    "cpu": [HeadShape(4096, 512, 32002, torch.float32)],
-    "cuda": [HeadShape(2048, 4096, 32000, torch.bfloat16), HeadShape(16384, 4096, 32000, torch.bfloat16)],
+    "cpu": [HeadShape(4096, 512, 32002, torch.float32), HeadShape(1024, 512, 128256, torch.float32)],
+    "cuda": [
+        HeadShape(2048, 4096, 32000, torch.bfloat16),
+        HeadShape(16384, 4096, 32000, torch.bfloat16),
+        HeadShape(2048, 4096, 128256, torch.bfloat16),
+    ],
 }
 MIXED_LINEAR_CROSS_ENTROPY = LINEAR_CROSS_ENTROPY | {"cpu": [HeadShape(512, 512, 32002, torch.float32)]}
 # As many rows as one step of generation draws, and as one step of sampled thoughts.
