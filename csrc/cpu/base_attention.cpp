@@ -1,8 +1,8 @@
 // The base part of thought attention: the queries behind every anchor against the base keys that the anchor sees.
 //
 // As in FlashAttention (Dao et al., NeurIPS 2022), scores exist for one block of keys at a time. A task is a block of
-// anchors and a key/value head: its rows are those of all heads of the group and of all steps, so that a key is loaded
-// once for many rows. Scores are transposed, [keys, rows]: rows lie in the lanes of a vector, and keys and values are
+// anchors and a key/value head: its rows are those of all heads of the group and of all steps that exist, so that a key
+// is loaded once for many rows. Scores are transposed, [keys, rows]: rows lie in the lanes of a vector, and keys and values are
 // used as they lie in memory.
 //
 // What is not seen may be NaN, and 0 · NaN is NaN: a block of which no row sees some keys is copied, with zeros for
@@ -10,7 +10,7 @@
 
 #include "kernel_table.h"
 #include "parallel.h"
-#include "tile.h"
+#include "thought_mask.h"
 
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
@@ -22,11 +22,11 @@ constexpr int64_t kRowsOfATask = 128;  // about; a task has at least one anchor
 class BaseRows {
  public:
   template <class T>
-  BaseRows(const BaseShape& shape, const Steps<const T>& from)
+  BaseRows(const ThoughtShape& shape, const Steps<const T>& from, int64_t size)
       : kv_heads_(shape.kv_heads),
-        width_(rounded_up(shape.head_size, kLanes)),
-        copy_(usable(shape, from) ? 0 : shape.batch * shape.kv_heads * shape.length * width_, 1) {
-    if (usable(shape, from)) {
+        width_(rounded_up(size, kLanes)),
+        copy_(usable(from, size) ? 0 : shape.batch * shape.kv_heads * shape.length * width_, 1) {
+    if (usable(from, size)) {
       given_ = {(const float*)from.data, from.batch_stride, from.head_stride, 0, from.step_stride};
       return;
     }
@@ -34,7 +34,7 @@ class BaseRows {
     for_rows(shape.batch * shape.kv_heads * shape.length, shape.threads, [&](int64_t row, int) {
       const int64_t head = row / shape.length;
       const T* first = from.at(head / shape.kv_heads, head % shape.kv_heads, 0);
-      gather(first + row % shape.length * from.step_stride, copy_.of_thread(0) + row * width_, shape.head_size);
+      gather(first + row % shape.length * from.step_stride, copy_.of_thread(0) + row * width_, size);
     });
   }
 
@@ -45,74 +45,117 @@ class BaseRows {
   int64_t stride() const { return given_.step_stride; }
 
  private:
-  static bool usable(const BaseShape& shape, const Steps<const float>&) { return shape.head_size % kLanes == 0; }
-  static bool usable(const BaseShape&, const Steps<const BFloat16>&) { return false; }
+  static bool usable(const Steps<const float>&, int64_t size) { return size % kLanes == 0; }
+  static bool usable(const Steps<const BFloat16>&, int64_t) { return false; }
 
   int64_t kv_heads_, width_;
   Scratch copy_;
   Steps<const float> given_;
 };
 
-// The sizes of tasks. Row (a·G + g)·S + s of a task is step s of head g of the group behind the task's anchor a.
-struct Tasks {
-  const BaseShape& shape;
-  const int64_t group = shape.query_heads / shape.kv_heads;
-  const int64_t rows_of_an_anchor = group * shape.steps;
-  const int64_t wanted = kRowsOfATask > rows_of_an_anchor ? kRowsOfATask / rows_of_an_anchor : 1;
-  const int64_t most_anchors = smaller(wanted, shape.anchors);
-  const int64_t most_rows = rounded_up(most_anchors * rows_of_an_anchor, kLanes);
-  const int64_t blocks = (shape.anchors + most_anchors - 1) / most_anchors;  // of anchors
-  const int64_t heads = shape.batch * shape.kv_heads;
-  const int64_t width = rounded_up(shape.head_size, kLanes);
+// Anchors of one text whose rows are a task of each key/value head.
+struct Block {
+  int64_t batch, first_anchor, end_anchor;
 };
 
-// The keys that a row sees.
-struct Range {
-  int64_t first, last;
+// The blocks of all texts, and how large they are.
+class Blocks {
+ public:
+  explicit Blocks(const ThoughtShape& shape)
+      : shape(shape),
+        group(shape.query_heads / shape.kv_heads),
+        most_rows_(smaller(greater(kRowsOfATask / (group * shape.steps), 1), shape.anchors) * group * shape.steps),
+        memory_((shape.batch * shape.anchors * sizeof(Block) + (shape.batch + 1) * sizeof(int64_t)) / sizeof(float), 1),
+        blocks_((Block*)memory_.of_thread(0)),
+        begin_((int64_t*)(blocks_ + shape.batch * shape.anchors)) {
+    for (int64_t batch = 0; batch < shape.batch; ++batch) {
+      begin_[batch] = count_;
+      int64_t rows = most_rows_;  // of the last block
+      for (int64_t anchor = 0; anchor < shape.anchors; ++anchor) {
+        const int64_t more = group * Sight(shape, batch, anchor).queries();
+        if (more == 0) continue;
+        if (rows + more > most_rows_) blocks_[count_++] = {batch, anchor, 0}, rows = 0;
+        blocks_[count_ - 1].end_anchor = anchor + 1;
+        rows += more;
+      }
+      most_ = greater(most_, count_ - begin_[batch]);
+    }
+    begin_[shape.batch] = count_;
+  }
 
-  bool empty() const { return first >= last; }
+  const ThoughtShape& shape;
+  const int64_t group;
+
+  const Block& operator[](int64_t number) const { return blocks_[number]; }
+  int64_t count() const { return count_; }
+  int64_t begin_of(int64_t batch) const { return begin_[batch]; }
+  int64_t most_of_a_text() const { return most_; }
+  int64_t most_rows() const { return rounded_up(most_rows_, kLanes); }
+
+ private:
+  const int64_t most_rows_;
+  const Scratch memory_;
+  Block* const blocks_;
+  int64_t* const begin_;
+  int64_t count_ = 0, most_ = 0;
 };
 
 // Which keys of a block some row sees: a bit for each.
 using Seen = uint32_t;
 static_assert(kKeys <= 32, "a block's keys are the bits of Seen");
 
-// The rows of one task, and where they lie in the tensors.
+// The rows of one task, where they lie in the tensors, and which keys they see. Those of an anchor are its heads', one
+// after the other; of each head those of the steps that exist.
 class Task {
  public:
-  Task(const Tasks& tasks, int64_t head, int64_t block)
-      : tasks_(tasks),
-        batch_(head / tasks.shape.kv_heads),
-        kv_head_(head % tasks.shape.kv_heads),
-        anchor_(block * tasks.most_anchors),
-        anchors_(smaller(tasks.most_anchors, tasks.shape.anchors - anchor_)),
-        rows_(anchors_ * tasks.rows_of_an_anchor) {}
+  Task(const Blocks& blocks, int64_t number, int64_t kv_head, float* memory)
+      : most_rows_(blocks.most_rows()),
+        first_((int32_t*)memory),
+        last_(first_ + most_rows_),
+        places_((Place*)(last_ + most_rows_)),
+        seen_((Keys*)(places_ + most_rows_)) {
+    const Block& block = blocks[number];
+    batch_ = block.batch;
+    for (int64_t anchor = block.first_anchor; anchor < block.end_anchor; ++anchor) {
+      const Sight sight(blocks.shape, block.batch, anchor);
+      const int64_t queries = sight.queries();
+      if (queries == 0) continue;
+      const Range seen = sight.base_keys(0);  // the later ones see no others
+      if (!seen.empty()) seen_[num_seen_++] = {(int32_t)seen.first, (int32_t)seen.last};
+      for (int64_t head = 0; head < blocks.group; ++head) {
+        for (int64_t query = 0; query < queries; ++query, ++rows_) {
+          const Range keys = sight.base_keys(query);
+          first_[rows_] = (int32_t)keys.first, last_[rows_] = (int32_t)keys.last;
+          places_[rows_] = {(int32_t)anchor, (int32_t)(kv_head * blocks.group + head), (int32_t)query};
+        }
+      }
+    }
+    for (int64_t row = rows_; row < most_rows_; ++row) first_[row] = last_[row] = 0;
+  }
+
+  // Of memory for a row.
+  static constexpr int kFloats = 7;
 
   int64_t rows() const { return rows_; }
 
-  Range keys_of(int64_t row) const { return keys_of_anchor(row / tasks_.rows_of_an_anchor); }
-
-  Range keys_of_anchor(int64_t anchor) const {
-    const int64_t place = batch_ * tasks_.shape.anchors + anchor_ + anchor;
-    return {tasks_.shape.first[place], tasks_.shape.last[place]};
-  }
+  // The first keys of rows, and the ends; those behind the last row see none.
+  const int32_t* first() const { return first_; }
+  const int32_t* last() const { return last_; }
 
   // The keys that any row sees, and maybe some in front of them: whole blocks.
   Range keys() const {
-    Range all{tasks_.shape.length, 0};
-    for (int64_t anchor = 0; anchor < anchors_; ++anchor) {
-      const Range keys = keys_of_anchor(anchor);
-      if (keys.empty()) continue;
-      all = {smaller(all.first, keys.first / kKeys * kKeys), all.last > keys.last ? all.last : keys.last};
+    if (num_seen_ == 0) return {0, 0};
+    Range all{INT32_MAX, 0};
+    for (int64_t i = 0; i < num_seen_; ++i) {
+      all = {smaller(all.first, seen_[i].first / kKeys * kKeys), greater(all.last, seen_[i].last)};
     }
     return all;
   }
 
   Seen seen(int64_t block) const {
     Seen seen = 0;
-    for (int64_t anchor = 0; anchor < anchors_; ++anchor) {
-      const Range keys = keys_of_anchor(anchor);
-      const int64_t first = keys.first > block ? keys.first - block : 0, last = smaller(keys.last - block, kKeys);
+    for (int64_t i = 0; i < num_seen_; ++i) {
+      const int64_t first = greater(seen_[i].first - block, 0), last = smaller(seen_[i].last - block, kKeys);
       if (first < last) seen |= ~Seen{0} >> (32 - (last - first)) << first;
     }
     return seen;
@@ -120,62 +163,60 @@ class Task {
 
   template <class T>
   T* row_of(const Steps<T>& tensor, int64_t row) const {
-    const int64_t anchor = row / tasks_.rows_of_an_anchor, in_anchor = row % tasks_.rows_of_an_anchor;
-    const int64_t head = in_anchor / tasks_.shape.steps, step = in_anchor % tasks_.shape.steps;
-    return tensor.at(batch_, kv_head_ * tasks_.group + head, anchor_ + anchor) + step * tensor.step_stride;
+    const Place place = places_[row];
+    return tensor.at(batch_, place.head, place.anchor) + place.query * tensor.step_stride;
   }
 
-  // As rows [most_rows, width].
+  // As rows [rows, size in whole vectors].
   template <class T>
-  void gather_rows(const Steps<const T>& from, float* to) const {
-    for (int64_t row = 0; row < rows_; ++row, to += tasks_.width) {
-      if (keys_of(row).empty()) {
-        memset(to, 0, tasks_.width * sizeof(float));
+  void gather_rows(const Steps<const T>& from, int64_t size, float* to) const {
+    const int64_t width = rounded_up(size, kLanes);
+    for (int64_t row = 0; row < rows_; ++row, to += width) {
+      if (sees_none(row)) {
+        memset(to, 0, width * sizeof(float));
       } else {
-        gather(row_of(from, row), to, tasks_.shape.head_size);
+        gather(row_of(from, row), to, size);
       }
     }
   }
 
-  // As columns [D, most_rows], with zeros behind the last.
+  // As columns [size, most_rows], with zeros behind the last.
   template <class T>
-  void gather_columns(const Steps<const T>& from, float* to) const {
-    memset(to, 0, tasks_.shape.head_size * tasks_.most_rows * sizeof(float));
+  void gather_columns(const Steps<const T>& from, int64_t size, float* to) const {
+    memset(to, 0, size * most_rows_ * sizeof(float));
     for (int64_t row = 0; row < rows_; ++row) {
-      if (keys_of(row).empty()) continue;
+      if (sees_none(row)) continue;
       const T* place = row_of(from, row);
-      for (int64_t d = 0; d < tasks_.shape.head_size; ++d) to[d * tasks_.most_rows + row] = load_one(place + d);
+      for (int64_t d = 0; d < size; ++d) to[d * most_rows_ + row] = load_one(place + d);
     }
   }
 
   // The inverse of gather_rows.
-  void scatter_rows(const float* from, const Steps<float>& to) const {
+  void scatter_rows(const float* from, int64_t size, const Steps<float>& to) const {
+    const int64_t width = rounded_up(size, kLanes);
     for (int64_t row = 0; row < rows_; ++row) {
       float* place = row_of(to, row);
-      for_vectors(0, tasks_.shape.head_size, [&](int64_t d, auto extent) {
-        store(place + d, load(from + row * tasks_.width + d, Whole{}), extent);
+      for_vectors(0, size, [&](int64_t d, auto extent) {
+        store(place + d, load(from + row * width + d, Whole{}), extent);
       });
     }
   }
 
  private:
-  const Tasks& tasks_;
-  int64_t batch_, kv_head_, anchor_, anchors_, rows_;
-};
+  struct Place {
+    int32_t anchor, head, query;
+  };
+  struct Keys {
+    int32_t first, last;
+  };
 
-// The ranges of keys of the rows of a task, for vectors of rows. Those behind the last row are empty.
-struct Ranges {
-  int32_t *first, *last;
+  bool sees_none(int64_t row) const { return first_[row] >= last_[row]; }
 
-  Ranges(const Task& task, int64_t most_rows, float* memory)
-      : first(reinterpret_cast<int32_t*>(memory)), last(first + most_rows) {
-    for (int64_t row = 0; row < most_rows; ++row) {
-      const Range keys = row < task.rows() ? task.keys_of(row) : Range{0, 0};
-      first[row] = (int32_t)keys.first, last[row] = (int32_t)keys.last;
-    }
-  }
-
-  static constexpr int kFloats = 2;  // of memory for a row
+  const int64_t most_rows_;
+  int32_t *const first_, *const last_;
+  Place* const places_;
+  Keys* const seen_;  // what each anchor sees, of those that see any
+  int64_t batch_, rows_ = 0, num_seen_ = 0;
 };
 
 // The keys or values of a block: as they lie, or if some are not seen a copy in memory for kKeys rows of `width`
@@ -207,39 +248,44 @@ inline IntVec load(const int32_t* from) {
 }  // namespace
 
 template <class T>
-void base_forward(const BaseForward<T>& a) {
-  const Tasks tasks{a};
-  const BaseRows keys(a, a.key), values(a, a.value);
-  const int64_t width = tasks.width, most = tasks.most_rows;
-  const Scratch scratch(most * (a.head_size + width + kKeys + 3 + Ranges::kFloats) + kKeys * width, a.threads);
-  for_rows(tasks.heads * tasks.blocks, a.threads, [&](int64_t number, int thread) {
-    const int64_t head = number / tasks.blocks;
-    const Task task(tasks, head, number % tasks.blocks);
-    const int64_t rows = task.rows(), wide = rounded_up(rows, kLanes);
+void base_forward(const ThoughtAttention<T>& a) {
+  const Blocks blocks(a);
+  const BaseRows keys(a, a.key, a.head_size), values(a, a.value, a.value_size);
+  const int64_t width = rounded_up(a.value_size, kLanes), most = blocks.most_rows();
+  const bool capped = a.mask.softcap != 0;
+  const Scratch scratch(most * (a.head_size + width + kKeys + 3 + Task::kFloats) + kKeys * width, a.threads);
+  for_rows(a.kv_heads * blocks.count(), a.threads, [&](int64_t number, int thread) {
+    const int64_t kv_head = number / blocks.count(), anchors = number % blocks.count();
+    const int64_t head = blocks[anchors].batch * a.kv_heads + kv_head;
     float* queries = scratch.of_thread(thread);  // columns
     float* outputs = queries + most * a.head_size;
     float* scores = outputs + most * width;  // then exponentials
     float* tops = scores + most * kKeys;
     float* sums = tops + most;
     float* shrinks = sums + most;
-    const Ranges ranges(task, most, shrinks + most);
-    float* seen_values = shrinks + most * (1 + Ranges::kFloats);
-    task.gather_columns(a.query, queries);
+    const float scale = capped ? 1 : a.mask.scale;  // a capped score has been scaled
+    const Task task(blocks, anchors, kv_head, shrinks + most);
+    float* seen_values = shrinks + most * (1 + Task::kFloats);
+    const int64_t rows = task.rows(), wide = rounded_up(rows, kLanes);
+    task.gather_columns(a.query, a.head_size, queries);
     memset(outputs, 0, rows * width * sizeof(float));
     for (int64_t row = 0; row < wide; ++row) tops[row] = kLowest, sums[row] = 0;
 
     const Range all = task.keys();
     for (int64_t block = all.first; block < all.last; block += kKeys) {
       const int64_t inside = smaller(kKeys, a.length - block);
+      const Seen seen = task.seen(block);
+      if (seen == 0) continue;
       multiply({keys.row(head, block), keys.stride(), 1}, queries, most, inside, wide, a.head_size, {scores, most});
+      if (capped) cap({scores, most}, inside, wide, a.mask);
       for (int64_t row = 0; row < wide; row += kLanes) {
-        const IntVec first = load(ranges.first + row), last = load(ranges.last + row);
+        const IntVec first = load(task.first() + row), last = load(task.last() + row);
         const Vec top = load(tops + row, Whole{});
         Vec highest = top, total{};
         for (int64_t key = 0; key < inside; ++key) {
           const int32_t number = (int32_t)(block + key);
           float* score = scores + key * most + row;
-          const Vec s = (first <= number) & (number < last) ? load(score, Whole{}) * a.scale : splat(-kInfinity);
+          const Vec s = (first <= number) & (number < last) ? load(score, Whole{}) * scale : splat(-kInfinity);
           store(score, s, Whole{});
           highest = larger(s, highest);
         }
@@ -259,7 +305,7 @@ void base_forward(const BaseForward<T>& a) {
         for (int64_t d = 0; d < width; d += kLanes)
           store(output + d, load(output + d, Whole{}) * shrinks[row], Whole{});
       }
-      const BlockRows value_rows(values, head, block, inside, task.seen(block), width, seen_values);
+      const BlockRows value_rows(values, head, block, inside, seen, width, seen_values);
       multiply({scores, 1, most}, value_rows.data, value_rows.stride, rows, width, inside, {outputs, width}, true);
     }
 
@@ -269,56 +315,61 @@ void base_forward(const BaseForward<T>& a) {
       for (int64_t d = 0; d < width; d += kLanes) store(output + d, load(output + d, Whole{}) * factor, Whole{});
       *task.row_of(a.lse, row) = sums[row] != 0 ? tops[row] + logf(sums[row]) : -kInfinity;
     }
-    task.scatter_rows(outputs, a.output);
+    task.scatter_rows(outputs, a.value_size, a.base_output);
   });
 }
 
 template <class T>
-void base_backward(const BaseBackward<T>& a) {
-  const Tasks tasks{a};
-  const BaseRows keys(a, a.key), values(a, a.value);
-  const int64_t width = tasks.width, most = tasks.most_rows;
+void base_backward(const ThoughtAttentionBackward<T>& a) {
+  const Blocks blocks(a);
+  const BaseRows keys(a, a.key, a.head_size), values(a, a.value, a.value_size);
+  const int64_t width = rounded_up(a.head_size, kLanes), value_width = rounded_up(a.value_size, kLanes);
+  const int64_t most = blocks.most_rows(), heads = a.batch * a.kv_heads;
+  const bool capped = a.mask.softcap != 0;
   // The gradients of keys and values are sums over tasks. Few long chains of tasks, two for every thread, add up their
   // own; a chain takes every so many-th block of anchors, because later ones see more keys.
-  const int64_t wanted = (2 * a.threads + tasks.heads - 1) / tasks.heads, chains = smaller(wanted, tasks.blocks);
-  const int64_t floats = a.length * width;
-  const Scratch sums(2 * floats * tasks.heads * chains, 1);
-  const auto sum_of_chain = [&](int64_t head, int64_t chain, int which) {
-    return sums.of_thread(0) + (2 * (head * chains + chain) + which) * floats;
+  const int64_t wanted = (2 * a.threads + heads - 1) / heads, chains = smaller(wanted, blocks.most_of_a_text());
+  const int64_t key_floats = a.length * width, floats = key_floats + a.length * value_width;
+  const Scratch sums(floats * heads * chains, 1);
+  const auto sums_of_chain = [&](int64_t head, int64_t chain) {
+    return sums.of_thread(0) + (head * chains + chain) * floats;
   };
-  const Scratch scratch(most * (2 * a.head_size + 3 * width + 2 * kKeys + 2 + Ranges::kFloats) + 2 * kKeys * width,
+  const Scratch scratch(most * (a.head_size + a.value_size + 2 * width + value_width + (capped ? 3 : 2) * kKeys + 2 +
+                                Task::kFloats) +
+                            kKeys * (width + value_width),
                         a.threads);
-  for_rows(tasks.heads * chains, a.threads, [&](int64_t number, int thread) {
-    const int64_t head = number / chains, chain = number % chains;
-    float *grad_keys = sum_of_chain(head, chain, 0), *grad_values = sum_of_chain(head, chain, 1);
-    memset(grad_keys, 0, 2 * floats * sizeof(float));
+  for_rows(heads * chains, a.threads, [&](int64_t number, int thread) {
+    const int64_t head = number / chains, chain = number % chains, batch = head / a.kv_heads;
+    float *grad_keys = sums_of_chain(head, chain), *grad_values = grad_keys + key_floats;
+    memset(grad_keys, 0, floats * sizeof(float));
     float* query_columns = scratch.of_thread(thread);
     float* grad_columns = query_columns + most * a.head_size;
-    float* queries = grad_columns + most * a.head_size;
+    float* queries = grad_columns + most * a.value_size;
     float* grads = queries + most * width;
-    float* grad_queries = grads + most * width;
+    float* grad_queries = grads + most * value_width;
     float* probabilities = grad_queries + most * width;
     float* grad_scores = probabilities + most * kKeys;
-    float* lses = grad_scores + most * kKeys;
+    float* slopes = grad_scores + most * kKeys;  // of a softcap
+    float* lses = slopes + (capped ? most * kKeys : 0);
     float* deltas = lses + most;
-    float* seen_keys = deltas + most * (1 + Ranges::kFloats);
+    float* seen_keys = deltas + most * (1 + Task::kFloats);
     float* seen_values = seen_keys + kKeys * width;
-    for (int64_t anchors = chain; anchors < tasks.blocks; anchors += chains) {
-      const Task task(tasks, head, anchors);
+    const float scale = capped ? 1 : a.mask.scale;
+    for (int64_t anchors = blocks.begin_of(batch) + chain; anchors < blocks.begin_of(batch + 1); anchors += chains) {
+      const Task task(blocks, anchors, head % a.kv_heads, deltas + most);
       const int64_t rows = task.rows(), wide = rounded_up(rows, kLanes);
-      const Ranges ranges(task, most, deltas + most);
-      task.gather_columns(a.query, query_columns);
-      task.gather_columns(a.grad_output, grad_columns);
-      task.gather_rows(a.query, queries);
-      task.gather_rows(a.grad_output, grads);
+      task.gather_columns(a.query, a.head_size, query_columns);
+      task.gather_columns(a.grad_output, a.value_size, grad_columns);
+      task.gather_rows(a.query, a.head_size, queries);
+      task.gather_rows(a.grad_output, a.value_size, grads);
       memset(grad_queries, 0, rows * width * sizeof(float));
       for (int64_t row = 0; row < wide; ++row) {
         lses[row] = kInfinity, deltas[row] = 0;  // exp(score − lse) is then 0
         if (row >= rows || *task.row_of(a.lse, row) == -kInfinity) continue;
         const T* output = task.row_of(a.output, row);
         Vec products{};
-        for_vectors(0, a.head_size, [&](int64_t d, auto extent) {
-          products += load(grads + row * width + d, Whole{}) * load(output + d, extent);
+        for_vectors(0, a.value_size, [&](int64_t d, auto extent) {
+          products += load(grads + row * value_width + d, Whole{}) * load(output + d, extent);
         });
         lses[row] = *task.row_of(a.lse, row);
         deltas[row] = sum_of(products) - (a.grad_lse.data ? *task.row_of(a.grad_lse, row) : 0);
@@ -328,53 +379,57 @@ void base_backward(const BaseBackward<T>& a) {
       for (int64_t block = all.first; block < all.last; block += kKeys) {
         const int64_t inside = smaller(kKeys, a.length - block);
         const Seen seen = task.seen(block);
+        if (seen == 0) continue;
         const BlockRows key_rows(keys, head, block, inside, seen, width, seen_keys);
-        const BlockRows value_rows(values, head, block, inside, seen, width, seen_values);
+        const BlockRows value_rows(values, head, block, inside, seen, value_width, seen_values);
         multiply({key_rows.data, key_rows.stride, 1}, query_columns, most, inside, wide, a.head_size,
                  {probabilities, most});
-        multiply({value_rows.data, value_rows.stride, 1}, grad_columns, most, inside, wide, a.head_size,
+        multiply({value_rows.data, value_rows.stride, 1}, grad_columns, most, inside, wide, a.value_size,
                  {grad_scores, most});
+        if (capped) cap({probabilities, most}, inside, wide, a.mask, slopes);
         for (int64_t row = 0; row < wide; row += kLanes) {
-          const IntVec first = load(ranges.first + row), last = load(ranges.last + row);
+          const IntVec first = load(task.first() + row), last = load(task.last() + row);
           const Vec lse = load(lses + row, Whole{}), delta = load(deltas + row, Whole{});
           for (int64_t key = 0; key < inside; ++key) {
             const int32_t number = (int32_t)(block + key);
             float *probability = probabilities + key * most + row, *grad_score = grad_scores + key * most + row;
-            const Vec s = load(probability, Whole{}) * a.scale - lse;
+            const Vec s = load(probability, Whole{}) * scale - lse;
             const Vec p = exp((first <= number) & (number < last) ? s : splat(-kInfinity));
             store(probability, p, Whole{});
-            store(grad_score, p * (load(grad_score, Whole{}) - delta) * a.scale, Whole{});
+            store(grad_score, p * (load(grad_score, Whole{}) - delta) * scale, Whole{});
           }
         }
+        if (capped) multiply_by(slopes, {grad_scores, most}, inside, wide);
         multiply({grad_scores, most, 1}, queries, width, inside, width, rows, {grad_keys + block * width, width}, true);
-        multiply({probabilities, most, 1}, grads, width, inside, width, rows, {grad_values + block * width, width},
-                 true);
+        multiply({probabilities, most, 1}, grads, value_width, inside, value_width, rows,
+                 {grad_values + block * value_width, value_width}, true);
         multiply({grad_scores, 1, most}, key_rows.data, key_rows.stride, rows, width, inside, {grad_queries, width},
                  true);
       }
-      task.scatter_rows(grad_queries, a.grad_query);
+      task.scatter_rows(grad_queries, a.head_size, a.base_grad_query);
     }
   });
 
-  for_rows(tasks.heads * a.length, a.threads, [&](int64_t number, int) {
+  for_rows(heads * a.length, a.threads, [&](int64_t number, int) {
     const int64_t head = number / a.length, key = number % a.length;
-    for (int which = 0; which < 2; ++which) {
-      const Steps<float>& to = which ? a.grad_value : a.grad_key;
+    const auto add_up = [&](const Steps<float>& to, int64_t size, int64_t place) {
       float* row = to.at(head / a.kv_heads, head % a.kv_heads, 0) + key * to.step_stride;
-      for_vectors(0, a.head_size, [&](int64_t d, auto extent) {
+      for_vectors(0, size, [&](int64_t d, auto extent) {
         Vec sum{};
         for (int64_t chain = 0; chain < chains; ++chain) {
-          sum += load(sum_of_chain(head, chain, which) + key * width + d, Whole{});
+          sum += load(sums_of_chain(head, chain) + place + d, Whole{});
         }
         store(row + d, sum, extent);
       });
-    }
+    };
+    add_up(a.grad_key, a.head_size, key * width);
+    add_up(a.grad_value, a.value_size, key_floats + key * value_width);
   });
 }
 
-template void base_forward(const BaseForward<float>&);
-template void base_forward(const BaseForward<BFloat16>&);
-template void base_backward(const BaseBackward<float>&);
-template void base_backward(const BaseBackward<BFloat16>&);
+template void base_forward(const ThoughtAttention<float>&);
+template void base_forward(const ThoughtAttention<BFloat16>&);
+template void base_backward(const ThoughtAttentionBackward<float>&);
+template void base_backward(const ThoughtAttentionBackward<BFloat16>&);
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

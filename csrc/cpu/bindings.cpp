@@ -4,7 +4,6 @@
 
 #include "quietstar/bindings.h"
 
-#include <pybind11/stl.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -14,7 +13,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "quietstar/contract.h"
 
 namespace py = pybind11;
 
@@ -256,133 +254,82 @@ void linear_sample(int dtype, Address hidden, Size hidden_stride, Address weight
   });
 }
 
-// The address of a tensor [B, heads, P, steps, D] and its first four strides.
-using Tensor = std::pair<Address, std::vector<Size>>;
-
+// A tensor [B, heads, P, steps, D] with its first four strides.
 template <class T>
-Steps<T> optional_steps(const char* name, const Tensor& tensor) {
-  const std::vector<Size>& strides = tensor.second;
-  if (strides.size() != 4) refuse(name, "come with 4 strides", static_cast<Size>(strides.size()));
-  for (Size stride : strides) at_least("stride", 0, stride);
-  return {optional_pointer<T>(name, tensor.first), strides[0], strides[1], strides[2], strides[3]};
+Steps<T> steps(const Tensors& tensors, const char* name, bool optional = false) {
+  const Tensor& tensor = tensor_of(tensors, name);
+  const std::vector<Size>& strides = strides_of(name, tensor, 4);
+  return {pointer<T>(name, tensor.first, optional ? 0 : 1), strides[0], strides[1], strides[2], strides[3]};
 }
 
-template <class T>
-Steps<T> steps(const char* name, const Tensor& tensor) {
-  pointer<T>(name, tensor.first, 1);
-  return optional_steps<T>(name, tensor);
-}
-
-BaseShape base_shape(const std::vector<Size>& sizes, float scale, int threads, Address first, Address last) {
-  if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, L, D", static_cast<Size>(sizes.size()));
-  for (Size size : sizes) at_least("sizes", 1, size);
-  const Size anchors = sizes[0] * sizes[3];
-  const BaseShape shape{sizes[0],
-                        sizes[1],
-                        sizes[2],
-                        sizes[3],
-                        sizes[4],
-                        sizes[5],
-                        sizes[6],
-                        scale,
-                        static_cast<int>(at_least("threads", 1, threads)),
-                        pointer<const Size>("first", first, anchors),
-                        pointer<const Size>("last", last, anchors)};
-  if (shape.query_heads % shape.kv_heads) refuse("Hq", "be a multiple of Hkv", shape.query_heads);
-  for (Size place = 0; place < anchors; ++place) {
-    at_least("first", 0, shape.first[place]);
-    if (shape.last[place] > shape.length) refuse("last", "be at most L", shape.last[place]);
+// Values of all anchors lie in a range: kernels use them as indices.
+void check_range(const char* name, const PerAnchor& values, const ThoughtShape& shape, Size smallest, Size largest) {
+  for (Size place = 0; values.data && place < shape.batch * shape.anchors; ++place) {
+    const Size batch = place / shape.anchors, anchor = place % shape.anchors;
+    const Size value = values.data[batch * values.batch_stride + anchor * values.anchor_stride];
+    if (value < smallest || value > largest) {
+      refuse(name, "be in [" + std::to_string(smallest) + ", " + std::to_string(largest) + "]", value);
+    }
   }
-  return shape;
 }
 
-void base_forward(int dtype, const std::vector<Size>& sizes, float scale, int threads, Address first, Address last,
-                  const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-                  const Tensor& lse) {
-  with_dtype(dtype, [&](const auto& kernels, auto example) {
-    using T = decltype(example);
-    const BaseForward<T> arguments{base_shape(sizes, scale, threads, first, last),
-                                   steps<const T>("query", query),
-                                   steps<const T>("key", key),
-                                   steps<const T>("value", value),
-                                   steps<float>("output", output),
-                                   steps<float>("lse", lse)};
-    py::gil_scoped_release released;
-    kernels.base_forward(arguments);
-  });
-}
-
-void base_backward(int dtype, const std::vector<Size>& sizes, float scale, int threads, Address first, Address last,
-                   const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-                   const Tensor& grad_output, const Tensor& lse, const Tensor& grad_lse, const Tensor& grad_query,
-                   const Tensor& grad_key, const Tensor& grad_value) {
-  with_dtype(dtype, [&](const auto& kernels, auto example) {
-    using T = decltype(example);
-    const BaseBackward<T> arguments{base_shape(sizes, scale, threads, first, last),
-                                    steps<const T>("query", query),
-                                    steps<const T>("key", key),
-                                    steps<const T>("value", value),
-                                    steps<const T>("output", output),
-                                    steps<const T>("grad_output", grad_output),
-                                    steps<const float>("lse", lse),
-                                    optional_steps<const float>("grad_lse", grad_lse),
-                                    steps<float>("grad_query", grad_query),
-                                    steps<float>("grad_key", grad_key),
-                                    steps<float>("grad_value", grad_value)};
-    py::gil_scoped_release released;
-    kernels.base_backward(arguments);
-  });
-}
-
-ThoughtShape thought_shape(const std::vector<Size>& sizes, float scale, int threads) {
-  if (sizes.size() != 7) refuse("sizes", "be B, Hq, Hkv, P, S, T, D", static_cast<Size>(sizes.size()));
+ThoughtShape thought_shape(const std::vector<Size>& sizes, const MaskNumbers& mask, int threads) {
+  if (sizes.size() != 9) refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D, Dv", static_cast<Size>(sizes.size()));
   for (Size size : sizes) at_least("sizes", 1, size);
-  const ThoughtShape shape{sizes[0], sizes[1], sizes[2],
-                           sizes[3], sizes[4], sizes[5],
-                           sizes[6], scale,    static_cast<int>(at_least("threads", 1, threads))};
+  const ThoughtShape shape{sizes[0],           sizes[1], sizes[2],
+                           sizes[3],           sizes[4], sizes[5],
+                           sizes[6],           sizes[7], sizes[8],
+                           thought_mask(mask), static_cast<int>(at_least("threads", 1, threads))};
   if (shape.query_heads % shape.kv_heads) refuse("Hq", "be a multiple of Hkv", shape.query_heads);
   at_least("T", shape.steps, shape.thought_steps);
+  if (!shape.mask.anchors.data && shape.anchors != shape.length) refuse("P", "be L without anchors", shape.anchors);
+  check_range("anchors", shape.mask.anchors, shape, -1, shape.length - 1);
+  check_range("key_start", shape.mask.key_start, shape, 0, shape.length);
+  check_range("thought_lengths", shape.mask.thought_lengths, shape, 0, shape.thought_steps);
   return shape;
 }
 
-void thought_forward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
-                     const Tensor& thought_key, const Tensor& thought_value, const Tensor& base_output,
-                     const Tensor& base_lse, const Tensor& output, const Tensor& lse) {
+void thought_attention(int dtype, const std::vector<Size>& sizes, const MaskNumbers& mask, const Tensors& tensors,
+                       int threads) {
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
-    const ThoughtForward<T> arguments{thought_shape(sizes, scale, threads),
-                                      steps<const T>("query", query),
-                                      steps<const T>("thought_key", thought_key),
-                                      steps<const T>("thought_value", thought_value),
-                                      steps<const float>("base_output", base_output),
-                                      steps<const float>("base_lse", base_lse),
-                                      steps<T>("output", output),
-                                      steps<float>("lse", lse)};
+    const ThoughtAttention<T> arguments{thought_shape(sizes, mask, threads),
+                                        steps<const T>(tensors, "query"),
+                                        steps<const T>(tensors, "key"),
+                                        steps<const T>(tensors, "value"),
+                                        steps<const T>(tensors, "thought_key"),
+                                        steps<const T>(tensors, "thought_value"),
+                                        steps<float>(tensors, "base_output"),
+                                        steps<float>(tensors, "lse"),
+                                        steps<T>(tensors, "output")};
     py::gil_scoped_release released;
+    kernels.base_forward(arguments);
     kernels.thought_forward(arguments);
   });
 }
 
-void thought_backward(int dtype, const std::vector<Size>& sizes, float scale, int threads, const Tensor& query,
-                      const Tensor& thought_key, const Tensor& thought_value, const Tensor& output,
-                      const Tensor& grad_output, const Tensor& base_grad_query, const Tensor& lse,
-                      const Tensor& grad_lse, const Tensor& grad_query, const Tensor& grad_thought_key,
-                      const Tensor& grad_thought_value) {
+void thought_attention_backward(int dtype, const std::vector<Size>& sizes, const MaskNumbers& mask,
+                                const Tensors& tensors, int threads) {
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
-    const ThoughtBackward<T> arguments{thought_shape(sizes, scale, threads),
-                                       steps<const T>("query", query),
-                                       steps<const T>("thought_key", thought_key),
-                                       steps<const T>("thought_value", thought_value),
-                                       steps<const T>("output", output),
-                                       steps<const T>("grad_output", grad_output),
-                                       steps<const float>("base_grad_query", base_grad_query),
-                                       steps<const float>("lse", lse),
-                                       optional_steps<const float>("grad_lse", grad_lse),
-                                       steps<T>("grad_query", grad_query),
-                                       steps<T>("grad_thought_key", grad_thought_key),
-                                       steps<T>("grad_thought_value", grad_thought_value)};
+    const ThoughtAttentionBackward<T> arguments{thought_shape(sizes, mask, threads),
+                                                steps<const T>(tensors, "query"),
+                                                steps<const T>(tensors, "key"),
+                                                steps<const T>(tensors, "value"),
+                                                steps<const T>(tensors, "thought_key"),
+                                                steps<const T>(tensors, "thought_value"),
+                                                steps<const T>(tensors, "output"),
+                                                steps<const T>(tensors, "grad_output"),
+                                                steps<const float>(tensors, "lse"),
+                                                steps<const float>(tensors, "grad_lse", true),
+                                                steps<float>(tensors, "base_grad_query"),
+                                                steps<float>(tensors, "grad_key"),
+                                                steps<float>(tensors, "grad_value"),
+                                                steps<T>(tensors, "grad_query"),
+                                                steps<T>(tensors, "grad_thought_key"),
+                                                steps<T>(tensors, "grad_thought_value")};
     py::gil_scoped_release released;
+    kernels.base_backward(arguments);
     kernels.thought_backward(arguments);
   });
 }
@@ -406,6 +353,8 @@ void bind(py::module_& module) {
   };
   module.def("exponential", elementary(&Kernels::exponential), py::arg("x"), py::arg("result"), py::arg("count"));
   module.def("logarithm", elementary(&Kernels::logarithm), py::arg("x"), py::arg("result"), py::arg("count"));
+  module.def("hyperbolic_tangent", elementary(&Kernels::hyperbolic_tangent), py::arg("x"), py::arg("result"),
+             py::arg("count"));
   module.def("mix", &mix);
   module.def("mix_backward", &mix_backward);
   module.def("mixed_cross_entropy", &mixed_cross_entropy);
@@ -413,10 +362,8 @@ void bind(py::module_& module) {
   module.def("sample_rows", &sample_rows);
   module.def("linear_cross_entropy", &linear_cross_entropy);
   module.def("linear_sample", &linear_sample);
-  module.def("base_forward", &base_forward);
-  module.def("base_backward", &base_backward);
-  module.def("thought_forward", &thought_forward);
-  module.def("thought_backward", &thought_backward);
+  module.def("thought_attention", &thought_attention);
+  module.def("thought_attention_backward", &thought_attention_backward);
 }
 
 }  // namespace

@@ -15,6 +15,10 @@ void logarithm(const float* x, float* result, int64_t count) {
   for_vectors(0, count, [&](int64_t i, auto extent) { store(result + i, log(load(x + i, extent)), extent); });
 }
 
+void hyperbolic_tangent(const float* x, float* result, int64_t count) {
+  for_vectors(0, count, [&](int64_t i, auto extent) { store(result + i, tanh(load(x + i, extent)), extent); });
+}
+
 template <class T>
 constexpr TypedKernels<T> kTyped = {mix<T>,
                                     mix_backward<T>,
@@ -33,6 +37,7 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
 }  // namespace
 
 extern const Kernels kernels = {
-    QUIETSTAR_NAME(QUIETSTAR_ISA), kTyped<float>, kTyped<BFloat16>, sample_rows, exponential, logarithm};
+    QUIETSTAR_NAME(QUIETSTAR_ISA), kTyped<float>, kTyped<BFloat16>, sample_rows, exponential, logarithm,
+    hyperbolic_tangent};
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

@@ -14,17 +14,17 @@ void mixed_cross_entropy(const MixedCrossEntropy<T>&);
 template <class T>
 void mixed_cross_entropy_backward(const MixedCrossEntropyBackward<T>&);
 template <class T>
-void thought_forward(const ThoughtForward<T>&);
+void thought_forward(const ThoughtAttention<T>&);
 template <class T>
-void thought_backward(const ThoughtBackward<T>&);
+void thought_backward(const ThoughtAttentionBackward<T>&);
 template <class T>
 void linear_cross_entropy(const LinearCrossEntropy<T>&);
 template <class T>
 void linear_sample(const LinearSample<T>&);
 template <class T>
-void base_forward(const BaseForward<T>&);
+void base_forward(const ThoughtAttention<T>&);
 template <class T>
-void base_backward(const BaseBackward<T>&);
+void base_backward(const ThoughtAttentionBackward<T>&);
 void sample_rows(const SampleRows&);
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "quietstar/thought_mask.h"
+
 namespace quietstar::cpu {
 
 struct BFloat16 {
@@ -110,52 +112,30 @@ struct Steps {
   }
 };
 
-// Sizes of the base part; the key/value tensors have the base positions for steps. Anchor p of batch b sees the base
-// keys first[b, p] <= l < last[b, p].
-struct BaseShape {
-  std::int64_t batch, query_heads, kv_heads, anchors, steps, length, head_size;
-  float scale;
-  int threads;
-  const std::int64_t *first, *last;
-};
-
-// Of a lse, D = 1; it is −∞, and the output 0, where an anchor sees no key.
-template <class T>
-struct BaseForward : BaseShape {
-  Steps<const T> query, key, value;
-  Steps<float> output, lse;
-};
-
-// What reaches queries, keys and values through the base keys, given the output and lse over all keys.
-template <class T>
-struct BaseBackward : BaseShape {
-  Steps<const T> query, key, value, output, grad_output;
-  Steps<const float> lse, grad_lse;  // the data of grad_lse may be null
-  Steps<float> grad_query, grad_key, grad_value;
-};
-
+// Sizes of thought attention and its mask. Keys and values of the base have the base positions for steps.
 struct ThoughtShape {
-  std::int64_t batch, query_heads, kv_heads, anchors, steps, thought_steps, head_size;
-  float scale;
+  std::int64_t batch, query_heads, kv_heads, anchors, steps, thought_steps, length, head_size, value_size;
+  ThoughtMask mask;
   int threads;
 };
 
-// Merges attention over the base keys with that over an anchor's own thought keys. Of a lse, D = 1. The results may
-// lie over the base part.
+// Attention in two parts. That over the base keys leaves its output in base_output and its log-sum-exp, −∞ where there
+// is no key, in lse (D = 1), but nothing for queries that see no key at all. That over the thought keys merges the two;
+// the output may lie over that of the base part.
 template <class T>
-struct ThoughtForward : ThoughtShape {
-  Steps<const T> query, thought_key, thought_value;
-  Steps<const float> base_output, base_lse;
+struct ThoughtAttention : ThoughtShape {
+  Steps<const T> query, key, value, thought_key, thought_value;
+  Steps<float> base_output, lse;
   Steps<T> output;
-  Steps<float> lse;
 };
 
-// Gradients of the thought keys and values, and that of the queries with the part through the base keys added,
-// which it may lie over.
+// The gradients, likewise: first what reaches queries, keys and values through the base keys, then the gradients of
+// thought keys and values, and that of the queries with base_grad_query added, which it may lie over.
 template <class T>
-struct ThoughtBackward : ThoughtShape {
-  Steps<const T> query, thought_key, thought_value, output, grad_output;
-  Steps<const float> base_grad_query, lse, grad_lse;  // the data of grad_lse may be null
+struct ThoughtAttentionBackward : ThoughtShape {
+  Steps<const T> query, key, value, thought_key, thought_value, output, grad_output;
+  Steps<const float> lse, grad_lse;  // the data of grad_lse may be null
+  Steps<float> base_grad_query, grad_key, grad_value;
   Steps<T> grad_query, grad_thought_key, grad_thought_value;
 };
 
@@ -165,12 +145,12 @@ struct TypedKernels {
   void (*mix_backward)(const MixBackward<T>&);
   void (*mixed_cross_entropy)(const MixedCrossEntropy<T>&);
   void (*mixed_cross_entropy_backward)(const MixedCrossEntropyBackward<T>&);
-  void (*thought_forward)(const ThoughtForward<T>&);
-  void (*thought_backward)(const ThoughtBackward<T>&);
+  void (*thought_forward)(const ThoughtAttention<T>&);
+  void (*thought_backward)(const ThoughtAttentionBackward<T>&);
   void (*linear_cross_entropy)(const LinearCrossEntropy<T>&);
   void (*linear_sample)(const LinearSample<T>&);
-  void (*base_forward)(const BaseForward<T>&);
-  void (*base_backward)(const BaseBackward<T>&);
+  void (*base_forward)(const ThoughtAttention<T>&);
+  void (*base_backward)(const ThoughtAttentionBackward<T>&);
 };
 
 struct Kernels {
@@ -180,6 +160,7 @@ struct Kernels {
   void (*sample_rows)(const SampleRows&);
   void (*exponential)(const float* x, float* result, std::int64_t count);
   void (*logarithm)(const float* x, float* result, std::int64_t count);
+  void (*hyperbolic_tangent)(const float* x, float* result, std::int64_t count);
 };
 
 namespace baseline {

@@ -195,6 +195,20 @@ inline Vec log(Vec x) {
   return f + low + e * 0.693359375f;
 }
 
+// tanh x to within 2 units in the last place for all x, NaN for NaN: Cephes' polynomial (Moshier) near 0, where
+// 1 − 2 / (e^2x + 1) would lose digits.
+inline Vec tanh(Vec x) {
+  const IntVec sign = (IntVec)x & INT32_MIN;
+  const Vec size = (Vec)((IntVec)x ^ sign), square = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec far = 1 - 2 / (exp(2 * size) + 1);
+  return (Vec)((IntVec)(size < 0.625f ? p * square * size + size : far) | sign);
+}
+
 inline float exp(float x) { return exp(splat(x))[0]; }
 inline float log(float x) { return log(splat(x))[0]; }
 

@@ -6,13 +6,6 @@
 
 #include "quietstar/bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <string>
-#include <utility>
-#include <vector>
-
-#include "quietstar/contract.h"
 #include "quietstar/cuda_kernels.h"
 
 namespace py = pybind11;
@@ -126,51 +119,36 @@ void sample_rows(Address logits, Address seed, Address tokens, Size first_row, f
   cuda::sample_rows(arguments, place(device, stream));
 }
 
-using Tensor = std::pair<Address, std::vector<Size>>;  // and its strides, of vectors without that of their elements
-
-std::vector<Size> strides_of(const char* name, const Tensor& tensor, std::size_t dimensions) {
-  if (tensor.second.size() != dimensions) {
-    refuse(name, "come with " + std::to_string(dimensions) + " strides", static_cast<Size>(tensor.second.size()));
-  }
-  for (Size stride : tensor.second) at_least("stride", 0, stride);
-  return tensor.second;
-}
-
-// Of [B, P], with the strides of both dimensions.
-cuda::PerAnchor per_anchor(const char* name, const Tensor& tensor) {
-  const std::vector<Size> strides = strides_of(name, tensor, 2);
-  if (strides[1] > 1) refuse(name, "have an anchor stride of at most 1", strides[1]);
-  return {optional_pointer<const Size>(name, tensor.first), strides[0], strides[1]};
-}
-
-cuda::Steps steps(int dtype, const char* name, const Tensor& tensor, std::size_t dimensions, Size count) {
+// A tensor of vectors: [B, heads, P, steps, D], or [B, heads, L, D].
+cuda::Steps steps(int dtype, const Tensors& tensors, const char* name, std::size_t dimensions) {
+  const Tensor& tensor = tensor_of(tensors, name);
   std::vector<Size> strides = strides_of(name, tensor, dimensions);
   strides.resize(4);
-  return {pointer<const char>(name, tensor.first, count, alignment_of(dtype)), strides[0], strides[1], strides[2],
+  return {pointer<const char>(name, tensor.first, 1, alignment_of(dtype)), strides[0], strides[1], strides[2],
           strides[3]};
 }
 
-void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& query, const Tensor& key,
-                       const Tensor& value, const Tensor& thought_key, const Tensor& thought_value,
-                       const Tensor& anchors, const Tensor& key_start, Size window, float scale, Address output,
-                       Address lse, Address split_output, Address split_lse, Size splits, int device, Address stream) {
-  if (sizes.size() != 8) refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D", static_cast<Size>(sizes.size()));
-  for (std::size_t i = 0; i < sizes.size(); ++i) at_least("sizes", i == 6 ? 0 : 1, sizes[i]);  // there may be no base
-  at_least("splits", 1, splits);
+void thought_attention(int dtype, const std::vector<Size>& sizes, const MaskNumbers& mask, const Tensors& tensors,
+                       int device, Address stream) {
+  if (sizes.size() != 10) {
+    refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D, Dv, splits", static_cast<Size>(sizes.size()));
+  }
+  for (Size size : sizes) at_least("sizes", 1, size);
+  const bool split = sizes[9] > 1;
+  const auto address = [&](const char* name) { return tensor_of(tensors, name).first; };
   cuda::ThoughtAttention a{};
-  a.query = steps(dtype, "query", query, 4, 1);
-  a.key = steps(dtype, "key", key, 3, sizes[6]);
-  a.value = steps(dtype, "value", value, 3, sizes[6]);
-  a.thought_key = steps(dtype, "thought_key", thought_key, 4, 1);
-  a.thought_value = steps(dtype, "thought_value", thought_value, 4, 1);
-  a.anchors = per_anchor("anchors", anchors);
-  a.key_start = per_anchor("key_start", key_start);
-  a.window = at_least("window", 1, window);
-  a.scale = scale;
-  a.output = pointer<char>("output", output, 1, 4);
-  a.lse = pointer<float>("lse", lse, 1);
-  a.split_output = pointer<float>("split_output", split_output, splits - 1, 8);
-  a.split_lse = pointer<float>("split_lse", split_lse, splits - 1);
+  a.query = steps(dtype, tensors, "query", 4);
+  a.key = steps(dtype, tensors, "key", 3);
+  a.value = steps(dtype, tensors, "value", 3);
+  a.thought_key = steps(dtype, tensors, "thought_key", 4);
+  a.thought_value = steps(dtype, tensors, "thought_value", 4);
+  a.mask = thought_mask(mask);
+  a.output = pointer<char>("output", address("output"), 1, 4);
+  a.lse = pointer<float>("lse", address("lse"), 1);
+  if (split) {
+    a.split_output = pointer<float>("split_output", address("split_output"), 1, 8);
+    a.split_lse = pointer<float>("split_lse", address("split_lse"), 1);
+  }
   a.batch = sizes[0];
   a.query_heads = sizes[1];
   a.kv_heads = sizes[2];
@@ -179,13 +157,16 @@ void thought_attention(int dtype, const std::vector<Size>& sizes, const Tensor& 
   a.thought_steps = at_least("T", sizes[4], sizes[5]);
   a.length = sizes[6];
   a.head_size = sizes[7];
-  a.splits = splits;
+  a.value_size = sizes[8];
+  a.splits = sizes[9];
   constexpr Size kMost = 1 << 30;  // rows and keys are counted in 32 bits
   if (a.length > kMost) refuse("L", "be at most 2^30", a.length);
   if (a.thought_steps > kMost / a.anchors_per_batch) refuse("P * T", "be at most 2^30", a.thought_steps);
   if (a.query_heads / a.kv_heads * a.steps > kMost / a.anchors_per_batch) refuse("rows", "be at most 2^30", a.steps);
   if (a.query_heads % a.kv_heads) refuse("Hq", "be a multiple of Hkv", a.query_heads);
-  if (a.head_size > cuda::kLargestHead) refuse("D", "be at most " + std::to_string(cuda::kLargestHead), a.head_size);
+  const std::string wanted = "be at most " + std::to_string(cuda::kLargestHead);
+  if (a.head_size > cuda::kLargestHead) refuse("D", wanted, a.head_size);
+  if (a.value_size > cuda::kLargestHead) refuse("Dv", wanted, a.value_size);
   cuda::thought_attention(static_cast<DType>(dtype), a, place(device, stream));
 }
 

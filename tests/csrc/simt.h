@@ -351,6 +351,7 @@ inline unsigned char* dynamic_shared() {
 }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1 / x; }
 
 inline float float16_to_float(std::uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;

@@ -72,6 +72,16 @@ def test_logarithm():
     assert units_in_last_place(elementary(cpu.logarithm, x), x.double().log()) <= 1
 
 
+@pytest.mark.usefixtures("instruction_set")
+def test_hyperbolic_tangent():
+    x = torch.cat([torch.linspace(-12, 12, 1_000_003), torch.logspace(-37.9, 38.5, 100_001)])
+    assert units_in_last_place(elementary(cpu.hyperbolic_tangent, x), x.double().tanh()) <= 2
+    special = torch.tensor([-torch.inf, -1e-42, -0.0, 0, torch.inf, torch.nan])
+    actual = elementary(cpu.hyperbolic_tangent, special)
+    torch.testing.assert_close(actual, torch.tanh(special), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(actual[:-1].signbit(), special[:-1].signbit())
+
+
 def values_and_gradients(function, *inputs):
     leaves = [x.detach().requires_grad_() for x in inputs]
     result = function(*leaves)
@@ -172,6 +182,26 @@ LONG = {
         },
     ),
     "head size of whole vectors": ({"length": 40, "head": 32, "query_heads": 2}, {"window": 33}),
+    "thought lengths, blocks of few rows, one of none": (
+        {"length": 100, "num_anchors": 75, "steps": 5, "thought_steps": 7},
+        {
+            "anchors": [(37 * i) % 101 - 1 for i in range(75)],
+            "thought_lengths": [[(29 * i) % 8 for i in range(75)], [0] * 40 + [7, 3] * 17 + [0]],
+        },
+    ),
+    "no query in one of the texts": (
+        {"length": 40, "steps": 2},
+        {"thought_lengths": [[0, 1, 2, 1] * 10, [0] * 40]},
+    ),
+    "window from the step, long thoughts": (
+        {"length": 70, "num_anchors": 9, "steps": 35, "thought_steps": 45, "query_heads": 2},
+        {"anchors": [69, 0, 33, 50, -1, 69, 2, 31, 32], "window": 37, "window_from": "step", "causal": False},
+    ),
+    "softcap, values of whole vectors": (
+        {"length": 70, "steps": 4, "head": 5, "value_head": 32},
+        {"softcap": 1.2, "scale": 0.8, "window": 45, "window_from": "step", "key_start": [0, 40]},
+    ),
+    "large values": ({"length": 40, "head": 24, "value_head": 200, "query_heads": 2}, {"causal": False}),
 }
 
 
@@ -303,7 +333,14 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
     memory = torch.zeros(64)
     place = memory.data_ptr()
     steps = place, (8, 8, 8, 8)
-    three = torch.tensor([3])
+    index, none = torch.tensor([3]), (0, (0, 0))
+    three = index.data_ptr(), (0, 0)
+    mask = none, none, none, 0, False, True, 1.0, 0.0
+    names = (
+        "query", "key", "value", "thought_key", "thought_value", "base_output", "output", "lse", "grad_output",
+        "grad_lse", "base_grad_query", "grad_query", "grad_key", "grad_value", "grad_thought_key", "grad_thought_value",
+    )  # fmt: skip
+    tensors = dict.fromkeys(names, steps)
     mix = [place, 8, place, 8, place]
     for function, arguments, message in (
         (cpu.mix, (2, *mix, place, 1, 8, 1), "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
@@ -321,22 +358,32 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
             cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 1, 1, 0, 1),
             "size must be at least 1, got 0",
         ),
+        (cpu.thought_attention, (0, [1] * 8, mask, tensors, 1), "sizes must be B, Hq, Hkv, P, S, T, L, D, Dv, got 8"),
         (
-            cpu.base_forward, (0, [1, 1, 1, 1, 1, 2, 8], 1.0, 1, *[three.data_ptr()] * 2, *[steps] * 5),
-            "last must be at most L, got 3",
-        ),
-        (
-            cpu.base_backward, (0, [1, 1, 1, 1, 1, 8], 1.0, 1, 0, 0, *[steps] * 10),
-            "sizes must be B, Hq, Hkv, P, S, L, D, got 6",
-        ),
-        (
-            cpu.thought_forward, (0, [1, 3, 2, 1, 1, 1, 8], 1.0, 1, *[steps] * 7),
+            cpu.thought_attention, (0, [1, 3, 2, 1, 1, 1, 1, 8, 8], mask, tensors, 1),
             "Hq must be a multiple of Hkv, got 3",
         ),
-        (cpu.thought_forward, (0, [1, 2, 1, 1, 3, 2, 8], 1.0, 1, *[steps] * 7), "T must be at least 3, got 2"),
+        (cpu.thought_attention, (0, [1, 2, 1, 1, 3, 2, 1, 8, 8], mask, tensors, 1), "T must be at least 3, got 2"),
+        (cpu.thought_attention, (0, [1] * 9, (three, *mask[1:]), tensors, 1), "anchors must be in [-1, 0], got 3"),
+        (cpu.thought_attention, (0, [1] * 9, (none, three, *mask[2:]), tensors, 1), "key_start must be in [0, 1], got 3"),
         (
-            cpu.thought_backward, (0, [1, 1, 1, 1, 1, 1, 8], 1.0, 1, *[steps] * 7, (2, steps[1]), *[steps] * 3),
+            cpu.thought_attention, (0, [1] * 9, (none, none, three, *mask[3:]), tensors, 1),
+            "thought_lengths must be in [0, 1], got 3",
+        ),
+        (
+            cpu.thought_attention, (0, [1] * 9, ((8, (0, 2)), *mask[1:]), tensors, 1),
+            "anchors must have an anchor stride of at most 1, got 2",
+        ),
+        (cpu.thought_attention, (0, [1] * 9, (*mask[:3], -1, *mask[4:]), tensors, 1), "window must be at least 0, got -1"),
+        (cpu.thought_attention, (0, [1, 1, 1, 2, 1, 1, 1, 1, 1], mask, tensors, 1), "P must be L without anchors, got 2"),
+        (cpu.thought_attention, (0, [1] * 9, mask, {"query": steps}, 1), "key must be among the tensors"),
+        (
+            cpu.thought_attention_backward, (0, [1] * 9, mask, tensors | {"grad_lse": (2, steps[1])}, 1),
             "grad_lse must be aligned to 4 bytes, got 2",
+        ),
+        (
+            cpu.thought_attention_backward, (0, [1] * 9, mask, tensors | {"lse": (0, steps[1])}, 1),
+            "lse must not be null",
         ),
         (cpu.exponential, (place, 0, 3), "result must not be null"),
     ):  # fmt: skip

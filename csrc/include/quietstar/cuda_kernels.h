@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "quietstar/contract.h"
+#include "quietstar/thought_mask.h"
 
 namespace quietstar::cuda {
 
@@ -93,27 +94,19 @@ struct Steps {
   std::int64_t batch_stride, head_stride, anchor_stride, step_stride;
 };
 
-// Integers [B, P] with neighbouring elements in the last dimension, or the same one; null if they are not there.
-struct PerAnchor {
-  const std::int64_t* data;
-  std::int64_t batch_stride, anchor_stride;  // the latter 1 or 0
-};
-
 // Attention of thoughts, without gradients: see thought_attention/api.py.
 constexpr std::int64_t kLargestHead = 128;
 constexpr std::int64_t kTileRows = 128;  // the most query rows of one key/value head that a block takes
 
 struct ThoughtAttention {
   Steps query, key, value, thought_key, thought_value;  // anchor_stride of key and value: from one position to the next
-  PerAnchor anchors;                                    // null: 0, 1, 2, ...
-  PerAnchor key_start;                                  // null: 0
-  std::int64_t window;                                  // L or more: none
-  float scale;
-  void* output;  // contiguous [B, Hq, P, S, D]
+  ThoughtMask mask;
+  void* output;  // contiguous [B, Hq, P, S, Dv]
   float* lse;    // contiguous [B, Hq, P, S]
-  // Of every split, contiguous: [splits, B, Hq, P, S, D] and [splits, B, Hq, P, S]; null if there is one split only.
+  // Of every split, contiguous: [splits, B, Hq, P, S, Dv] and [splits, B, Hq, P, S]; null if there is one split only.
   float *split_output, *split_lse;
-  std::int64_t batch, query_heads, kv_heads, anchors_per_batch, steps, thought_steps, length, head_size, splits;
+  std::int64_t batch, query_heads, kv_heads, anchors_per_batch, steps, thought_steps, length, head_size, value_size,
+      splits;
 };
 
 void thought_attention(DType dtype, const ThoughtAttention& arguments, const Launch& where);

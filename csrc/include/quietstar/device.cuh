@@ -82,6 +82,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return result;
 }
 
+// 1/x to 1 unit in the last place; results below the smallest normal number are 0.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 __device__ __forceinline__ float float16_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ std::uint16_t float_to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ std::uint16_t float_to_bfloat16(float x) {

@@ -2,7 +2,7 @@
 //
 // Layout: the rows of one key/value head are (anchor, step, head of the group), anchor-major, and a block takes up to
 // 128 of them, 16 a warp. Its keys come in tiles of 64: first those of the base sequence that any of its rows sees,
-// then the thought keys of its anchors, anchor-major. A warp leaves out tiles in which its rows see nothing, so the
+// then those of the thought keys, anchor-major. A warp leaves out tiles in which its rows see nothing, so the
 // thought keys of other warps' anchors cost it nothing but the barrier. With few rows the tiles are split over blocks,
 // and a second kernel adds up the splits, in fixed order (flash-decoding).
 //
@@ -46,31 +46,29 @@ struct HalfAttention {
     if (tile < list.end) {
       for (int i = threadIdx.x; i < kTileKeys * kPieces; i += blockDim.x) {
         const int place = i / kPieces, piece = i % kPieces;
-        const TileList::Key key = list.key(a, tile, place);
+        const TileList::Key key = list.key(tile, place);
         const bool seen = list.seen(a, head, key);
         const Steps &keys = key.base ? a.key : a.thought_key, &values = key.base ? a.value : a.thought_value;
-        const auto at = [&](const Steps& tensor) {
-          return static_cast<const T*>(tensor.data) + head.batch * tensor.batch_stride +
-                 head.kv_head * tensor.head_stride + (key.base ? key.position : key.anchor) * tensor.anchor_stride +
-                 key.step * tensor.step_stride + piece * 8;
-        };
-        copy(stage(tile, false) + offset(place, piece), keys, at, seen, piece);
-        copy(stage(tile, true) + offset(place, piece), values, at, seen, piece);
+        const auto at = [&](const Steps& tensor) { return head.key<T>(a, tensor, key.base, key.number) + piece * 8; };
+        copy(stage(tile, false) + offset(place, piece), keys, at, seen, a.head_size - piece * 8);
+        copy(stage(tile, true) + offset(place, piece), values, at, seen, a.value_size - piece * 8);
       }
     }
     commit_copies();
   }
 
+  // A piece of a vector that ends `left` elements behind where the piece begins.
   template <class At>
-  __device__ __forceinline__ void copy(unsigned char* to, const Steps& tensor, At& at, bool seen, int piece) const {
+  __device__ __forceinline__ void copy(unsigned char* to, const Steps& tensor, At& at, bool seen,
+                                       std::int64_t left) const {
     if constexpr (kAligned) {
-      const bool inside = seen && piece * 8 < a.head_size;
+      const bool inside = seen && left > 0;
       copy_async(to, inside ? at(tensor) : static_cast<const T*>(tensor.data), inside);
     } else {
       Vector<T, 8> vector;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        vector.element[i] = seen && piece * 8 + i < a.head_size ? at(tensor)[i] : T{0};
+        vector.element[i] = seen && i < left ? at(tensor)[i] : T{0};
       }
       store(reinterpret_cast<T*>(to), vector);
     }
@@ -112,42 +110,38 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
   }
 
   // What all rows of the warp see, and what any of them does: most tiles need no mask, or no work.
-  int low = INT32_MAX, high = -1, all_low = 0, all_high = INT32_MAX;
-  int first_anchor = INT32_MAX, last_anchor = -1;
+  int low = INT32_MAX, high = -1, all_low = 0, all_high = INT32_MAX, own_low = INT32_MAX, own_high = -1;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (sight[r].low <= sight[r].high) low = min(low, sight[r].low);
     high = max(high, sight[r].high);
     all_low = max(all_low, sight[r].low);
     all_high = min(all_high, sight[r].high);
-    if (sight[r].last_step >= 0) {
-      first_anchor = min(first_anchor, sight[r].anchor);
-      last_anchor = max(last_anchor, sight[r].anchor);
-    }
+    if (sight[r].own_low <= sight[r].own_high) own_low = min(own_low, sight[r].own_low);
+    own_high = max(own_high, sight[r].own_high);
   }
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     low = min(low, __shfl_xor_sync(kWholeWarp, low, distance));
     high = max(high, __shfl_xor_sync(kWholeWarp, high, distance));
     all_low = max(all_low, __shfl_xor_sync(kWholeWarp, all_low, distance));
     all_high = min(all_high, __shfl_xor_sync(kWholeWarp, all_high, distance));
-    first_anchor = min(first_anchor, __shfl_xor_sync(kWholeWarp, first_anchor, distance));
-    last_anchor = max(last_anchor, __shfl_xor_sync(kWholeWarp, last_anchor, distance));
+    own_low = min(own_low, __shfl_xor_sync(kWholeWarp, own_low, distance));
+    own_high = max(own_high, __shfl_xor_sync(kWholeWarp, own_high, distance));
   }
 
   float output[kHead / 8][4] = {};
   float largest[2] = {kLowest, kLowest}, sum[2] = {0, 0};
-  const float to_log2 = a.scale * kLog2E;
+  const bool is_capped = a.mask.softcap != 0;
+  const float to_log2 = (is_capped ? 1 : a.mask.scale) * kLog2E;  // a capped score has been scaled
 
   for (int tile = list.begin; tile < list.end; ++tile) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the tile is there for all, and all are done with the one before, which the next overwrites
     attention.fetch(tile + kStages - 1);
 
-    const bool base = tile < list.base_tiles;
-    const int first_key = list.first_key + tile * kTileKeys;
+    const auto [base, valid, first_key] = list.key(tile, 0);
     const bool needed =
-        base ? first_key <= high && first_key + kTileKeys > low
-             : list.key(a, tile, 0).anchor <= last_anchor && list.key(a, tile, kTileKeys - 1).anchor >= first_anchor;
+        base ? first_key <= high && first_key + kTileKeys > low : first_key <= own_high && first_key + kTileKeys > own_low;
     if (!needed) continue;
     const bool masked = !base || first_key < all_low || first_key + kTileKeys - 1 > all_high;
 
@@ -166,19 +160,20 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
         multiply_accumulate<T>(score[2 * n + 1], query[k], second);
       }
     }
+    if (is_capped) {
+#pragma unroll
+      for (auto& of_keys : score) {
+#pragma unroll
+        for (float& s : of_keys) s = capped(s, a.mask);
+      }
+    }
     float highest[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         score[n][i] *= to_log2;
-        if (masked) {
-          const TileList::Key key = list.key(a, tile, n * 8 + pair + i % 2);
-          const RowSight& of_row = sight[i / 2];
-          const bool sees =
-              key.base ? of_row.sees_base(key.position) : key.valid && of_row.sees_thought(key.anchor, key.step);
-          if (!sees) score[n][i] = -kInfinity;
-        }
+        if (masked && !sight[i / 2].sees(base, first_key + n * 8 + pair + i % 2)) score[n][i] = -kInfinity;
         highest[i / 2] = larger(highest[i / 2], score[n][i]);
       }
     }
@@ -232,11 +227,11 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
     for (int n = 0; n < kHead / 8; ++n) {
       const int column = n * 8 + pair;
       const float first = sees ? output[n][2 * r] * factor : 0, second = sees ? output[n][2 * r + 1] * factor : 0;
-      if (a.head_size % 2 == 0) {
-        if (column < a.head_size) result.store_pair(column, first, second);
+      if (a.value_size % 2 == 0) {
+        if (column < a.value_size) result.store_pair(column, first, second);
       } else {
-        if (column < a.head_size) result.store(column, first);
-        if (column + 1 < a.head_size) result.store(column + 1, second);
+        if (column < a.value_size) result.store(column, first);
+        if (column + 1 < a.value_size) result.store(column + 1, second);
       }
     }
     if (lane % 4 == 0) *result.lse = natural_log_sum(largest[r], sum[r]);

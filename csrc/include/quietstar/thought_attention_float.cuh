@@ -21,22 +21,20 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   float* const query = static_shared<Shared>().query[warp_number()];
   const int row = place.first_row + warp_number();
   const RowSight sight = head.sight(a, row);
+  const bool is_capped = a.mask.softcap != 0;
+  const float factor = is_capped ? 1 : a.mask.scale * kLog2E;
   for (std::int64_t column = lane; column < a.head_size; column += kWarpSize) {
-    query[column] = row < head.rows ? head.query<float>(a, row)[column] * a.scale * kLog2E : 0;
+    query[column] = row < head.rows ? head.query<float>(a, row)[column] * factor : 0;
   }
   __syncwarp();
 
   float output[kFloatColumns] = {}, largest = kLowest, sum = 0;
   for (int part = list.begin * 2; part < list.end * 2; ++part) {
-    const TileList::Key key = list.key(a, part / 2, part % 2 * kWarpSize + lane);
-    const bool sees =
-        key.valid && (key.base ? sight.sees_base(key.position) : sight.sees_thought(key.anchor, key.step));
+    const TileList::Key key = list.key(part / 2, part % 2 * kWarpSize + lane);
+    const bool sees = sight.sees(key.base, key.number);
     if (!__any_sync(kWholeWarp, sees)) continue;
     const auto at = [&](const Steps& of_base, const Steps& of_thought) {
-      const Steps& tensor = key.base ? of_base : of_thought;
-      return static_cast<const float*>(tensor.data) + head.batch * tensor.batch_stride +
-             head.kv_head * tensor.head_stride + (key.base ? key.position : key.anchor) * tensor.anchor_stride +
-             key.step * tensor.step_stride;
+      return head.key<float>(a, key.base ? of_base : of_thought, key.base, key.number);
     };
     float score = -kInfinity;
     if (sees) {
@@ -52,6 +50,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
       } else {
         for (std::int64_t column = 0; column < a.head_size; ++column) score += k[column] * query[column];
       }
+      if (is_capped) score = capped(score, a.mask) * kLog2E;
     }
     const float highest = larger(largest, largest_of_lanes(score));
     const float shrink = exp2_approximate(largest - highest), probability = exp2_approximate(score - highest);
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
       const auto v = reinterpret_cast<const float*>(__shfl_sync(kWholeWarp, values, other));
 #pragma unroll
       for (int i = 0; i < kFloatColumns; ++i) {
-        if (v && lane + i * kWarpSize < a.head_size) output[i] += p * v[lane + i * kWarpSize];
+        if (v && lane + i * kWarpSize < a.value_size) output[i] += p * v[lane + i * kWarpSize];
       }
     }
   }
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   const float factor = sum != 0 ? 1 / sum : 0;
 #pragma unroll
   for (int i = 0; i < kFloatColumns; ++i) {
-    if (lane + i * kWarpSize < a.head_size) result.store(lane + i * kWarpSize, output[i] * factor);
+    if (lane + i * kWarpSize < a.value_size) result.store(lane + i * kWarpSize, output[i] * factor);
   }
   if (lane == 0) *result.lse = natural_log_sum(largest, sum);
 }
@@ -95,14 +94,14 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_kernel(Thoug
     total += exp2_approximate((a.split_lse[split * rows + row] - largest) * kLog2E);
   }
   const float factor = total != 0 ? 1 / total : 0;
-  for (std::int64_t column = lane_number(); column < a.head_size; column += kWarpSize) {
+  for (std::int64_t column = lane_number(); column < a.value_size; column += kWarpSize) {
     float output = 0;
 #pragma unroll 4
     for (std::int64_t split = 0; split < a.splits; ++split) {
       const float share = exp2_approximate((a.split_lse[split * rows + row] - largest) * kLog2E);
-      output += share * a.split_output[(split * rows + row) * a.head_size + column];
+      output += share * a.split_output[(split * rows + row) * a.value_size + column];
     }
-    static_cast<T*>(a.output)[row * a.head_size + column] = rounded<T>(output * factor);
+    static_cast<T*>(a.output)[row * a.value_size + column] = rounded<T>(output * factor);
   }
   if (lane_number() == 0) a.lse[row] = total != 0 ? largest + logf(total) : -kInfinity;
 }

@@ -9,16 +9,13 @@ namespace quietstar::cuda {
 
 constexpr int kTileKeys = 64;
 
-// What one query row sees: base keys low ... high, and the thought keys of its anchor up to a step. Rows of a head,
-// keys and anchors are counted in 32 bits, to save registers; offsets in memory have 64.
+// What one query row sees: base keys low ... high, and thought keys own_low ... own_high of the P · T of its text,
+// anchor-major. Rows of a head and keys are counted in 32 bits, to save registers; offsets in memory have 64.
 struct RowSight {
-  int anchor;     // its number; −1: no such row
-  int low, high;  // high < low: none
-  int last_step;  // −1: none
+  int low, high, own_low, own_high;  // high < low: none
 
-  __device__ __forceinline__ bool sees_base(int key) const { return key >= low && key <= high; }
-  __device__ __forceinline__ bool sees_thought(int of_anchor, int step) const {
-    return of_anchor == anchor && step <= last_step;
+  __device__ __forceinline__ bool sees(bool base, int key) const {
+    return base ? key >= low && key <= high : key >= own_low && key <= own_high;
   }
 };
 
@@ -35,12 +32,17 @@ struct AttentionHead {
 
   // Of an anchor; −1: it is inactive.
   __device__ __forceinline__ std::int64_t position(const ThoughtAttention& a, int anchor) const {
-    return of_anchor(a.anchors, anchor, anchor);
+    return of_anchor(a.mask.anchors, anchor, anchor);
   }
 
   // The first base key of its text.
   __device__ __forceinline__ std::int64_t start(const ThoughtAttention& a, int anchor) const {
-    return of_anchor(a.key_start, anchor, 0);
+    return of_anchor(a.mask.key_start, anchor, 0);
+  }
+
+  // How many of its steps exist.
+  __device__ __forceinline__ int length(const ThoughtAttention& a, int anchor) const {
+    return static_cast<int>(min(of_anchor(a.mask.thought_lengths, anchor, a.thought_steps), a.thought_steps));
   }
 
   // With any stride between anchors, kernels spill registers.
@@ -48,14 +50,27 @@ struct AttentionHead {
     return numbers.data ? numbers.data[batch * numbers.batch_stride + (numbers.anchor_stride ? anchor : 0)] : other;
   }
 
-  __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
-    if (row >= rows) return {-1, 0, -1, -1};
-    const int anchor = row / (steps * group), step = row / group % steps;
+  // The first step that has a query.
+  __device__ __forceinline__ int first_step(const ThoughtAttention& a) const {
+    return static_cast<int>(a.thought_steps) - steps;
+  }
+
+  // What the query of a step sees.
+  __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int anchor, int step) const {
     const std::int64_t position = this->position(a, anchor);
-    if (position < 0) return {anchor, 0, -1, -1};
-    const std::int64_t low = max(start(a, anchor), position - min(a.window, a.length) + 1);
-    return {anchor, static_cast<int>(low), static_cast<int>(min(position, a.length - 1)),
-            static_cast<int>(a.thought_steps) - steps + step};
+    const int length = this->length(a, anchor);
+    if (position < 0 || step >= length) return {0, -1, 0, -1};
+    const std::int64_t behind = a.mask.window_from_step ? 1 + step : 0;
+    const std::int64_t low = max(start(a, anchor), position + behind - a.mask.window + 1);
+    const int own = anchor * static_cast<int>(a.thought_steps);
+    const int own_low = a.mask.window_from_step && a.mask.window <= step ? step - static_cast<int>(a.mask.window) + 1 : 0;
+    return {static_cast<int>(low), static_cast<int>(min(position, a.length - 1)), own + own_low,
+            own + (a.mask.causal ? step : length - 1)};
+  }
+
+  __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
+    if (row >= rows) return {0, -1, 0, -1};
+    return sight(a, row / (steps * group), first_step(a) + row / group % steps);
   }
 
   template <class T>
@@ -63,6 +78,15 @@ struct AttentionHead {
     const int anchor = row / (steps * group), step = row / group % steps, head = kv_head * group + row % group;
     return static_cast<const T*>(a.query.data) + batch * a.query.batch_stride + head * a.query.head_stride +
            anchor * a.query.anchor_stride + step * a.query.step_stride;
+  }
+
+  // The vector of a base key, or of one of the thought keys of all anchors, or of its value.
+  template <class T>
+  __device__ __forceinline__ const T* key(const ThoughtAttention& a, const Steps& tensor, bool base, int number) const {
+    const int thought_steps = static_cast<int>(a.thought_steps);
+    const int step = base ? 0 : number % thought_steps;
+    return static_cast<const T*>(tensor.data) + batch * tensor.batch_stride + kv_head * tensor.head_stride +
+           (base ? number : number / thought_steps) * tensor.anchor_stride + step * tensor.step_stride;
   }
 
   // Of the row in tensors [B, Hq, P, S].
@@ -90,34 +114,35 @@ struct BlockPlace {
 
 // The tiles of keys that a block takes.
 struct TileList {
-  int first_key, base_tiles, base_end;         // base keys first_key ... base_end − 1
-  int first_anchor, thought_keys, begin, end;  // tiles begin ... end − 1 of base and thought tiles
+  int first_key, base_tiles, base_end;  // base keys first_key ... base_end − 1
+  int first_own, own_end, begin, end;   // thought keys first_own ... own_end − 1; tiles begin ... end − 1 of both
+  int first_anchor, end_anchor;         // of the rows
 
   // Of a tile's place: whether it is a base key or a thought key, and which; valid says whether there is one.
   struct Key {
     bool base, valid;
-    int position;      // of a base key
-    int anchor, step;  // of a thought key
+    int number;
   };
-  __device__ __forceinline__ Key key(const ThoughtAttention& a, int tile, int place) const {
-    if (tile < base_tiles) {
-      const int position = first_key + tile * kTileKeys + place;
-      return {true, position < base_end, position, 0, 0};
-    }
-    const int number = (tile - base_tiles) * kTileKeys + place, steps = static_cast<int>(a.thought_steps);
-    return {false, number < thought_keys, 0, first_anchor + number / steps, number % steps};
+  __device__ __forceinline__ Key key(int tile, int place) const {
+    const bool base = tile < base_tiles;
+    const int number = (base ? first_key + tile * kTileKeys : first_own + (tile - base_tiles) * kTileKeys) + place;
+    return {base, number < (base ? base_end : own_end), number};
   }
 
-  // Whether some row of the block sees a key.
+  // Whether some row sees a key; what rows of another block see may be left out, or not.
   __device__ __forceinline__ bool seen(const ThoughtAttention& a, const AttentionHead& head, const Key& key) const {
     if (!key.valid) return false;
-    if (!key.base) return head.position(a, key.anchor) >= 0;
-    if (a.window >= a.length && a.key_start.anchor_stride == 0) return key.position >= head.start(a, first_anchor);
+    if (!key.base) {  // the first query sees the earliest steps, the last query the last one that exists
+      const int steps = static_cast<int>(a.thought_steps), anchor = key.number / steps;
+      const RowSight sight = head.sight(a, anchor, head.first_step(a));
+      return sight.own_high >= 0 && key.number >= sight.own_low && key.number - anchor * steps < head.length(a, anchor);
+    }
+    if (a.mask.window == ThoughtMask::kNoWindow && a.mask.key_start.anchor_stride == 0) {
+      return key.number >= head.start(a, first_anchor);
+    }
     // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key.
-    const int anchors = thought_keys / static_cast<int>(a.thought_steps);
-    for (int anchor = first_anchor; anchor < first_anchor + anchors; ++anchor) {
-      const std::int64_t last = head.position(a, anchor);
-      if (key.position <= last && key.position > last - a.window && key.position >= head.start(a, anchor)) return true;
+    for (int anchor = first_anchor; anchor < end_anchor; ++anchor) {
+      if (head.sight(a, anchor, head.first_step(a)).sees(true, key.number)) return true;  // the first query sees most
     }
     return false;
   }
@@ -127,37 +152,50 @@ struct TileList {
 __device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const AttentionHead& head, int first_row,
                                               int end_row, int split) {
   struct Shared {
-    int low[kMostWarps], high[kMostWarps];
+    int lowest[2][kMostWarps], highest[2][kMostWarps];
   };
   Shared& shared = static_shared<Shared>();
-  int low = INT32_MAX, high = -1;
+  int low[2] = {INT32_MAX, INT32_MAX}, high[2] = {-1, -1};  // of base keys, of thought keys
   for (int row = first_row + static_cast<int>(threadIdx.x); row < end_row; row += static_cast<int>(blockDim.x)) {
     const RowSight sight = head.sight(a, row);
-    if (sight.high < sight.low) continue;
-    low = min(low, sight.low);
-    high = max(high, sight.high);
+    if (sight.high >= sight.low) {
+      low[0] = min(low[0], sight.low);
+      high[0] = max(high[0], sight.high);
+    }
+    if (sight.own_high >= sight.own_low) {
+      low[1] = min(low[1], sight.own_low);
+      high[1] = max(high[1], sight.own_high);
+    }
   }
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    low = min(low, __shfl_xor_sync(kWholeWarp, low, distance));
-    high = max(high, __shfl_xor_sync(kWholeWarp, high, distance));
-  }
-  if (lane_number() == 0) {
-    shared.low[warp_number()] = low;
-    shared.high[warp_number()] = high;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+      low[i] = min(low[i], __shfl_xor_sync(kWholeWarp, low[i], distance));
+      high[i] = max(high[i], __shfl_xor_sync(kWholeWarp, high[i], distance));
+    }
+    if (lane_number() == 0) {
+      shared.lowest[i][warp_number()] = low[i];
+      shared.highest[i][warp_number()] = high[i];
+    }
   }
   __syncthreads();
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
-    low = min(low, shared.low[warp]);
-    high = max(high, shared.high[warp]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
+      low[i] = min(low[i], shared.lowest[i][warp]);
+      high[i] = max(high[i], shared.highest[i][warp]);
+    }
   }
   TileList list;
-  list.first_key = high < low ? 0 : low / kTileKeys * kTileKeys;
-  list.base_end = high + 1;
-  list.base_tiles = high < low ? 0 : (list.base_end - list.first_key + kTileKeys - 1) / kTileKeys;
-  const int rows_of_anchor = head.steps * head.group;
-  list.first_anchor = first_row / rows_of_anchor;
-  list.thought_keys = ((end_row - 1) / rows_of_anchor + 1 - list.first_anchor) * static_cast<int>(a.thought_steps);
-  const std::int64_t tiles = list.base_tiles + (list.thought_keys + kTileKeys - 1) / kTileKeys;
+  const bool base = high[0] >= low[0], own = high[1] >= low[1];
+  list.first_key = base ? low[0] / kTileKeys * kTileKeys : 0;
+  list.base_end = high[0] + 1;
+  list.base_tiles = base ? (list.base_end - list.first_key + kTileKeys - 1) / kTileKeys : 0;
+  list.first_own = own ? low[1] : 0;
+  list.own_end = high[1] + 1;
+  list.first_anchor = first_row / (head.steps * head.group);
+  list.end_anchor = (end_row - 1) / (head.steps * head.group) + 1;
+  const std::int64_t tiles = list.base_tiles + (list.own_end - list.first_own + kTileKeys - 1) / kTileKeys;
   list.begin = static_cast<int>(tiles * split / a.splits);
   list.end = static_cast<int>(tiles * (split + 1) / a.splits);
   return list;
@@ -174,8 +212,8 @@ struct RowResult {
     const std::int64_t place = head.place(a, row);
     const std::int64_t rows = a.batch * a.query_heads * a.anchors_per_batch * a.steps;
     const bool whole = a.splits == 1;
-    output = whole ? static_cast<T*>(a.output) + place * a.head_size : nullptr;
-    split_output = whole ? nullptr : a.split_output + (split * rows + place) * a.head_size;
+    output = whole ? static_cast<T*>(a.output) + place * a.value_size : nullptr;
+    split_output = whole ? nullptr : a.split_output + (split * rows + place) * a.value_size;
     lse = whole ? a.lse + place : a.split_lse + split * rows + place;
   }
 
@@ -196,6 +234,19 @@ struct RowResult {
     }
   }
 };
+
+// c tanh(scale · x / c) of a product x, with c the softcap: Cephes' polynomial (Moshier) near 0, where
+// 1 − 2 / (e^2y + 1) would lose digits.
+__device__ __forceinline__ float capped(float product, const ThoughtMask& mask) {
+  const float y = product * (mask.scale / mask.softcap), size = fabsf(y), square = y * y;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float far = 1 - 2 * reciprocal_approximate(exp2_approximate(size * (2 * kLog2E)) + 1);
+  return copysignf(size < 0.625f ? p * square * size + size : far, y) * mask.softcap;
+}
 
 constexpr float kLn2 = 0.6931471805599453f;
 

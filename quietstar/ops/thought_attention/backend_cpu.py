@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
-from quietstar.ops.thought_attention.backend_torch import blank_inactive
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
 
 
@@ -16,58 +15,41 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
     """See ``backends.py``."""
     output = torch.empty(inputs.output_shape, dtype=inputs.query.dtype)
     lse = torch.empty(inputs.query.shape[:-1])
-    query, key, value, thought_key, thought_value = map(unit_columns, inputs)
     # The merged output goes over that of the base part if it fits, which spares the memory and its page faults.
     base_output = output if output.dtype == torch.float32 else torch.empty(output.shape)
-    first, last = _visible_keys(query, key, mask)
-    _C.cpu.base_forward(
-        *_shape(query, key, mask.scale), address(first), address(last), _steps(query), _base(key), _base(value),
-        _steps(base_output), _column(lse),
-    )  # fmt: skip
-    _C.cpu.thought_forward(
-        *_shape(query, thought_key, mask.scale), _steps(query), _steps(thought_key), _steps(thought_value),
-        _steps(base_output), _column(lse), _steps(output), _column(lse),
-    )  # fmt: skip
-    blank_inactive(inputs, mask, output, lse)
+    inputs = Inputs(*map(unit_columns, inputs))
+    tensors = {"output": _steps(output), "lse": _column(lse), "base_output": _steps(base_output)}
+    _C.cpu.thought_attention(*_call(inputs, mask), _described(inputs) | tensors, torch.get_num_threads())
     return Result(output, lse)
 
 
 def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result) -> Inputs:
     """See ``backends.py``."""
-    grad_output, grad_lse = unit_columns(gradients.output), gradients.lse
-    output, lse = unit_columns(result.output), result.lse
-    query, key, value, thought_key, thought_value = map(unit_columns, inputs)
-    base_grad_query, grad_key, grad_value = (torch.empty(x.shape) for x in (query, key, value))
-    grad_thought_key, grad_thought_value = (torch.empty(x.shape, dtype=x.dtype) for x in (thought_key, thought_value))
-    grad_query = base_grad_query if query.dtype == torch.float32 else torch.empty(query.shape, dtype=query.dtype)
-    first, last = _visible_keys(query, key, mask)
-    _C.cpu.base_backward(
-        *_shape(query, key, mask.scale), address(first), address(last), _steps(query), _base(key), _base(value),
-        _steps(output), _steps(grad_output), _column(lse), _column(grad_lse), _steps(base_grad_query),
-        _base(grad_key), _base(grad_value),
-    )  # fmt: skip
-    _C.cpu.thought_backward(
-        *_shape(query, thought_key, mask.scale), _steps(query), _steps(thought_key), _steps(thought_value),
-        _steps(output), _steps(grad_output), _steps(base_grad_query), _column(lse), _column(grad_lse),
-        _steps(grad_query), _steps(grad_thought_key), _steps(grad_thought_value),
-    )  # fmt: skip
-    return Inputs(grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_thought_key, grad_thought_value)
+    inputs = Inputs(*map(unit_columns, inputs))
+    output, grad_output = unit_columns(result.output), unit_columns(gradients.output)
+    dtype = inputs.query.dtype
+    dtypes = dtype, torch.float32, torch.float32, dtype, dtype  # those of the base are sums over blocks of anchors
+    grads = Inputs(*(torch.empty(x.shape, dtype=wanted) for x, wanted in zip(inputs, dtypes, strict=True)))
+    base_grad_query = grads.query if dtype == torch.float32 else torch.empty(grads.query.shape)
+    tensors = {
+        "output": _steps(output), "grad_output": _steps(grad_output), "lse": _column(result.lse),
+        "grad_lse": _column(gradients.lse), "base_grad_query": _steps(base_grad_query),
+    }  # fmt: skip
+    tensors |= {f"grad_{name}": tensor for name, tensor in _described(grads).items()}
+    _C.cpu.thought_attention_backward(*_call(inputs, mask), _described(inputs) | tensors, torch.get_num_threads())
+    return Inputs(*(grad.to(dtype) for grad in grads))
 
 
-def _visible_keys(query: Tensor, key: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """The base keys that each anchor sees, first <= l < last: two int64 [B, P]."""
-    last = (mask.anchors_in(key.shape[2], key.device) + 1).expand(query.shape[0], -1).contiguous()
-    first = torch.zeros_like(last) if mask.window is None else (last - mask.window).clamp_min_(0)
-    if mask.key_start is not None:
-        first = torch.maximum(first, mask.key_start)
-    return first, last
+def _call(inputs: Inputs, mask: Mask) -> tuple[int, list[int], tuple]:
+    """Dtype, sizes and mask."""
+    indices = (((0, (0, 0)) if x is None else (address(x), x.stride())) for x in mask.per_anchor(inputs))
+    return DTYPE_CODES[inputs.query.dtype], inputs.sizes, (*indices, *mask.native_numbers)
 
 
-def _shape(query: Tensor, keys: Tensor, scale: float) -> tuple[int, list[int], float, int]:
-    """Dtype, sizes B, Hq, Hkv, P, S, L or T, D, scale and threads."""
-    batch, query_heads, num_anchors, steps, head_size = query.shape
-    sizes = [batch, query_heads, keys.shape[1], num_anchors, steps, keys.shape[-2], head_size]
-    return DTYPE_CODES[query.dtype], sizes, scale, torch.get_num_threads()
+def _described(inputs: Inputs) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Address and strides by name."""
+    base = {"key": _base(inputs.key), "value": _base(inputs.value)}
+    return {name: _steps(tensor) for name, tensor in inputs._asdict().items() if name not in base} | base
 
 
 def _steps(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

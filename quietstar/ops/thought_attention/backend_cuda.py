@@ -17,32 +17,36 @@ _BLOCKS_OF_A_PROCESSOR = 2
 
 def forward(inputs: Inputs, mask: Mask) -> Result:
     """See ``backends.py``."""
-    query, key = inputs.query, inputs.key
-    output = torch.empty(inputs.output_shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, length = key.shape[1:3]
-    sizes = [batch, query_heads, kv_heads, num_anchors, steps, inputs.thought_steps, length, head_size]
-    splits = _splits(query, kv_heads, length)
-    split_output = split_lse = None
+    query, device = inputs.query, inputs.query.device
+    inputs = Inputs(*map(unit_columns, inputs))
+    results = {
+        "output": torch.empty(inputs.output_shape, dtype=query.dtype, device=device),
+        "lse": torch.empty(query.shape[:-1], dtype=torch.float32, device=device),
+    }
+    splits = _splits(inputs)
+    parts = {}
     if splits > 1:
-        split_output = torch.empty(splits, *output.shape, dtype=torch.float32, device=query.device)
-        split_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=query.device)
-    held = [unit_columns(x) for x in inputs]
-    indices = [None if x is None else x.expand(batch, num_anchors) for x in (mask.anchors, mask.key_start)]
+        parts = {
+            f"split_{name}": torch.empty(splits, *x.shape, dtype=torch.float32, device=device)
+            for name, x in results.items()
+        }
+    tensors = {name: _vectors(x) for name, x in (inputs._asdict() | results | parts).items()}
+    indices = ((0, (0, 0)) if x is None else (address(x), x.stride()) for x in mask.per_anchor(inputs))
     _C.cuda.thought_attention(
-        DTYPE_CODES[query.dtype], sizes, *((address(x), x.stride()[:-1]) for x in held),
-        *((0, (0, 0)) if x is None else (address(x), (x.stride(0), min(x.stride(1), 1))) for x in indices),
-        length if mask.window is None else mask.window, mask.scale, address(output), address(lse),
-        address(split_output), address(split_lse), splits, *launch_place(query),
+        DTYPE_CODES[query.dtype], [*inputs.sizes, splits], (*indices, *mask.native_numbers), tensors,
+        *launch_place(query),
     )  # fmt: skip
-    return Result(output, lse)
+    return Result(**results)
 
 
-def _splits(query: Tensor, kv_heads: int, length: int) -> int:
+def _vectors(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of a tensor [..., D], but for that of D."""
+    return address(tensor), tensor.stride()[:-1]
+
+
+def _splits(inputs: Inputs) -> int:
     """Into how many parts to split the keys, so that all processors have work."""
-    batch, query_heads, num_anchors, steps, _ = query.shape
-    rows = num_anchors * steps * (query_heads // kv_heads)
-    blocks = batch * kv_heads * -(-rows // _C.cuda.TILE_ROWS)
-    resident = _BLOCKS_OF_A_PROCESSOR * processors(query.device)
+    batch, _, kv_heads, num_anchors, steps, _, length, *_ = inputs.sizes
+    blocks = batch * kv_heads * -(-num_anchors * steps * inputs.group // _C.cuda.TILE_ROWS)
+    resident = _BLOCKS_OF_A_PROCESSOR * processors(inputs.query.device)
     return max(1, min(resident // blocks, -(-length // _SPLIT_KEYS)))

@@ -36,7 +36,7 @@ def _cuda() -> ModuleType:
 def _cuda_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
     if needs_gradient:
         return "its kernels have no backward, and an input needs a gradient (torch.no_grad() switches gradients off)"
-    return _head_too_large(inputs, 128) or _lacks(inputs, mask) or cuda_unavailable(inputs.query)
+    return _head_too_large(inputs, 128) or cuda_unavailable(inputs.query)
 
 
 def _cpu() -> ModuleType:
@@ -46,7 +46,7 @@ def _cpu() -> ModuleType:
 
 
 def _cpu_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
-    return _lacks(inputs, mask) or cpu_unavailable(inputs.query)
+    return cpu_unavailable(inputs.query)
 
 
 def _torch() -> ModuleType:
@@ -62,9 +62,10 @@ def _reference() -> ModuleType:
 
 
 def _head_too_large(inputs: Inputs, largest: int) -> str | None:
-    if inputs.query.shape[-1] <= largest:
-        return None
-    return f"its kernels take heads of at most {largest} elements, got D = {inputs.query.shape[-1]}"
+    for name, tensor in (("D", inputs.query), ("Dv", inputs.value)):
+        if tensor.shape[-1] > largest:
+            return f"its kernels take heads of at most {largest} elements, got {name} = {tensor.shape[-1]}"
+    return None
 
 
 def _lacks(inputs: Inputs, mask: Mask) -> str | None:

@@ -31,6 +31,13 @@ class Inputs(NamedTuple):
         return self.query.shape[1] // max(1, self.key.shape[1])
 
     @property
+    def sizes(self) -> list[int]:
+        """B, Hq, Hkv, P, S, T, L, D, Dv: what compiled kernels take."""
+        batch, query_heads, num_anchors, steps, head_size = self.query.shape
+        _, kv_heads, length, value_size = self.value.shape
+        return [batch, query_heads, kv_heads, num_anchors, steps, self.thought_steps, length, head_size, value_size]
+
+    @property
     def output_shape(self) -> torch.Size:
         """[B, Hq, P, S, Dv]."""
         return self.query.shape[:-1] + self.value.shape[-1:]
@@ -98,6 +105,16 @@ class Mask(NamedTuple):
             inputs.query.shape[-1] ** -0.5 if scale is None else float(scale),
             None if softcap is None else float(softcap),
         )
+
+    def per_anchor(self, inputs: Inputs) -> list[Tensor | None]:
+        """Anchors, key_start and thought_lengths as [B, P]: views, with neighbouring elements or one for all."""
+        shape = inputs.query.shape[0], inputs.query.shape[2]
+        return [None if x is None else x.expand(shape) for x in self[:3]]
+
+    @property
+    def native_numbers(self) -> tuple[int, bool, bool, float, float]:
+        """What compiled kernels take besides: 0 is no window, and no softcap."""
+        return self.window or 0, self.window_from_step, self.causal, self.scale, self.softcap or 0.0
 
     def anchors_in(self, length: int, device: torch.device) -> Tensor:
         """[1 or B, P], of a base sequence of ``length``."""
@@ -170,4 +187,5 @@ def _per_anchor(values: Tensor | None) -> Tensor | None:
 
 
 def _index(values: Tensor) -> Tensor:
-    return values.to(torch.int64).contiguous()
+    # A dimension of size 1 may come with any stride, which contiguous() leaves as it is.
+    return values.to(torch.int64).reshape(-1).view(values.shape)
