@@ -1,5 +1,6 @@
 """What no row of a sequence sees may hold anything: it changes no result and gets no gradient, in every backend."""
 
+import itertools
 import math
 
 import pytest
@@ -40,6 +41,33 @@ CASES = {
     "a bit of everything": (
         {"num_anchors": 3, "length": 64}, {"anchors": [[50, 20, -1], [63, -1, 3]], "window": 9, "key_start": [15, 0]},
     ),
+    "steps that do not exist": (
+        {"num_anchors": 5, "length": 40, "steps": 4},
+        {"anchors": [3, 39, -1, 5, 20], "thought_lengths": [[4, 0, 3, 2, 1], [0, 0, 4, 0, 0]]},
+    ),
+    "steps that do not exist, S < T, both ways": (
+        {"num_anchors": 4, "length": 40, "steps": 2, "thought_steps": 5},
+        {"anchors": [3, 20, 39, 38], "thought_lengths": [5, 4, 3, 1], "causal": False},
+    ),
+    "many steps that do not exist": (
+        ONE | {"num_anchors": 35, "length": 70, "steps": 2, "thought_steps": 3},
+        {"anchors": [(37 * i) % 70 for i in range(35)], "thought_lengths": [i * 3 % 7 % 4 for i in range(35)]},
+    ),
+    "windows from steps": (
+        {"num_anchors": 3, "length": 90, "steps": 3, "thought_steps": 7},
+        {"anchors": [[80, 7, 40], [1, -1, 60]], "window": 6, "window_from": "step"},
+    ),
+    "own steps out of the window": (
+        {"num_anchors": 3, "length": 40, "steps": 2, "thought_steps": 70},
+        {"anchors": [39, 2, 5], "window": 3, "window_from": "step", "thought_lengths": [70, 69, 68], "causal": False},
+    ),
+    "all options, values of another size": (
+        {"num_anchors": 4, "length": 64, "steps": 3, "thought_steps": 5, "value_head": 12},
+        {
+            "anchors": [[50, 20, -1, 8], [63, 11, 3, 3]], "window": 4, "window_from": "step", "key_start": [15, 0],
+            "thought_lengths": [[5, 3, 4, 2], [4, 5, 0, 5]], "causal": False, "softcap": 1.5,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -47,19 +75,28 @@ def half(backend):
     return torch.bfloat16 if backend == "cpu" else torch.float16
 
 
-def unseen(inputs, anchors=None, key_start=None, window=None):
-    """Base keys that no row sees, bool [B, L], and inactive anchors, bool [B, P]; one by one."""
-    query, key = inputs[:2]
-    batch, length = key.shape[0], key.shape[2]
+def unseen(inputs, anchors=None, key_start=None, thought_lengths=None, window=math.inf, window_from="anchor", **_):
+    """What no row sees, one by one: base keys, bool [B, L], queries [B, P, S] and thought keys [B, P, T]."""
+    query, key, _, thought_key, _ = inputs
+    (batch, _, num_anchors, steps), length, thought_steps = query.shape[:4], key.shape[2], thought_key.shape[3]
     anchors = torch.arange(length) if anchors is None else anchors
-    anchors = anchors.expand(batch, -1).cpu()
-    starts = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.view(batch, -1).cpu()
-    starts = starts.expand(anchors.shape)
-    keys = torch.ones(batch, length, dtype=torch.bool)
-    for b in range(batch):
-        for a, start in zip(anchors[b].tolist(), starts[b].tolist(), strict=True):
-            keys[b, max(start, 0 if window is None else a - window + 1) : a + 1] = False
-    return keys.to(query.device), (anchors < 0).to(query.device)
+    starts = torch.zeros(batch, 1, dtype=torch.int64) if key_start is None else key_start.view(batch, -1)
+    lengths = torch.tensor(thought_steps) if thought_lengths is None else thought_lengths
+    anchors, starts, lengths = (x.expand(batch, num_anchors).tolist() for x in (anchors, starts, lengths))
+    keys, rows, own = (
+        torch.ones(shape, dtype=torch.bool)
+        for shape in ((batch, length), (batch, num_anchors, steps), (batch, num_anchors, thought_steps))
+    )
+    for b, p, s in itertools.product(range(batch), range(num_anchors), range(steps)):
+        a, step = anchors[b][p], thought_steps - steps + s
+        if a < 0 or step >= lengths[b][p]:
+            continue
+        rows[b, p, s] = False
+        from_step = window_from == "step"
+        keys[b, max(starts[b][p], a + (1 + step if from_step else 0) + 1 - min(window, 999)) : a + 1] = False
+        # With causal=False a step sees later ones too, but so do those themselves.
+        own[b, p, max(0, step + 1 - min(window, 999)) if from_step else 0 : lengths[b][p]] = False
+    return [x.to(query.device) for x in (keys, rows, own)]
 
 
 def run(inputs, options, backend, grads):
@@ -76,11 +113,12 @@ def run(inputs, options, backend, grads):
 def test_it_changes_nothing(name, junk, every_backend, device):
     dtype = torch.float32 if math.isnan(junk) else half(every_backend)
     inputs, options = case(name, dtype, device, CASES)
-    keys, anchors = unseen(inputs, **options)
-    keys, rows, vectors = keys[:, None, :, None], anchors[:, None, :, None], anchors[:, None, :, None, None]
-    hidden = vectors, keys, keys, vectors, vectors  # of each input
+    keys, rows, own = (x[:, None] for x in unseen(inputs, **options))
+    keys, vectors, own = (x[..., None] for x in (keys, rows, own))
+    hidden = vectors, keys, keys, own, own  # of each input
     inputs = [x.detach() for x in inputs]
-    grads = torch.randn_like(inputs[0]), torch.randn(inputs[0].shape[:-1], device=device)
+    shape = inputs[0].shape[:-1]
+    grads = torch.randn(*shape, inputs[2].shape[-1], dtype=dtype, device=device), torch.randn(shape, device=device)
 
     clean = run(inputs, options, every_backend, grads)
     spoiled = [x.masked_fill(mask, junk) for x, mask in zip(inputs, hidden, strict=True)]

@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   const int row = place.first_row + warp_number();
   const RowSight sight = head.sight(a, row);
   const bool is_capped = a.mask.softcap != 0;
-  const float factor = is_capped ? 1 : a.mask.scale * kLog2E;
+  const float query_factor = is_capped ? 1 : a.mask.scale * kLog2E;
   for (std::int64_t column = lane; column < a.head_size; column += kWarpSize) {
-    query[column] = row < head.rows ? head.query<float>(a, row)[column] * factor : 0;
+    query[column] = row < head.rows ? head.query<float>(a, row)[column] * query_factor : 0;
   }
   __syncwarp();
 

@@ -42,7 +42,7 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
 
 def _call(inputs: Inputs, mask: Mask) -> tuple[int, list[int], tuple]:
     """Dtype, sizes and mask."""
-    indices = (((0, (0, 0)) if x is None else (address(x), x.stride())) for x in mask.per_anchor(inputs))
+    indices = ((address(x), strides) for x, strides in mask.per_anchor(inputs))
     return DTYPE_CODES[inputs.query.dtype], inputs.sizes, (*indices, *mask.native_numbers)
 
 

@@ -31,7 +31,7 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
             for name, x in results.items()
         }
     tensors = {name: _vectors(x) for name, x in (inputs._asdict() | results | parts).items()}
-    indices = ((0, (0, 0)) if x is None else (address(x), x.stride()) for x in mask.per_anchor(inputs))
+    indices = ((address(x), strides) for x, strides in mask.per_anchor(inputs))
     _C.cuda.thought_attention(
         DTYPE_CODES[query.dtype], [*inputs.sizes, splits], (*indices, *mask.native_numbers), tensors,
         *launch_place(query),

@@ -106,10 +106,12 @@ class Mask(NamedTuple):
             None if softcap is None else float(softcap),
         )
 
-    def per_anchor(self, inputs: Inputs) -> list[Tensor | None]:
-        """Anchors, key_start and thought_lengths as [B, P]: views, with neighbouring elements or one for all."""
+    def per_anchor(self, inputs: Inputs) -> list[tuple[Tensor | None, tuple[int, int]]]:
+        """Anchors, key_start and thought_lengths as [B, P], with strides: that of anchors is 1, or 0 (one for all)."""
         shape = inputs.query.shape[0], inputs.query.shape[2]
-        return [None if x is None else x.expand(shape) for x in self[:3]]
+        expanded = [None if x is None else x.expand(shape) for x in self[:3]]
+        # A dimension of size 1 may have any stride.
+        return [(x, (0, 0) if x is None else (x.stride(0), min(x.stride(1), 1))) for x in expanded]
 
     @property
     def native_numbers(self) -> tuple[int, bool, bool, float, float]:
@@ -187,5 +189,4 @@ def _per_anchor(values: Tensor | None) -> Tensor | None:
 
 
 def _index(values: Tensor) -> Tensor:
-    # A dimension of size 1 may come with any stride, which contiguous() leaves as it is.
-    return values.to(torch.int64).reshape(-1).view(values.shape)
+    return values.to(torch.int64).contiguous()
