@@ -49,6 +49,7 @@ CASES = {
         {"num_anchors": 4, "length": 40, "steps": 2, "thought_steps": 5},
         {"anchors": [3, 20, 39, 38], "thought_lengths": [5, 4, 3, 1], "causal": False},
     ),
+    "no steps behind the last positions": ({}, {"thought_lengths": [3, 1, 2, 3, 0, 0]}),
     "many steps that do not exist": (
         ONE | {"num_anchors": 35, "length": 70, "steps": 2, "thought_steps": 3},
         {"anchors": [(37 * i) % 70 for i in range(35)], "thought_lengths": [i * 3 % 7 % 4 for i in range(35)]},

@@ -80,6 +80,7 @@ def base_forward(inputs: Inputs, mask: Mask) -> tuple[Tensor, Tensor]:
 
     The output is in the dtype of ``query`` or wider. Rows that see no base key have lse −inf.
     """
+    mask = mask.without_idle_anchors(inputs)
     repeats = causal_repeats(inputs, mask)
     if repeats is not None:
         return flash.forward(*inputs[:3], repeats, mask.scale)
@@ -90,6 +91,7 @@ def base_backward(
     gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What reaches query, key and value through the base keys, given the *merged* output and lse."""
+    mask = mask.without_idle_anchors(inputs)
     # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
     repeats = causal_repeats(inputs, mask) if gradients.lse is None else None
     if repeats is not None:

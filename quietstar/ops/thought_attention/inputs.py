@@ -122,6 +122,13 @@ class Mask(NamedTuple):
         """[1 or B, P], of a base sequence of ``length``."""
         return torch.arange(length, device=device)[None] if self.anchors is None else self.anchors
 
+    def without_idle_anchors(self, inputs: Inputs) -> "Mask":
+        """The same, but anchors of which no query exists are −1: what only they would see, nobody sees."""
+        if self.thought_lengths is None:
+            return self
+        idle = self.thought_lengths <= inputs.thought_steps - inputs.steps
+        return self._replace(anchors=torch.where(idle, -1, self.anchors_in(inputs.key.shape[2], idle.device)))
+
     def window_offset(self, steps: int, thought_steps: int) -> int:
         """How far behind the anchor the window of the first query ends; that of the next ones moves on with them."""
         return 1 + thought_steps - steps if self.window_from_step else 0
