@@ -2,8 +2,8 @@
 //
 // As in FlashAttention (Dao et al., NeurIPS 2022), scores exist for one block of keys at a time. A task is a block of
 // anchors and a key/value head: its rows are those of all heads of the group and of all steps that exist, so that a key
-// is loaded once for many rows. Scores are transposed, [keys, rows]: rows lie in the lanes of a vector, and keys and values are
-// used as they lie in memory.
+// is loaded once for many rows. Scores are transposed, [keys, rows]: rows lie in the lanes of a vector, and keys and
+// values are used as they lie in memory.
 //
 // What is not seen may be NaN, and 0 · NaN is NaN: a block of which no row sees some keys is copied, with zeros for
 // those, and rows that see no key are taken for zeros.
@@ -196,9 +196,8 @@ class Task {
     const int64_t width = rounded_up(size, kLanes);
     for (int64_t row = 0; row < rows_; ++row) {
       float* place = row_of(to, row);
-      for_vectors(0, size, [&](int64_t d, auto extent) {
-        store(place + d, load(from + row * width + d, Whole{}), extent);
-      });
+      for_vectors(0, size,
+                  [&](int64_t d, auto extent) { store(place + d, load(from + row * width + d, Whole{}), extent); });
     }
   }
 
@@ -334,10 +333,10 @@ void base_backward(const ThoughtAttentionBackward<T>& a) {
   const auto sums_of_chain = [&](int64_t head, int64_t chain) {
     return sums.of_thread(0) + (head * chains + chain) * floats;
   };
-  const Scratch scratch(most * (a.head_size + a.value_size + 2 * width + value_width + (capped ? 3 : 2) * kKeys + 2 +
-                                Task::kFloats) +
-                            kKeys * (width + value_width),
-                        a.threads);
+  const Scratch scratch(
+      most * (a.head_size + a.value_size + 2 * width + value_width + (capped ? 3 : 2) * kKeys + 2 + Task::kFloats) +
+          kKeys * (width + value_width),
+      a.threads);
   for_rows(heads * chains, a.threads, [&](int64_t number, int thread) {
     const int64_t head = number / chains, chain = number % chains, batch = head / a.kv_heads;
     float *grad_keys = sums_of_chain(head, chain), *grad_values = grad_keys + key_floats;

@@ -276,10 +276,17 @@ void check_range(const char* name, const PerAnchor& values, const ThoughtShape& 
 ThoughtShape thought_shape(const std::vector<Size>& sizes, const MaskNumbers& mask, int threads) {
   if (sizes.size() != 9) refuse("sizes", "be B, Hq, Hkv, P, S, T, L, D, Dv", static_cast<Size>(sizes.size()));
   for (Size size : sizes) at_least("sizes", 1, size);
-  const ThoughtShape shape{sizes[0],           sizes[1], sizes[2],
-                           sizes[3],           sizes[4], sizes[5],
-                           sizes[6],           sizes[7], sizes[8],
-                           thought_mask(mask), static_cast<int>(at_least("threads", 1, threads))};
+  const ThoughtShape shape{sizes[0],
+                           sizes[1],
+                           sizes[2],
+                           sizes[3],
+                           sizes[4],
+                           sizes[5],
+                           sizes[6],
+                           sizes[7],
+                           sizes[8],
+                           thought_mask(mask),
+                           static_cast<int>(at_least("threads", 1, threads))};
   if (shape.query_heads % shape.kv_heads) refuse("Hq", "be a multiple of Hkv", shape.query_heads);
   at_least("T", shape.steps, shape.thought_steps);
   if (!shape.mask.anchors.data && shape.anchors != shape.length) refuse("P", "be L without anchors", shape.anchors);
@@ -312,22 +319,15 @@ void thought_attention_backward(int dtype, const std::vector<Size>& sizes, const
                                 const Tensors& tensors, int threads) {
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
-    const ThoughtAttentionBackward<T> arguments{thought_shape(sizes, mask, threads),
-                                                steps<const T>(tensors, "query"),
-                                                steps<const T>(tensors, "key"),
-                                                steps<const T>(tensors, "value"),
-                                                steps<const T>(tensors, "thought_key"),
-                                                steps<const T>(tensors, "thought_value"),
-                                                steps<const T>(tensors, "output"),
-                                                steps<const T>(tensors, "grad_output"),
-                                                steps<const float>(tensors, "lse"),
-                                                steps<const float>(tensors, "grad_lse", true),
-                                                steps<float>(tensors, "base_grad_query"),
-                                                steps<float>(tensors, "grad_key"),
-                                                steps<float>(tensors, "grad_value"),
-                                                steps<T>(tensors, "grad_query"),
-                                                steps<T>(tensors, "grad_thought_key"),
-                                                steps<T>(tensors, "grad_thought_value")};
+    const ThoughtAttentionBackward<T> arguments{
+        thought_shape(sizes, mask, threads),      steps<const T>(tensors, "query"),
+        steps<const T>(tensors, "key"),           steps<const T>(tensors, "value"),
+        steps<const T>(tensors, "thought_key"),   steps<const T>(tensors, "thought_value"),
+        steps<const T>(tensors, "output"),        steps<const T>(tensors, "grad_output"),
+        steps<const float>(tensors, "lse"),       steps<const float>(tensors, "grad_lse", true),
+        steps<float>(tensors, "base_grad_query"), steps<float>(tensors, "grad_key"),
+        steps<float>(tensors, "grad_value"),      steps<T>(tensors, "grad_query"),
+        steps<T>(tensors, "grad_thought_key"),    steps<T>(tensors, "grad_thought_value")};
     py::gil_scoped_release released;
     kernels.base_backward(arguments);
     kernels.thought_backward(arguments);

@@ -36,8 +36,12 @@ constexpr TypedKernels<T> kTyped = {mix<T>,
 
 }  // namespace
 
-extern const Kernels kernels = {
-    QUIETSTAR_NAME(QUIETSTAR_ISA), kTyped<float>, kTyped<BFloat16>, sample_rows, exponential, logarithm,
-    hyperbolic_tangent};
+extern const Kernels kernels = {QUIETSTAR_NAME(QUIETSTAR_ISA),
+                                kTyped<float>,
+                                kTyped<BFloat16>,
+                                sample_rows,
+                                exponential,
+                                logarithm,
+                                hyperbolic_tangent};
 
 }  // namespace quietstar::cpu::QUIETSTAR_ISA

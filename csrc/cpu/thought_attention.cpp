@@ -1,11 +1,11 @@
 // The diagonal part of thought attention: the queries behind one anchor against that anchor's own thought keys, merged
 // with what the base keys gave.
 //
-// One task is an anchor and a key/value head: m = G·S rows (all heads of the group, all steps that exist), T keys (those
-// that any of them sees), D elements, values of Dv. Its rows are gathered in float32 and padded with zeros to whole
-// vectors, so that everything is a product of small matrices that stay in the cache: 2 of them forward, 5 backward,
-// 2 m T D FLOP each. What single rows do not see is computed too and masked: at T = 12 skipping it would save little.
-// From memory each tensor is read or written once.
+// One task is an anchor and a key/value head: m = G·S rows (all heads of the group, all steps that exist), T keys
+// (those that any of them sees), D elements, values of Dv. Its rows are gathered in float32 and padded with zeros to
+// whole vectors, so that everything is a product of small matrices that stay in the cache: 2 of them forward, 5
+// backward, 2 m T D FLOP each. What single rows do not see is computed too and masked: at T = 12 skipping it would save
+// little. From memory each tensor is read or written once.
 
 #include "kernel_table.h"
 #include "parallel.h"
@@ -24,16 +24,16 @@ struct Place {
 // The sizes of a task.
 struct Sizes {
   const int64_t group, queries, thought_keys, head_size, value_size;
-  const int64_t rows = group * queries;                  // m
-  const int64_t keys = padded(thought_keys);             // T in whole vectors
-  const int64_t width = padded(head_size);               // D in whole vectors
-  const int64_t value_width = padded(value_size);        // Dv in whole vectors
-  const int64_t query_floats = rows * width;             // [m, width]
-  const int64_t output_floats = rows * value_width;      // [m, value_width]
-  const int64_t score_floats = rows * keys;              // [m, keys]
-  const int64_t key_floats = thought_keys * width;       // [T, width]
+  const int64_t rows = group * queries;              // m
+  const int64_t keys = padded(thought_keys);         // T in whole vectors
+  const int64_t width = padded(head_size);           // D in whole vectors
+  const int64_t value_width = padded(value_size);    // Dv in whole vectors
+  const int64_t query_floats = rows * width;         // [m, width]
+  const int64_t output_floats = rows * value_width;  // [m, value_width]
+  const int64_t score_floats = rows * keys;          // [m, keys]
+  const int64_t key_floats = thought_keys * width;   // [T, width]
   const int64_t value_floats = thought_keys * value_width;
-  const int64_t key_columns = head_size * keys;          // [D, keys]
+  const int64_t key_columns = head_size * keys;  // [D, keys]
   const int64_t value_columns = value_size * keys;
 
   Sizes(const ThoughtShape& shape, int64_t queries, int64_t thought_keys)
@@ -159,7 +159,7 @@ void thought_forward(const ThoughtAttention<T>& a) {
     float* values = keys + task.key_columns;
     float* queries = values + task.value_floats;
     float* outputs = queries + task.query_floats;
-    float* scores = outputs + task.output_floats;  // then probabilities
+    float* scores = outputs + task.output_floats;   // then probabilities
     const float scale = capped ? 1 : a.mask.scale;  // a capped score has been scaled
     task.gather_rows(a.query, a.head_size, queries);
     task.transpose_keys(a.thought_key, a.head_size, keys);
@@ -219,7 +219,7 @@ void thought_backward(const ThoughtAttentionBackward<T>& a) {
     task.clear_missing_keys(a.grad_thought_key, a.head_size);
     task.clear_missing_keys(a.grad_thought_value, a.value_size);
     if (task.rows == 0) return;
-    float* keys = scratch.of_thread(thread);    // transposed
+    float* keys = scratch.of_thread(thread);  // transposed
     float* values = keys + task.key_columns;  // transposed
     float* key_rows = values + task.value_columns;
     float* grad_keys = key_rows + task.key_floats;  // then those of the values
@@ -248,7 +248,8 @@ void thought_backward(const ThoughtAttentionBackward<T>& a) {
       const float lse = *task.row_of(a.lse, row);
       Vec products{};
       for_vectors(0, task.value_width, [&](int64_t d, auto extent) {
-        products += load(grads + row * task.value_width + d, extent) * load(outputs + row * task.value_width + d, extent);
+        products +=
+            load(grads + row * task.value_width + d, extent) * load(outputs + row * task.value_width + d, extent);
       });
       const float grad_lse = a.grad_lse.data ? *task.row_of(a.grad_lse, row) : 0;
       const float delta = sum_of(products) - grad_lse;

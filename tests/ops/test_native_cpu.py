@@ -1,5 +1,6 @@
 """The compiled kernels of the cpu backend: every instruction set, any number of threads, and wrong pointers."""
 
+import contextlib
 import re
 import threading
 import time
@@ -332,15 +333,6 @@ def test_wrong_pointers_and_sizes_are_refused(name):
 def test_wrong_calls_of_the_other_kernels_are_refused():
     memory = torch.zeros(64)
     place = memory.data_ptr()
-    steps = place, (8, 8, 8, 8)
-    index, none = torch.tensor([3]), (0, (0, 0))
-    three = index.data_ptr(), (0, 0)
-    mask = none, none, none, 0, False, True, 1.0, 0.0
-    names = (
-        "query", "key", "value", "thought_key", "thought_value", "base_output", "output", "lse", "grad_output",
-        "grad_lse", "base_grad_query", "grad_query", "grad_key", "grad_value", "grad_thought_key", "grad_thought_value",
-    )  # fmt: skip
-    tensors = dict.fromkeys(names, steps)
     mix = [place, 8, place, 8, place]
     for function, arguments, message in (
         (cpu.mix, (2, *mix, place, 1, 8, 1), "dtype must be 0 (float32) or 1 (bfloat16), got 2"),
@@ -358,37 +350,54 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
             cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 1, 1, 0, 1),
             "size must be at least 1, got 0",
         ),
-        (cpu.thought_attention, (0, [1] * 8, mask, tensors, 1), "sizes must be B, Hq, Hkv, P, S, T, L, D, Dv, got 8"),
-        (
-            cpu.thought_attention, (0, [1, 3, 2, 1, 1, 1, 1, 8, 8], mask, tensors, 1),
-            "Hq must be a multiple of Hkv, got 3",
-        ),
-        (cpu.thought_attention, (0, [1, 2, 1, 1, 3, 2, 1, 8, 8], mask, tensors, 1), "T must be at least 3, got 2"),
-        (cpu.thought_attention, (0, [1] * 9, (three, *mask[1:]), tensors, 1), "anchors must be in [-1, 0], got 3"),
-        (cpu.thought_attention, (0, [1] * 9, (none, three, *mask[2:]), tensors, 1), "key_start must be in [0, 1], got 3"),
-        (
-            cpu.thought_attention, (0, [1] * 9, (none, none, three, *mask[3:]), tensors, 1),
-            "thought_lengths must be in [0, 1], got 3",
-        ),
-        (
-            cpu.thought_attention, (0, [1] * 9, ((8, (0, 2)), *mask[1:]), tensors, 1),
-            "anchors must have an anchor stride of at most 1, got 2",
-        ),
-        (cpu.thought_attention, (0, [1] * 9, (*mask[:3], -1, *mask[4:]), tensors, 1), "window must be at least 0, got -1"),
-        (cpu.thought_attention, (0, [1, 1, 1, 2, 1, 1, 1, 1, 1], mask, tensors, 1), "P must be L without anchors, got 2"),
-        (cpu.thought_attention, (0, [1] * 9, mask, {"query": steps}, 1), "key must be among the tensors"),
-        (
-            cpu.thought_attention_backward, (0, [1] * 9, mask, tensors | {"grad_lse": (2, steps[1])}, 1),
-            "grad_lse must be aligned to 4 bytes, got 2",
-        ),
-        (
-            cpu.thought_attention_backward, (0, [1] * 9, mask, tensors | {"lse": (0, steps[1])}, 1),
-            "lse must not be null",
-        ),
         (cpu.exponential, (place, 0, 3), "result must not be null"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             function(*arguments)
+
+
+ONES, THREE, NONE = torch.ones(64), torch.tensor([3]), (0, (0, 0))
+STEPS, BAD_INDEX = (ONES.data_ptr(), (8, 8, 8, 8)), (THREE.data_ptr(), (0, 0))
+MASK = {
+    "anchors": NONE, "key_start": NONE, "thought_lengths": NONE, "window": 0, "window_from_step": False,
+    "causal": True, "scale": 1.0, "softcap": 0.0,
+}  # fmt: skip
+TENSORS = (
+    "query", "key", "value", "thought_key", "thought_value", "base_output", "output", "lse", "grad_output", "grad_lse",
+    "base_grad_query", "grad_query", "grad_key", "grad_value", "grad_thought_key", "grad_thought_value",
+)  # fmt: skip
+WRONG_ATTENTION = [  # sizes, changes of the mask and of the tensors
+    ([1] * 8, {}, {}, "sizes must be B, Hq, Hkv, P, S, T, L, D, Dv, got 8"),
+    ([1, 1, 1, 1, 1, 1, 1, 1, 0], {}, {}, "sizes must be at least 1, got 0"),
+    ([1, 3, 2, 1, 1, 1, 1, 8, 8], {}, {}, "Hq must be a multiple of Hkv, got 3"),
+    ([1, 2, 1, 1, 3, 2, 1, 8, 8], {}, {}, "T must be at least 3, got 2"),
+    ([1, 1, 1, 2, 1, 1, 1, 1, 1], {}, {}, "P must be L without anchors, got 2"),
+    ([1] * 9, {"anchors": BAD_INDEX}, {}, "anchors must be in [-1, 0], got 3"),
+    ([1] * 9, {"key_start": BAD_INDEX}, {}, "key_start must be in [0, 1], got 3"),
+    ([1] * 9, {"thought_lengths": BAD_INDEX}, {}, "thought_lengths must be in [0, 1], got 3"),
+    ([1] * 9, {"anchors": (THREE.data_ptr(), (0, 2))}, {}, "anchors must have an anchor stride of at most 1, got 2"),
+    ([1] * 9, {"key_start": (THREE.data_ptr(), (0,))}, {}, "key_start must come with 2 strides, got 1"),
+    ([1] * 9, {"window": -1}, {}, "window must be at least 0, got -1"),
+    ([1] * 9, {}, {"key": None}, "key must be among the tensors"),
+    ([1] * 9, {}, {"lse": (0, STEPS[1])}, "lse must not be null"),
+    ([1] * 9, {}, {"output": (STEPS[0], (8, 8))}, "output must come with 4 strides, got 2"),
+]
+
+
+@pytest.mark.parametrize("function", [cpu.thought_attention, cpu.thought_attention_backward])
+@pytest.mark.parametrize(("sizes", "mask", "tensors", "message"), WRONG_ATTENTION)
+def test_wrong_calls_of_thought_attention_are_refused(sizes, mask, tensors, message, function):
+    tensors = {name: x for name, x in (dict.fromkeys(TENSORS, STEPS) | tensors).items() if x is not None}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(0, sizes, tuple((MASK | mask).values()), tensors, 1)
+
+
+def test_a_gradient_of_the_lse_may_be_absent_but_not_misaligned():
+    for address, message in ((0, None), (2, "grad_lse must be aligned to 4 bytes, got 2")):
+        tensors = dict.fromkeys(TENSORS, STEPS) | {"grad_lse": (address, STEPS[1])}
+        refused = contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+        with refused:
+            cpu.thought_attention_backward(0, [1] * 9, tuple(MASK.values()), tensors, 1)
 
 
 # Which backend runs.

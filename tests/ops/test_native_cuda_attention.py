@@ -55,7 +55,34 @@ LARGE = {
         {"query_heads": 4, "kv_heads": 1, "length": 900, "num_anchors": 4, "steps": 1, "thought_steps": 70, "head": 72},
         {"anchors": [899, 898, 897, 896], "window": 800},
     ),
-}
+    # Warps and blocks of rows of which none exists, tiles that only steps out of the window would see.
+    "thought lengths, blocks of no rows": (
+        {"batch": 1, "length": 150, "num_anchors": 100, "steps": 2, "thought_steps": 5, "head": 32},
+        {
+            "anchors": [i * 37 % 150 for i in range(100)],
+            "thought_lengths": [0] * 70 + [5, 4, 3, 1, 0] * 6,
+        },
+    ),
+    "window from the step, long thoughts, both ways": (
+        {"batch": 1, "length": 90, "num_anchors": 2, "steps": 70, "thought_steps": 150, "head": 16},
+        {"anchors": [89, 30], "window": 90, "window_from": "step", "causal": False, "thought_lengths": [150, 131]},
+    ),
+    "decoding, split keys, window from the step, softcap": (
+        {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 64},
+        {
+            "anchors": [[1099, 3, 350], [-1, 700, 1000]], "thought_lengths": [[5, 4, 5], [5, 5, 3]], "window": 600,
+            "window_from": "step", "softcap": 1.5,
+        },
+    ),
+    "drafted blocks, short keys, long values, softcap that hides little": (
+        {"batch": 1, "length": 70, "num_anchors": 9, "steps": 8, "head": 40, "value_head": 128},
+        {"anchors": [i * 8 for i in range(9)][::-1], "causal": False, "softcap": 50.0, "scale": 1.0},
+    ),
+    "long keys, values of odd size": (
+        {"batch": 1, "length": 70, "num_anchors": 9, "steps": 1, "thought_steps": 3, "head": 72, "value_head": 63},
+        {"anchors": [69, 60, 33, 0, 1, 2, 3, 4, 5]},
+    ),
+}  # fmt: skip
 ALL_CASES = CASES | LARGE
 
 
@@ -166,3 +193,5 @@ def test_who_else_can():
         thought_attention(*inputs, backend="cuda")
     with torch.no_grad(), pytest.raises(ValueError, match=r"heads of at most 128 elements, got D = 129; usable here"):
         thought_attention(*make_inputs(head=129, device=DEVICE), backend="cuda")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"heads of at most 128 elements, got Dv = 129; usable here"):
+        thought_attention(*make_inputs(value_head=129, device=DEVICE), backend="cuda")

@@ -33,7 +33,8 @@ inline const Tensor& tensor_of(const Tensors& tensors, const char* name) {
 
 inline const std::vector<std::int64_t>& strides_of(const char* name, const Tensor& tensor, std::size_t dimensions) {
   if (tensor.second.size() != dimensions) {
-    refuse(name, "come with " + std::to_string(dimensions) + " strides", static_cast<std::int64_t>(tensor.second.size()));
+    refuse(name, "come with " + std::to_string(dimensions) + " strides",
+           static_cast<std::int64_t>(tensor.second.size()));
   }
   for (std::int64_t stride : tensor.second) at_least("stride", 0, stride);
   return tensor.second;

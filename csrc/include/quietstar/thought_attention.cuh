@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
     attention.fetch(tile + kStages - 1);
 
     const auto [base, valid, first_key] = list.key(tile, 0);
-    const bool needed =
-        base ? first_key <= high && first_key + kTileKeys > low : first_key <= own_high && first_key + kTileKeys > own_low;
+    const bool needed = base ? first_key <= high && first_key + kTileKeys > low
+                             : first_key <= own_high && first_key + kTileKeys > own_low;
     if (!needed) continue;
     const bool masked = !base || first_key < all_low || first_key + kTileKeys - 1 > all_high;
 

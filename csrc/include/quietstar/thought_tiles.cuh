@@ -63,7 +63,8 @@ struct AttentionHead {
     const std::int64_t behind = a.mask.window_from_step ? 1 + step : 0;
     const std::int64_t low = max(start(a, anchor), position + behind - a.mask.window + 1);
     const int own = anchor * static_cast<int>(a.thought_steps);
-    const int own_low = a.mask.window_from_step && a.mask.window <= step ? step - static_cast<int>(a.mask.window) + 1 : 0;
+    const int own_low =
+        a.mask.window_from_step && a.mask.window <= step ? step - static_cast<int>(a.mask.window) + 1 : 0;
     return {static_cast<int>(low), static_cast<int>(min(position, a.length - 1)), own + own_low,
             own + (a.mask.causal ? step : length - 1)};
   }
