@@ -49,7 +49,10 @@ struct HalfAttention {
         const TileList::Key key = list.key(tile, place);
         const bool seen = list.seen(a, head, key);
         const Steps &keys = key.base ? a.key : a.thought_key, &values = key.base ? a.value : a.thought_value;
-        const auto at = [&](const Steps& tensor) { return head.key<T>(a, tensor, key.base, key.number) + piece * 8; };
+        const TileList::Place of_key = list.place(a, key);
+        const auto at = [&](const Steps& tensor) {
+          return head.key<T>(tensor, of_key.position_or_anchor, of_key.step) + piece * 8;
+        };
         copy(stage(tile, false) + offset(place, piece), keys, at, seen, a.head_size - piece * 8);
         copy(stage(tile, true) + offset(place, piece), values, at, seen, a.value_size - piece * 8);
       }

@@ -28,13 +28,15 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   }
   __syncwarp();
 
+  const int value_size = static_cast<int>(a.value_size);
   float output[kFloatColumns] = {}, largest = kLowest, sum = 0;
   for (int part = list.begin * 2; part < list.end * 2; ++part) {
-    const TileList::Key key = list.key(part / 2, part % 2 * kWarpSize + lane);
+    const TileList::Key key = list.key(part >> 1, (part & 1) * kWarpSize + lane);
     const bool sees = sight.sees(key.base, key.number);
     if (!__any_sync(kWholeWarp, sees)) continue;
+    const TileList::Place of_key = list.place(a, key);
     const auto at = [&](const Steps& of_base, const Steps& of_thought) {
-      return head.key<float>(a, key.base ? of_base : of_thought, key.base, key.number);
+      return head.key<float>(key.base ? of_base : of_thought, of_key.position_or_anchor, of_key.step);
     };
     float score = -kInfinity;
     if (sees) {
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
       const auto v = reinterpret_cast<const float*>(__shfl_sync(kWholeWarp, values, other));
 #pragma unroll
       for (int i = 0; i < kFloatColumns; ++i) {
-        if (v && lane + i * kWarpSize < a.value_size) output[i] += p * v[lane + i * kWarpSize];
+        if (v && lane + i * kWarpSize < value_size) output[i] += p * v[lane + i * kWarpSize];
       }
     }
   }
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   const float factor = sum != 0 ? 1 / sum : 0;
 #pragma unroll
   for (int i = 0; i < kFloatColumns; ++i) {
-    if (lane + i * kWarpSize < a.value_size) result.store(lane + i * kWarpSize, output[i] * factor);
+    if (lane + i * kWarpSize < value_size) result.store(lane + i * kWarpSize, output[i] * factor);
   }
   if (lane == 0) *result.lse = natural_log_sum(largest, sum);
 }

@@ -81,13 +81,11 @@ struct AttentionHead {
            anchor * a.query.anchor_stride + step * a.query.step_stride;
   }
 
-  // The vector of a base key, or of one of the thought keys of all anchors, or of its value.
+  // The vector of a key or of its value: of a base position, or of a step of an anchor.
   template <class T>
-  __device__ __forceinline__ const T* key(const ThoughtAttention& a, const Steps& tensor, bool base, int number) const {
-    const int thought_steps = static_cast<int>(a.thought_steps);
-    const int step = base ? 0 : number % thought_steps;
+  __device__ __forceinline__ const T* key(const Steps& tensor, int position_or_anchor, int step) const {
     return static_cast<const T*>(tensor.data) + batch * tensor.batch_stride + kv_head * tensor.head_stride +
-           (base ? number : number / thought_steps) * tensor.anchor_stride + step * tensor.step_stride;
+           position_or_anchor * tensor.anchor_stride + step * tensor.step_stride;
   }
 
   // Of the row in tensors [B, Hq, P, S].
@@ -130,6 +128,16 @@ struct TileList {
     return {base, number < (base ? base_end : own_end), number};
   }
 
+  // Where it lies: the base position or the anchor, and the step.
+  struct Place {
+    int position_or_anchor, step;
+  };
+  __device__ __forceinline__ Place place(const ThoughtAttention& a, const Key& key) const {
+    if (key.base) return {key.number, 0};
+    const int steps = static_cast<int>(a.thought_steps);
+    return {key.number / steps, key.number % steps};
+  }
+
   // Whether some row sees a key; what rows of another block see may be left out, or not.
   __device__ __forceinline__ bool seen(const ThoughtAttention& a, const AttentionHead& head, const Key& key) const {
     if (!key.valid) return false;
@@ -141,9 +149,15 @@ struct TileList {
     if (a.mask.window == ThoughtMask::kNoWindow && a.mask.key_start.anchor_stride == 0) {
       return key.number >= head.start(a, first_anchor);
     }
-    // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key.
+    // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key. Of its
+    // queries the first sees most.
+    const std::int64_t reach = a.mask.window - (a.mask.window_from_step ? 1 + head.first_step(a) : 0);
     for (int anchor = first_anchor; anchor < end_anchor; ++anchor) {
-      if (head.sight(a, anchor, head.first_step(a)).sees(true, key.number)) return true;  // the first query sees most
+      const std::int64_t last = head.position(a, anchor);
+      if (key.number <= last && key.number > last - reach && key.number >= head.start(a, anchor) &&
+          (!a.mask.thought_lengths.data || head.length(a, anchor) > head.first_step(a))) {
+        return true;
+      }
     }
     return false;
   }
