@@ -55,12 +55,12 @@ def test_the_architecture_is_that_of_the_tensor(monkeypatch):
 @pytest.mark.parametrize("block_m", [16, 32, 128])
 @pytest.mark.parametrize("thought_steps", [1, 14, 130])
 @pytest.mark.parametrize("rows", [1, 4, 7, 48, 56, 300])
-def test_pieces_have_room_for_their_anchors_and_no_more(rows, thought_steps, block_m):
-    piece = launch.cut(rows, thought_steps, Tile(block_m, 64, 8, 2))
-    starts = range(0, piece.rows * rows, piece.rows)
-    assert piece.anchors == max((start + piece.rows - 1) // rows - start // rows + 1 for start in starts)
-    assert piece.rows in (16, block_m)
-    assert piece.block_t & (piece.block_t - 1) == 0
+def test_parts_of_a_tile_have_room_for_their_anchors_and_no_more(rows, thought_steps, block_m):
+    part = launch.diagonal(rows, thought_steps, Tile(block_m, 64, 8, 2))
+    starts = range(0, part.rows * rows, part.rows)
+    assert part.anchors == max((start + part.rows - 1) // rows - start // rows + 1 for start in starts)
+    assert part.rows in (16, block_m)
+    assert part.keys & (part.keys - 1) == 0
 
 
 @pytest.mark.parametrize(

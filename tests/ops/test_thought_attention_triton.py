@@ -79,8 +79,9 @@ def solve(inputs, options, grads, backend, dtype=None):
 
 
 def incoming(inputs):
-    query = inputs[0]
-    return torch.randn_like(query), torch.randn(query.shape[:-1], device=DEVICE)
+    query, _, value = inputs[:3]
+    rows = query.shape[:-1]
+    return torch.randn(*rows, value.shape[-1], dtype=query.dtype, device=DEVICE), torch.randn(rows, device=DEVICE)
 
 
 def assert_right(inputs, options):

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,176 +16,236 @@ from quietstar.ops.thought_attention.triton_backward_key import key_gradient_ker
 from quietstar.ops.thought_attention.triton_backward_query import query_gradient_kernel
 from quietstar.ops.thought_attention.triton_forward import combine_kernel, forward_kernel
 
+# Where the tanh of a softcap is the same in float32: far from what overflows or is rounded to 0 there.
+_SOFTCAPS = 1e-28, 1e28
+
 
 def forward(inputs: Inputs, mask: Mask) -> Result:
     """See ``backends.py``."""
-    query, key, value, thought_key, thought_value = inputs
-    scale = mask.scale
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, length = key.shape[1:3]
-    thought_steps = thought_key.shape[3]
-    group = query_heads // kv_heads
+    query = inputs.query
+    batch, _, num_anchors, steps, _ = query.shape
+    kv_heads, length = inputs.key.shape[1:3]
+    thought_steps, group = inputs.thought_steps, inputs.group
     num_rows = num_anchors * steps * group
+    output = torch.empty(inputs.output_shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
 
-    if scale < 0:
-        query, scale = -query, -scale
-    query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
-    tile, splits = launch.forward_launch(query, num_rows, batch * kv_heads, length)
-    piece = launch.cut(steps * group, thought_steps, tile)
+    vectors, scale, curve_scale = _vectors_and_scales(inputs, mask)
+    tile, splits = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
     # A single tile has nothing to gain from sorted anchors.
-    anchors, order = _sorted(mask.anchors) if num_rows > tile.block_m else (mask.anchors, None)
-    key_start, window = _first_keys(mask, anchors, order, length)
+    seen = _Seen.of(inputs, mask, in_order=num_rows > tile.block_m)
     result, log_sum = output, lse
     if splits > 1:
         parts = (batch, kv_heads, splits, num_rows)
-        result = torch.empty(*parts, head_size, dtype=torch.float32, device=query.device)
+        result = torch.empty(*parts, inputs.value.shape[-1], dtype=torch.float32, device=query.device)
         log_sum = torch.empty(parts, dtype=torch.float32, device=query.device)
-    sizes = {"STEPS": steps, "GROUP": group, "HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
+    rows, heads = {"STEPS": steps, "GROUP": group}, _head_sizes(inputs)
     forward_kernel[(batch * kv_heads * splits * triton.cdiv(num_rows, tile.block_m),)](
-        query, key, value, thought_key, thought_value, anchors, order, key_start, result, log_sum,
-        query.stride(), key.stride(), value.stride(), thought_key.stride(), thought_value.stride(),
-        output.stride(), lse.stride(), _batch_stride(anchors),
-        kv_heads, num_anchors, length, thought_steps, window, splits, scale,
-        **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors, SPLIT=splits > 1,
-        PER_ANCHOR=_per_anchor(key_start), TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
+        *vectors, seen.anchors, seen.order, seen.thought_lengths, seen.key_start, result, log_sum,
+        *(x.stride() for x in vectors), lse.stride(), seen.batch_stride,
+        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, splits, scale, curve_scale,
+        **rows, CAUSAL=mask.causal, **heads, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        EDGE_N=launch.edge(tile.block_n), **launch.diagonal(steps * group, thought_steps, tile).sizes(),
+        SPLIT=splits > 1, PER_ANCHOR=seen.start_per_anchor,
+        TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
     if splits > 1:
+        heads = {name: heads[name] for name in ("VALUE_HEAD", "BLOCK_V")}
         combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
-            result, log_sum, order, output, lse, output.stride(), lse.stride(), _batch_stride(anchors),
-            kv_heads, num_anchors, splits, **sizes, BLOCK_M=16, **tile.options(),
+            result, log_sum, seen.order, output, lse, lse.stride(), seen.batch_stride,
+            kv_heads, num_anchors, splits, **rows, **heads, BLOCK_M=16, **tile.options(),
         )  # fmt: skip
     return Result(output, lse)
 
 
 def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result) -> Inputs:
     """See ``backends.py``."""
-    query, key, value, thought_key, thought_value = inputs
-    grad_output, grad_lse = gradients
-    output, lse = result
-    scale = mask.scale
-    batch, query_heads, num_anchors, steps, head_size = query.shape
-    kv_heads, length = key.shape[1:3]
-    thought_steps = thought_key.shape[3]
-    group = query_heads // kv_heads
+    batch, _, num_anchors, steps, _ = inputs.query.shape
+    kv_heads, length = inputs.key.shape[1:3]
+    thought_steps, group = inputs.thought_steps, inputs.group
     num_rows = num_anchors * steps * group
     heads = batch * kv_heads
-    sign = -1 if scale < 0 else 1
-    if scale < 0:
-        query, scale = -query, -scale
-    query, key, value, thought_key, thought_value = map(_vectors, (query, key, value, thought_key, thought_value))
-    grad_output, output, lse = _vectors(grad_output), output.contiguous(), lse.contiguous()
-    anchors, order = _sorted(mask.anchors)
-    key_start, window = _first_keys(mask, anchors, order, length)
-    sizes = {"HEAD": head_size, "BLOCK_D": launch.padded_head(head_size)}
-    rows = {"STEPS": steps, "GROUP": group}
-    units = {"QUERY_UNIT": _unit(query), "GRAD_UNIT": _unit(grad_output)}
+    device = inputs.query.device
 
-    grad_query = torch.empty_like(output)
-    grad_thought_key, grad_thought_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (thought_key, thought_value)
+    vectors, scale, curve_scale = _vectors_and_scales(inputs, mask)
+    query, key, value, thought_key, thought_value = vectors
+    grad_output, grad_lse = _side_by_side(gradients.output), gradients.lse
+    output, lse = (x.contiguous() for x in result)
+    seen = _Seen.of(inputs, mask)
+    anchor_rows = seen.anchor_rows(inputs)
+    sizes, rows = _head_sizes(inputs), {"STEPS": steps, "GROUP": group, "CAUSAL": mask.causal}
+    units = {"QUERY_UNIT": _offset_unit(query), "GRAD_UNIT": _offset_unit(grad_output)}
+
+    grad_query, grad_thought_key, grad_thought_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, thought_key, thought_value)
     )
     row_anchor, row_log_sum, row_delta, row_query = (
-        torch.empty(heads * num_rows, dtype=dtype, device=query.device)
+        torch.empty(heads * num_rows, dtype=dtype, device=device)
         for dtype in (torch.int32, torch.float32, torch.float32, _offset_dtype(query))
     )
+    row_start = torch.empty_like(row_anchor) if seen.start_per_row else None
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
-    tile = launch.tile_for(launch.QUERY_GRADIENT, query)
-    piece = launch.cut(steps * group, thought_steps, tile)
-    row_start = torch.empty_like(row_anchor) if _per_anchor(key_start) else None
+    tile = launch.tile_for(launch.QUERY_GRADIENT, _widest(inputs))
     query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
-        grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order,
-        key_start,
+        grad_output, grad_lse, *vectors, output, lse, seen.anchors, seen.order, seen.thought_lengths, seen.key_start,
+        anchor_rows,
         grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        grad_output.stride(), None if grad_lse is None else grad_lse.stride(), query.stride(), key.stride(),
-        value.stride(), thought_key.stride(), thought_value.stride(), output.stride(), lse.stride(),
-        _batch_stride(anchors), kv_heads, num_anchors, length, thought_steps, window, scale,
+        grad_output.stride(), None if grad_lse is None else grad_lse.stride(), *(x.stride() for x in vectors),
+        lse.stride(), seen.batch_stride,
+        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, scale, curve_scale,
         **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-        BLOCK_T=piece.block_t, PIECE=piece.rows, PIECE_ANCHORS=piece.anchors,
-        PER_ANCHOR=_per_anchor(key_start), TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
+        **launch.diagonal(steps * group, thought_steps, tile).sizes(), PER_ANCHOR=seen.start_per_anchor,
+        TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
 
-    tile, splits = launch.key_gradient_launch(query, num_rows, heads, length)
+    tile, splits = launch.key_gradient_launch(_widest(inputs), num_rows, heads, length)
     grad_key, grad_value = (
-        torch.empty(splits, *key.shape, dtype=key.dtype if splits == 1 else torch.float32, device=key.device)
-        for _ in range(2)
+        torch.empty(splits, *x.shape, dtype=x.dtype if splits == 1 else torch.float32, device=device)
+        for x in (key, value)
     )
-    starts, bounds = (None, _bounds(key_start)) if _per_anchor(key_start) else (key_start, None)
+    bounds = seen.start_bounds(inputs, mask)
     key_gradient_kernel[(heads * splits * triton.cdiv(length, tile.block_n),)](
-        grad_output, query, key, value, starts, bounds,
+        grad_output, query, key, value, None if seen.start_per_row else seen.key_start, bounds, anchor_rows,
         row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
         grad_output.stride(), query.stride(), key.stride(), value.stride(),
-        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, window, splits, scale,
-        GROUP=group, **units, **sizes,
+        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window, splits,
+        scale, curve_scale, GROUP=group, **units, **sizes,
         BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
 
-    tile = launch.thought_gradient_tile(query, steps * group, thought_steps)
+    tile = launch.thought_gradient_tile(_widest(inputs), steps * group, thought_steps)
     groups = triton.cdiv(num_anchors, max(1, tile.block_n // thought_steps))
     thought_gradient_kernel[(heads * groups * triton.cdiv(thought_steps, tile.block_n),)](
-        grad_output, query, thought_key, thought_value, order, row_log_sum, row_delta, row_query, row_grad,
-        grad_thought_key, grad_thought_value,
-        grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(),
-        grad_thought_key.stride(), _batch_stride(order), kv_heads, num_anchors, thought_steps, scale,
+        grad_output, query, thought_key, thought_value, seen.order, seen.thought_lengths, anchor_rows,
+        row_log_sum, row_delta, row_query, row_grad, grad_thought_key, grad_thought_value,
+        grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(), seen.batch_stride,
+        kv_heads, num_anchors, thought_steps, seen.step_window, scale, curve_scale,
         **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
-    if sign < 0:
+    if mask.scale < 0:
         grad_query.neg_()
     grad_key, grad_value = (x[0] if splits == 1 else x.sum(dim=0).to(key.dtype) for x in (grad_key, grad_value))
     return Inputs(grad_query, grad_key, grad_value, grad_thought_key, grad_thought_value)
 
 
-def _vectors(tensor: Tensor) -> Tensor:
+class _Seen(NamedTuple):
+    """Which keys rows see, as kernels take it: everything of anchors in one order. Index tensors are contiguous."""
+
+    anchors: Tensor | None
+    """[1 or B, P]; those of thoughts without a query are −1, too. None is 0..L−1."""
+    order: Tensor | None
+    """Like anchors: where the caller has each."""
+    thought_lengths: Tensor | None
+    """Like anchors, which are there with them."""
+    key_start: Tensor | None
+    """[B], or [B, P], and then the window of anchors is in it, too."""
+    window: int | None
+    step_window: int | None
+    """The window, where it counts from the step."""
+
+    @classmethod
+    def of(cls, inputs: Inputs, mask: Mask, in_order: bool = True) -> "_Seen":
+        """``in_order``: anchors ascend."""
+        anchors, lengths, order = mask.anchors, mask.thought_lengths, None
+        if lengths is not None:
+            anchors = mask.anchors_in(inputs.key.shape[2], lengths.device)
+            anchors = torch.where(lengths > inputs.thought_steps - inputs.steps, anchors, -1)
+            lengths = lengths.expand(anchors.shape)
+        if in_order and anchors is not None:
+            anchors, order = torch.sort(anchors, dim=-1, stable=True)
+        if lengths is not None:
+            lengths = lengths.contiguous() if order is None else lengths.gather(1, order)
+
+        key_start, window, step_window = mask.key_start, mask.window, None
+        if mask.window_from_step:
+            window, step_window = None, mask.window
+        if key_start is not None and key_start.shape[1] == 1:
+            key_start = key_start[:, 0]
+        elif key_start is not None:
+            if order is not None:
+                key_start = key_start.gather(1, order.expand(key_start.shape))
+            if window is not None:
+                positions = torch.arange(inputs.key.shape[2], device=key_start.device) if anchors is None else anchors
+                key_start, window = key_start.maximum(positions - (window - 1)), None
+            key_start = key_start.contiguous()
+        return cls(anchors, order, lengths, key_start, window, step_window)
+
+    @property
+    def batch_stride(self) -> int:
+        """Of everything like anchors."""
+        return self.anchors.stride(0) if self.anchors is not None and len(self.anchors) > 1 else 0
+
+    @property
+    def start_per_anchor(self) -> bool:
+        """Whether ``key_start`` is of anchors."""
+        return self.key_start is not None and self.key_start.dim() == 2
+
+    @property
+    def start_per_row(self) -> bool:
+        """Whether rows have first base keys of their own."""
+        return self.start_per_anchor or self.step_window is not None
+
+    def start_bounds(self, inputs: Inputs, mask: Mask) -> Tensor | None:
+        """First base keys of rows: along the anchors the last so far, and the first from there on: [2, B, P]."""
+        if not self.start_per_row:
+            return None
+        first = last = self.key_start
+        if self.step_window is not None:
+            positions = torch.arange(inputs.key.shape[2], device=inputs.key.device)[None]
+            positions = positions if self.anchors is None else self.anchors
+            window = positions + mask.window_offset(inputs.steps, inputs.thought_steps) + 1 - self.step_window
+            first, last = window, window + inputs.steps - 1
+            if self.key_start is not None:
+                start = self.key_start if self.start_per_anchor else self.key_start[:, None]
+                first, last = first.maximum(start), last.maximum(start)
+        first, last = (x.expand(len(inputs.key), -1) for x in (first, last))
+        return torch.stack((last.cummax(1).values, first.flip(1).cummin(1).values.flip(1)))
+
+    def anchor_rows(self, inputs: Inputs) -> Tensor | None:
+        """See ``triton_tiles.table_rows``; int32 [B, P + 1], None without lengths."""
+        if self.thought_lengths is None:
+            return None
+        batch, _, num_anchors, steps, _ = inputs.query.shape
+        own = self.thought_lengths - (inputs.thought_steps - steps)
+        ends = torch.where(self.anchors < 0, 0, own).cumsum(1)
+        missing = num_anchors * steps - ends[:, -1:]
+        rows = torch.cat((missing, missing + ends), dim=1) * inputs.group
+        return rows.to(torch.int32).expand(batch, -1).contiguous()
+
+
+def _vectors_and_scales(inputs: Inputs, mask: Mask) -> tuple[Inputs, float, float | None]:
+    """Inputs, ``scale`` and ``curve_scale`` as kernels take them (see ``triton_tiles``): no scale is negative."""
+    if mask.scale < 0:
+        inputs = inputs._replace(query=-inputs.query)
+    vectors, scale = Inputs(*map(_side_by_side, inputs)), abs(mask.scale)
+    if mask.softcap is None:
+        return vectors, scale, None
+    softcap = min(max(mask.softcap, _SOFTCAPS[0]), _SOFTCAPS[1])
+    return vectors, softcap, min(scale / softcap, 1e37)
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
     """The tensor with elements of its last dimension side by side: itself, unless its strides are unusual."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _first_keys(
-    mask: Mask, anchors: Tensor | None, order: Tensor | None, length: int
-) -> tuple[Tensor | None, int | None]:  # fmt: skip
-    """``key_start`` and ``window`` as kernels take them, given anchors in their order. The first is contiguous.
-
-    Those of anchors, [B, P], account for the window, too.
-    """
-    key_start = mask.key_start
-    if key_start is None:
-        return None, mask.window
-    if key_start.shape[1] == 1:
-        return key_start[:, 0], mask.window
-    if order is not None:
-        key_start = key_start.gather(1, order.expand(key_start.shape))
-    if mask.window is not None:
-        anchors = torch.arange(length, device=key_start.device) if anchors is None else anchors
-        key_start = key_start.maximum(anchors - (mask.window - 1))
-    return key_start.contiguous(), None
+def _head_sizes(inputs: Inputs) -> dict[str, int]:
+    """Of queries and keys, and of values; those of a tile are padded."""
+    head, value_head = inputs.key.shape[-1], inputs.value.shape[-1]
+    return {
+        "HEAD": head, "BLOCK_D": launch.padded_head(head),
+        "VALUE_HEAD": value_head, "BLOCK_V": launch.padded_head(value_head),
+    }  # fmt: skip
 
 
-def _per_anchor(key_start: Tensor | None) -> bool:
-    """Whether anchors have first base keys of their own."""
-    return key_start is not None and key_start.dim() == 2
+def _widest(inputs: Inputs) -> Tensor:
+    """The tensor that launch parameters are chosen for."""
+    return max(inputs.query, inputs.value, key=lambda x: x.shape[-1])
 
 
-def _bounds(key_start: Tensor) -> Tensor:
-    """The largest so far along [B, P], and the smallest from there on: [2, B, P]."""
-    return torch.stack((key_start.cummax(1).values, key_start.flip(1).cummin(1).values.flip(1)))
-
-
-def _sorted(anchors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Anchors in ascending order, and at which place of the caller each is; no anchors are 0..L−1."""
-    if anchors is None:
-        return None, None
-    return torch.sort(anchors, dim=-1, stable=True)
-
-
-def _batch_stride(anchors: Tensor | None) -> int:
-    return anchors.stride(0) if anchors is not None and len(anchors) > 1 else 0
-
-
-def _unit(rows: Tensor) -> int:
+def _offset_unit(rows: Tensor) -> int:
     """In how many elements, at most 16, the offset of every row within a batch and head can be counted."""
     return math.gcd(16, *rows.stride()[1:4])
 
@@ -192,4 +253,4 @@ def _unit(rows: Tensor) -> int:
 def _offset_dtype(rows: Tensor) -> torch.dtype:
     """The dtype that these counts fit."""
     largest = sum((size - 1) * stride for size, stride in zip(rows.shape[1:4], rows.stride()[1:4], strict=True))
-    return torch.int32 if largest // _unit(rows) < 2**31 else torch.int64
+    return torch.int32 if largest // _offset_unit(rows) < 2**31 else torch.int64

@@ -24,7 +24,7 @@ def _triton() -> ModuleType:
 
 
 def _triton_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
-    return _head_too_large(inputs, 256) or _lacks(inputs, mask) or triton_unavailable(inputs.query)
+    return _head_too_large(inputs, 256) or triton_unavailable(inputs.query)
 
 
 def _cuda() -> ModuleType:

@@ -13,7 +13,7 @@ of them (S and dP) a second time after ``triton_backward_query``: the price of n
 gradients of the queries, of which there are G·S times as many as keys.
 
 Rows are found through the tables that ``triton_backward_query`` leaves: sorted by anchor, with their offsets in query
-and dO.
+and dO. Those of inactive anchors and of steps that do not exist come first there, and cost nothing here.
 """
 
 import triton
@@ -21,27 +21,37 @@ import triton.language as tl
 
 from quietstar.ops.thought_attention.triton_tiles import (
     base_2,
+    curved,
     dot,
+    length_of,
     load_vectors,
-    place_of,
+    original_of,
+    owner_of,
     sees_base,
+    sees_thought,
+    slope,
+    step_of,
     store_vectors,
+    table_rows,
 )
 
 
 @triton.jit
-def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale):
+def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale, curve_scale):
     """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows].
 
     In this order registers hold one product of scores at a time.
     """
-    scores = dot(key, tl.trans(query))
+    curve = curved(dot(key, tl.trans(query)), curve_scale)
+    scores = curve
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - log_sum[None, :])
     grad_value += dot(probability.to(query.dtype), grad_output)
     grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
     grad_scores = probability * grad_probability
+    if curve_scale is not None:
+        grad_scores *= 1 - curve * curve
     if visible is not None:  # the probability of hidden keys is 0, but the product with their values may be NaN
         grad_scores = tl.where(probability == 0, 0.0, grad_scores)
     return grad_key + dot(grad_scores.to(query.dtype), query), grad_value
@@ -51,6 +61,7 @@ def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum
 def _load_rows(
     query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
     QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Query, dO, lse and delta of rows; query and dO are 0 where ``seeing`` is off: there they may be NaN.
 
@@ -61,7 +72,7 @@ def _load_rows(
     if row_grad is not None:
         grad_offsets = tl.load(row_grad + rows).to(tl.int64) * GRAD_UNIT
     q = load_vectors(query, query_offsets, seeing, HEAD, BLOCK_D)
-    do = load_vectors(grad_output, grad_offsets, seeing, HEAD, BLOCK_D)
+    do = load_vectors(grad_output, grad_offsets, seeing, VALUE_HEAD, BLOCK_V)
     return q, do, tl.load(row_log_sum + rows), tl.load(row_delta + rows)
 
 
@@ -82,9 +93,9 @@ def _first_from(values, count, least):
 def _steps_base(
     grad_key, grad_value, key, value, query, grad_output,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-    keys, window, begin, end, steps, hole_at, hole, scale,
-    MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    keys, window, begin, end, steps, hole_at, hole, scale, curve_scale,
+    MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``_step`` over ``steps`` tiles of rows from ``end`` backwards.
 
@@ -106,25 +117,47 @@ def _steps_base(
             visible = sees_base(anchor[None, :], keys[:, None], first, window)
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, None,
-            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
+            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V,
         )  # fmt: skip
-        grad_key, grad_value = _step(grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale)
+        grad_key, grad_value = _step(
+            grad_key, grad_value, key, value, q, do, visible, log_sum, delta, scale, curve_scale
+        )
     return grad_key, grad_value
+
+
+@triton.jit
+def _rows_in_front(position, batch, anchor_rows, num_anchors, rows_of_an_anchor):
+    """How many rows are in the row tables in front of those of the anchor at ``position``."""
+    if anchor_rows is None:
+        return position * rows_of_an_anchor
+    else:
+        return tl.load(anchor_rows + batch * (num_anchors + 1) + position)
+
+
+@triton.jit
+def _store_keys(pointer, start, vectors, rest, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a block of vectors that lie one behind the other from ``start`` on, the first ``rest`` of them."""
+    element = tl.reshape(tl.arange(0, BLOCK_N * BLOCK_D), (BLOCK_N, BLOCK_D))
+    row = element // BLOCK_D
+    column = element % BLOCK_D
+    wanted = (row < rest) & (column < HEAD)
+    tl.store(pointer + start * HEAD + (row * HEAD + column), vectors.to(pointer.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_of_an_anchor", "length", "window", "splits"])
 def key_gradient_kernel(
-    grad_output, query, key, value, key_start, start_bounds,
+    grad_output, query, key, value, key_start, start_bounds, anchor_rows,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
     grad_output_stride, query_stride, key_stride, value_stride,
-    batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, scale,
-    GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, scale, curve_scale,
+    GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D].
+    """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D or Dv].
 
     The first base key is ``key_start`` [B]. With ``start_bounds`` [2, B, P] it is in ``row_start``, and there is no
     window: the bounds are the last so far and the first from there on, in the order of the anchors; both ascend.
+    ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only.
 
     With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
     negative. Grid: key blocks · Hkv · B · splits programs.
@@ -154,7 +187,7 @@ def key_gradient_kernel(
     keys = block + tl.arange(0, BLOCK_N)
     near = tl.minimum(keys, length - 1)  # surplus keys repeat the last one and are not stored
     k = load_vectors(key, near.to(tl.int64) * key_stride[2], None, HEAD, BLOCK_D)
-    v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, HEAD, BLOCK_D)
+    v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, VALUE_HEAD, BLOCK_V)
 
     # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window or first
     # keys of their own those in [tail, end) maybe some. Splits share them out evenly. Masked tiles take what whole
@@ -167,8 +200,8 @@ def key_gradient_kernel(
     if start_bounds is not None:
         num_anchors = num_rows // rows_of_an_anchor
         start_bounds += batch * num_anchors
-        end = _first_from(start_bounds + batches * num_anchors, num_anchors, last_key + 1) * rows_of_an_anchor
-        end = tl.maximum(end, begin)
+        end = _first_from(start_bounds + batches * num_anchors, num_anchors, last_key + 1)
+        end = tl.maximum(_rows_in_front(end, batch, anchor_rows, num_anchors, rows_of_an_anchor), begin)
     elif window is not None:
         end = _first_from(row_anchor, num_rows, last_key + window)
     first = 0
@@ -180,7 +213,8 @@ def key_gradient_kernel(
     end = tl.minimum(begin + share, end)
     tail_steps = 0
     if start_bounds is not None:
-        tail = _first_from(start_bounds, num_anchors, block + 1) * rows_of_an_anchor
+        tail = _first_from(start_bounds, num_anchors, block + 1)
+        tail = _rows_in_front(tail, batch, anchor_rows, num_anchors, rows_of_an_anchor)
         tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
     elif window is not None:
         tail = _first_from(row_anchor, num_rows, block + window)
@@ -191,45 +225,42 @@ def key_gradient_kernel(
     masked_steps = tail_steps + tl.cdiv(tl.maximum(full_end - full_rows - begin, 0), EDGE_M)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, end, masked_steps, tail_steps, full_rows, base_2(scale),
-        True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, EDGE_M,
+        keys, window, begin, end, masked_steps, tail_steps, full_rows, base_2(scale), curve_scale,
+        True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_M,
     )  # fmt: skip
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, full_end, full_steps, 0, 0, base_2(scale),
-        False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, BLOCK_M,
+        keys, window, begin, full_end, full_steps, 0, 0, base_2(scale), curve_scale,
+        False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
     )  # fmt: skip
-    dk *= scale
+    dk *= slope(scale, curve_scale)
 
     if key_start is not None:  # no row sees padding, so it is enough to drop its gradients
         padding = keys < first
         dk = tl.where(padding[:, None], 0.0, dk)
         dv = tl.where(padding[:, None], 0.0, dv)
-    start = (part.to(tl.int64) * length + block) * HEAD
-    element = tl.reshape(tl.arange(0, BLOCK_N * BLOCK_D), (BLOCK_N, BLOCK_D))
-    row = element // BLOCK_D
-    column = element % BLOCK_D
-    exists = (row < length - block) & (column < HEAD)
-    offsets = row * HEAD + column
-    tl.store(grad_key + start + offsets, dk.to(grad_key.dtype.element_ty), mask=exists)
-    tl.store(grad_value + start + offsets, dv.to(grad_value.dtype.element_ty), mask=exists)
+    start = part.to(tl.int64) * length + block
+    _store_keys(grad_key, start, dk, length - block, HEAD, BLOCK_D, BLOCK_N)
+    _store_keys(grad_value, start, dv, length - block, VALUE_HEAD, BLOCK_V, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_anchors", "thought_steps"])
+@triton.jit(do_not_specialize=["num_anchors", "thought_steps", "step_window"])
 def thought_gradient_kernel(
-    grad_output, query, thought_key, thought_value, order, row_log_sum, row_delta, row_query, row_grad,
-    grad_thought_key, grad_thought_value,
-    grad_output_stride, query_stride, thought_key_stride, thought_value_stride, grad_stride, order_stride,
-    kv_heads, num_anchors, thought_steps, scale,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_output, query, thought_key, thought_value, order, thought_lengths, anchor_rows,
+    row_log_sum, row_delta, row_query, row_grad, grad_thought_key, grad_thought_value,
+    grad_output_stride, query_stride, thought_key_stride, thought_value_stride, anchors_stride,
+    kv_heads, num_anchors, thought_steps, step_window, scale, curve_scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the thought keys and values of as many anchors as fit BLOCK_N, or of a block of one anchor's.
 
-    ``scale`` is not negative. Grid: blocks of an anchor · groups of anchors · B · Hkv programs.
+    The gradients are contiguous. ``thought_lengths`` and ``anchor_rows`` are there together. ``scale`` is not negative.
+    Grid: blocks of an anchor · groups of anchors · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
     together = tl.maximum(BLOCK_N // thought_steps, 1)
@@ -245,8 +276,6 @@ def thought_gradient_kernel(
     query += batch * query_stride[0] + head * GROUP * query_stride[1]
     thought_key += batch * thought_key_stride[0] + head * thought_key_stride[1]
     thought_value += batch * thought_value_stride[0] + head * thought_value_stride[1]
-    grad_thought_key += batch * grad_stride[0] + head * grad_stride[1]
-    grad_thought_value += batch * grad_stride[0] + head * grad_stride[1]
     table = (batch * kv_heads + head) * num_anchors * ROWS
     row_log_sum += table
     row_delta += table
@@ -254,39 +283,53 @@ def thought_gradient_kernel(
     if row_grad is not None:
         row_grad += table
     if order is not None:
-        order += batch * order_stride
+        order += batch * anchors_stride
+    if thought_lengths is not None:
+        thought_lengths += batch * anchors_stride
+        anchor_rows += batch * (num_anchors + 1)
 
     column = block + tl.arange(0, BLOCK_N)
     position = first + column // thought_steps
     step = (column % thought_steps).to(tl.int64)
     exists = (column < together * thought_steps) & (position < num_anchors)
-    place = place_of(tl.minimum(position, num_anchors - 1), order).to(tl.int64)
-    key_offsets = place * thought_key_stride[2] + step * thought_key_stride[3]
-    value_offsets = place * thought_value_stride[2] + step * thought_value_stride[3]
+    near = tl.minimum(position, num_anchors - 1)
+    original = original_of(near, order).to(tl.int64)
+    key_offsets = original * thought_key_stride[2] + step * thought_key_stride[3]
+    value_offsets = original * thought_value_stride[2] + step * thought_value_stride[3]
     k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
-    v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
+    v = load_vectors(thought_value, value_offsets, None, VALUE_HEAD, BLOCK_V)
+    owner = owner_of(position, step, length_of(near, thought_lengths), CAUSAL)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    end = tl.minimum(first + together, num_anchors) * ROWS
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    last = tl.minimum(first + together, num_anchors)
+    end = last * ROWS
+    if thought_lengths is not None:  # leaves out rows behind the last one, and all of them if no key is seen
+        rows_of_last = tl.load(anchor_rows + last) - tl.load(anchor_rows + last - 1)  # 0: it is inactive, as are others
+        seen = (rows_of_last > 0) & (block < tl.load(thought_lengths + last - 1))
+        end = tl.where(seen, end - ROWS + rows_of_last, first * ROWS)
     for tile in tl.range(first * ROWS, end, BLOCK_M):
         index = tile + tl.arange(0, BLOCK_M)
         rows = tl.minimum(index, end - 1)
+        row_position = rows // ROWS
+        in_table = table_rows(rows, row_position, anchor_rows, ROWS)
         seeing = None
         if order is not None:  # there are anchors, and some may be inactive: probability 0
-            seeing = tl.load(row_log_sum + rows) != float("inf")
+            seeing = tl.load(row_log_sum + in_table) != float("inf")
         q, do, log_sum, delta = _load_rows(
-            query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, seeing,
-            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D,
+            query, grad_output, row_log_sum, row_delta, row_query, row_grad, in_table, seeing,
+            QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V,
         )  # fmt: skip
-        row_step = (rows // GROUP) % STEPS + (thought_steps - STEPS)
-        visible = (position[:, None] == (rows // ROWS)[None, :]) & (step[:, None] <= row_step[None, :])
+        row_step = step_of(rows, thought_steps, STEPS, GROUP)
+        visible = sees_thought(
+            owner[:, None], step[:, None], row_position[None, :], row_step[None, :], step_window, CAUSAL
+        )
         visible = visible & (index < end)[None, :]
         if order is not None:
             visible = visible & seeing[None, :]
-        dk, dv = _step(dk, dv, k, v, q, do, visible, log_sum, delta, base_2(scale))
-    dk *= scale
+        dk, dv = _step(dk, dv, k, v, q, do, visible, log_sum, delta, base_2(scale), curve_scale)
+    dk *= slope(scale, curve_scale)
 
-    offsets = place * grad_stride[2] + step * grad_stride[3]
-    store_vectors(grad_thought_key, offsets, dk, exists, HEAD, BLOCK_D)
-    store_vectors(grad_thought_value, offsets, dv, exists, HEAD, BLOCK_D)
+    vector = ((batch * kv_heads + head) * num_anchors + original) * thought_steps + step
+    store_vectors(grad_thought_key, vector * HEAD, dk, exists, HEAD, BLOCK_D)
+    store_vectors(grad_thought_value, vector * VALUE_HEAD, dv, exists, VALUE_HEAD, BLOCK_V)

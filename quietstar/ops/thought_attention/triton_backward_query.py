@@ -2,12 +2,14 @@
 
 A program holds a tile of packed rows (``triton_tiles`` draws them) and goes over the keys that the tile sees, as the
 forward does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − dlse, the gradient of a score s is
-dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key).
+dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key). With a softcap c
+there is another factor, 1 − (s / c)².
 
 What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
 anchor, first base key (if anchors have their own), lse, delta, and where the row lies in query and in dO (if it lies
 elsewhere), counted in units that divide all their strides: small numbers, which need few registers there. They then
-read rows without a thought for their order.
+read rows without a thought for their order. In the tables rows of steps that do not exist come first, as those of
+inactive anchors do, so that behind them anchors ascend (``table_rows``).
 """
 
 import triton
@@ -18,42 +20,58 @@ from quietstar.ops.thought_attention.triton_tiles import (
     anchor_of,
     base_2,
     base_range,
+    curved,
+    diagonal_columns,
+    diagonal_end,
+    divided,
     dot,
-    in_pieces,
+    existing,
+    first_of_step,
+    joined,
+    length_of,
     load_block,
     load_vectors,
-    out_of_pieces,
-    piece_columns,
-    place_of,
+    original_of,
+    owner_of,
     positions_of_tile,
+    readable,
     row_offsets,
     seen_keys,
     sees_block,
+    sees_thought,
+    slope,
     start_of,
+    step_of,
     store_vectors,
+    table_rows,
     transposed,
 )
 
 
 @triton.jit
-def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, scale):
-    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D].
+def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, scale, curve_scale):
+    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D or Dv].
 
     The two products of scores one after the other, so that registers hold one of them at a time.
     """
-    scores = dot(query, transposed(key))
+    curve = curved(dot(query, transposed(key)), curve_scale)
+    scores = curve
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - tl.expand_dims(log_sum, -1))
     grad_probability = dot(grad_output, transposed(value)) - tl.expand_dims(delta, -1)
-    return grad_query + dot((probability * grad_probability).to(key.dtype), key)
+    grad_scores = probability * grad_probability
+    if curve_scale is not None:
+        grad_scores *= 1 - curve * curve
+    return grad_query + dot(grad_scores.to(key.dtype), key)
 
 
 @triton.jit
 def _steps_base(
     grad_query, query, grad_output, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first,
-    window, begin, end, steps, hole_at, hole, log_sum, delta, scale,
-    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    window, begin, end, steps, hole_at, hole, log_sum, delta, scale, curve_scale,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``_step`` over ``steps`` blocks of base keys from ``begin`` on; ``base_range`` explains the bounds of MASKED."""
     for i in tl.range(0, steps):
@@ -66,29 +84,32 @@ def _steps_base(
             seen = seen_keys(tile_anchor, keys, tile_first, end, window)
             visible = sees_block(anchor, keys, first, window)
         k = load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
-        v = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
-        grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale)
+        v = load_block(value, value_stride, block, seen, VALUE_HEAD, BLOCK_V, BLOCK_N)
+        grad_query = _step(grad_query, query, grad_output, k, v, visible, log_sum, delta, scale, curve_scale)
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window"])
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window"])
 def query_gradient_kernel(
-    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order, key_start,
+    grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order, thought_lengths,
+    key_start, anchor_rows,
     grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
-    thought_value_stride, output_stride, lse_stride, anchors_stride,
-    kv_heads, num_anchors, length, thought_steps, window, scale,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    PIECE: tl.constexpr, PIECE_ANCHORS: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
+    thought_value_stride, lse_stride, anchors_stride,
+    kv_heads, num_anchors, length, thought_steps, window, step_window, scale, curve_scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr,
+    DIAGONAL_ANCHORS: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries of a tile, with the strides of ``output``, and its part of the row tables.
+    """Gradient of the queries of a tile, and its part of the row tables.
 
-    ``key_start`` is as in the forward, and the table ``row_start`` there if PER_ANCHOR. ``scale`` is not negative.
-    Grid: tiles · B · Hkv programs.
+    The mask is as in the forward, and the table ``row_start`` there if rows have first keys of their own: PER_ANCHOR,
+    or with a ``step_window``. ``anchor_rows`` is there with ``thought_lengths``. ``scale`` is not negative. Output, lse
+    and ``grad_query`` are contiguous. Grid: tiles · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
-    PIECES: tl.constexpr = BLOCK_M // PIECE
+    DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
     num_rows = num_anchors * ROWS
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     program = tl.program_id(0)
@@ -98,40 +119,45 @@ def query_gradient_kernel(
 
     grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
     query += batch * query_stride[0] + head * GROUP * query_stride[1]
-    output += batch * output_stride[0] + head * GROUP * output_stride[1]
-    grad_query += batch * output_stride[0] + head * GROUP * output_stride[1]
-    lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
     key += batch * key_stride[0] + head * key_stride[1]
     value += batch * value_stride[0] + head * value_stride[1]
     thought_key += batch * thought_key_stride[0] + head * thought_key_stride[1]
     thought_value += batch * thought_value_stride[0] + head * thought_value_stride[1]
+    first_row = batch * lse_stride[0] + head * GROUP * lse_stride[1]
     if anchors is not None:
         anchors += batch * anchors_stride
     if order is not None:
         order += batch * anchors_stride
+    if thought_lengths is not None:
+        thought_lengths += batch * anchors_stride
+        anchor_rows += batch * (num_anchors + 1)
 
     index = tile_start + tl.arange(0, BLOCK_M)
     exists = index < num_rows
     rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
     position = rows // ROWS
-    place = place_of(position, order)
-    anchor = anchor_of(position, anchors, length)
+    step = step_of(rows, thought_steps, STEPS, GROUP)
+    thought_length = length_of(position, thought_lengths)
+    original = original_of(position, order)
+    anchor = existing(anchor_of(position, anchors, length), step, thought_length)
     first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
-    query_offsets = row_offsets(rows, place, query_stride, STEPS, GROUP)
-    grad_offsets = row_offsets(rows, place, grad_output_stride, STEPS, GROUP)
+    first = first_of_step(first, anchor, step, step_window)
+    query_offsets = row_offsets(rows, original, query_stride, STEPS, GROUP)
+    grad_offsets = row_offsets(rows, original, grad_output_stride, STEPS, GROUP)
+    row = first_row + row_offsets(rows, original, lse_stride, STEPS, GROUP)
     q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
-    do = load_vectors(grad_output, grad_offsets, None, HEAD, BLOCK_D)
-    o = load_vectors(output, row_offsets(rows, place, output_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
+    do = load_vectors(grad_output, grad_offsets, None, VALUE_HEAD, BLOCK_V)
+    o = load_vectors(output, row * VALUE_HEAD, None, VALUE_HEAD, BLOCK_V)
 
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    log_sum = tl.load(lse + row_offsets(rows, place, lse_stride, STEPS, GROUP)) * LOG2_E
+    log_sum = tl.load(lse + row) * LOG2_E
     if grad_lse is not None:
         grad_lse += batch * grad_lse_stride[0] + head * GROUP * grad_lse_stride[1]
-        delta -= tl.load(grad_lse + row_offsets(rows, place, grad_lse_stride, STEPS, GROUP))
+        delta -= tl.load(grad_lse + row_offsets(rows, original, grad_lse_stride, STEPS, GROUP))
     if anchors is not None:  # inactive rows: probability 0
         delta = tl.where(anchor < 0, 0.0, delta)
         log_sum = tl.where(anchor < 0, float("inf"), log_sum)
-    table = (batch * kv_heads + head) * num_rows + index
+    table = (batch * kv_heads + head) * num_rows + table_rows(index, position, anchor_rows, ROWS)
     tl.store(row_anchor + table, anchor, mask=exists)
     if row_start is not None:
         tl.store(row_start + table, first, mask=exists)
@@ -141,52 +167,61 @@ def query_gradient_kernel(
     if row_grad is not None:
         tl.store(row_grad + table, grad_offsets // GRAD_UNIT, mask=exists)
 
-    # The thought keys, piece by piece.
-    q_pieces = in_pieces(q, PIECES)
-    do_pieces = in_pieces(do, PIECES)
-    log_sum_pieces = in_pieces(log_sum, PIECES)
-    delta_pieces = in_pieces(delta, PIECES)
-    row_position = tl.expand_dims(in_pieces(position, PIECES), -1)
-    row_step = tl.expand_dims(in_pieces((rows // GROUP) % STEPS, PIECES), -1) + (thought_steps - STEPS)
+    # The thought keys, part by part.
+    q_parts = divided(q, DIAGONALS)
+    do_parts = divided(do, DIAGONALS)
+    log_sum_parts = divided(log_sum, DIAGONALS)
+    delta_parts = divided(delta, DIAGONALS)
+    row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
+    row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
     last_position = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
-    dq = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
-    for chunk in tl.range(0, PIECE_ANCHORS * thought_steps, BLOCK_T, num_stages=1):
-        column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
-        near = tl.minimum(column_position, num_anchors - 1)
+    dq = divided(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), DIAGONALS)
+    columns = diagonal_end(
+        index, position, anchor, step, thought_length, thought_steps, ROWS, DIAGONAL_M, DIAGONAL_ANCHORS, CAUSAL
+    )
+    for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=1):
+        key_position, key_step = diagonal_columns(
+            tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
+        )
+        near = tl.minimum(key_position, num_anchors - 1)
         if anchors is not None:  # what inactive ones have may be NaN: that of the tile's last one in its place
             near = tl.where(tl.load(anchors + near) < 0, last_position, near)
-        column_place = place_of(near, order).to(tl.int64)
-        key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
-        value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
+        key_length = length_of(near, thought_lengths)
+        key_original = original_of(near, order).to(tl.int64)
+        read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
+        key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
+        value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
         k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, None, HEAD, BLOCK_D)
-        visible = tl.expand_dims(column_position, -2) == row_position
-        visible = visible & (tl.expand_dims(step, -2) <= row_step)
-        dq = _step(dq, q_pieces, do_pieces, k, v, visible, log_sum_pieces, delta_pieces, base_2(scale))
-    dq = out_of_pieces(dq, PIECES)
+        v = load_vectors(thought_value, value_offsets, None, VALUE_HEAD, BLOCK_V)
+        owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
+        visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
+        dq = _step(dq, q_parts, do_parts, k, v, visible, log_sum_parts, delta_parts, base_2(scale), curve_scale)
+    dq = joined(dq, DIAGONALS)
 
     # The base keys: first those to mask, then the full blocks.
     tile_anchor = None
     tile_first = first
-    if window is not None or PER_ANCHOR:
+    if window is not None or step_window is not None or PER_ANCHOR:
         tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
         tile_anchor = anchor_of(tile_position, anchors, length)
         tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
+        tile_first = first_of_step(tile_first, tile_anchor, thought_steps - STEPS, step_window)
     full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
         anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
     )
     dq = _steps_base(
         dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), True, HEAD, BLOCK_D, EDGE_N,
+        begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), curve_scale,
+        True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
     )  # fmt: skip
     dq = _steps_base(
         dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale),
-        False, HEAD, BLOCK_D, BLOCK_N,
+        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale), curve_scale,
+        False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
     )  # fmt: skip
 
     if anchors is not None:
         dq = tl.where(anchor[:, None] < 0, 0.0, dq)
-    place = place_of(tl.minimum(index // ROWS, num_anchors - 1), order)
-    offsets = row_offsets(index, place, output_stride, STEPS, GROUP)
-    store_vectors(grad_query, offsets, dq * scale, exists, HEAD, BLOCK_D)
+    original = original_of(tl.minimum(index // ROWS, num_anchors - 1), order)
+    row = first_row + row_offsets(index, original, lse_stride, STEPS, GROUP)
+    store_vectors(grad_query, row * HEAD, dq * slope(scale, curve_scale), exists, HEAD, BLOCK_D)

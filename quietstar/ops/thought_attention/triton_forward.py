@@ -20,19 +20,28 @@ from quietstar.ops.thought_attention.triton_tiles import (
     anchor_of,
     base_2,
     base_range,
+    curved,
+    diagonal_columns,
+    diagonal_end,
+    divided,
     dot,
-    in_pieces,
-    late,
+    existing,
+    first_of_step,
+    joined,
+    length_of,
     load_block,
     load_vectors,
-    out_of_pieces,
-    piece_columns,
-    place_of,
+    not_before,
+    original_of,
+    owner_of,
     positions_of_tile,
+    readable,
     row_offsets,
     seen_keys,
     sees_block,
+    sees_thought,
     start_of,
+    step_of,
     store_vectors,
     transposed,
 )
@@ -40,7 +49,7 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _attend(acc, peak, total, scores, scale, value):
-    """One step of the running base-2 softmax over scale · ``scores`` [..., rows, keys] and ``value`` [..., keys, D]."""
+    """One step of the running base-2 softmax over scale · ``scores`` [..., rows, keys], ``value`` [..., keys, Dv]."""
     new_peak = tl.maximum(peak, tl.max(scores, -1) * scale)  # scale >= 0: one product a row instead of one a score
     probability = tl.exp2(scores * scale - tl.expand_dims(new_peak, -1))
     shrink = tl.exp2(peak - new_peak)
@@ -52,8 +61,9 @@ def _attend(acc, peak, total, scores, scale, value):
 @triton.jit
 def _attend_base(
     acc, peak, total, query, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-    begin, end, steps, hole_at, hole, scale,
-    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    begin, end, steps, hole_at, hole, scale, curve_scale,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend to ``steps`` blocks of base keys from ``begin`` on. MASKED: ``base_range`` explains the other bounds."""
     for i in tl.range(0, steps):
@@ -63,31 +73,34 @@ def _attend_base(
             block += tl.where(i < hole_at, 0, hole)
             keys = block + tl.arange(0, BLOCK_N)
             seen = seen_keys(tile_anchor, keys, tile_first, end, window)
-        scores = dot(query, transposed(load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)))
+        products = dot(query, transposed(load_block(key, key_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)))
+        scores = curved(products, curve_scale)
         if MASKED:
             visible = sees_block(anchor, keys, first, window)
             scores = tl.where(visible, scores, float("-inf"))
-        block_value = load_block(value, value_stride, block, seen, HEAD, BLOCK_D, BLOCK_N)
+        block_value = load_block(value, value_stride, block, seen, VALUE_HEAD, BLOCK_V, BLOCK_N)
         acc, peak, total = _attend(acc, peak, total, scores, scale, block_value)
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "splits"])
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window", "splits"])
 def forward_kernel(
-    query, key, value, thought_key, thought_value, anchors, order, key_start, output, lse,
-    query_stride, key_stride, value_stride, thought_key_stride, thought_value_stride, output_stride, lse_stride,
-    anchors_stride, kv_heads, num_anchors, length, thought_steps, window, splits, scale,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_T: tl.constexpr, PIECE: tl.constexpr,
-    PIECE_ANCHORS: tl.constexpr, SPLIT: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
+    query, key, value, thought_key, thought_value, anchors, order, thought_lengths, key_start, output, lse,
+    query_stride, key_stride, value_stride, thought_key_stride, thought_value_stride, lse_stride, anchors_stride,
+    kv_heads, num_anchors, length, thought_steps, window, step_window, splits, scale, curve_scale,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr, DIAGONAL_ANCHORS: tl.constexpr, SPLIT: tl.constexpr,
+    PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
     """Output and natural-log lse of a tile; with SPLIT, a partial output and base-2 lse of one part of its keys.
 
-    ``key_start`` is contiguous: [B], or PER_ANCHOR [B, P] in the order of ``anchors``, and then there is no window.
-    ``scale`` is not negative. Grid: tiles · splits · B · Hkv programs.
+    ``key_start`` is contiguous: [B], or PER_ANCHOR [B, P] in the order of ``anchors``, and then there is no window; nor
+    is there one with ``step_window``, which counts from the step. ``thought_lengths`` are as ``anchors``, which are
+    there with them. ``scale`` is not negative. Output and lse are contiguous. Grid: tiles · splits · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
-    PIECES: tl.constexpr = BLOCK_M // PIECE
+    DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
     num_rows = num_anchors * ROWS
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     program = tl.program_id(0)
@@ -105,51 +118,61 @@ def forward_kernel(
         anchors += batch * anchors_stride
     if order is not None:
         order += batch * anchors_stride
+    if thought_lengths is not None:
+        thought_lengths += batch * anchors_stride
 
     scale = base_2(scale)
     index = tile_start + tl.arange(0, BLOCK_M)
     rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
     position = rows // ROWS
-    place = place_of(position, order)
-    anchor = anchor_of(position, anchors, length)
+    step = step_of(rows, thought_steps, STEPS, GROUP)
+    thought_length = length_of(position, thought_lengths)
+    original = original_of(position, order)
+    anchor = existing(anchor_of(position, anchors, length), step, thought_length)
     first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
+    first = first_of_step(first, anchor, step, step_window)
     tile_anchor = None
     tile_first = first
-    if window is not None or PER_ANCHOR:
+    if window is not None or step_window is not None or PER_ANCHOR:
         tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
         tile_anchor = anchor_of(tile_position, anchors, length)
         tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
-    q = load_vectors(query, row_offsets(rows, place, query_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
+        tile_first = first_of_step(tile_first, tile_anchor, thought_steps - STEPS, step_window)
+    q = load_vectors(query, row_offsets(rows, original, query_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
 
-    # The thought keys, piece by piece.
-    q_pieces = in_pieces(q, PIECES)
-    row_position = tl.expand_dims(in_pieces(position, PIECES), -1)
-    row_step = tl.expand_dims(in_pieces((rows // GROUP) % STEPS, PIECES), -1) + (thought_steps - STEPS)
-    acc = in_pieces(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PIECES)
-    peak = in_pieces(tl.full((BLOCK_M,), LOWEST, tl.float32), PIECES)
-    total = in_pieces(tl.zeros((BLOCK_M,), tl.float32), PIECES)
-    columns = PIECE_ANCHORS * thought_steps
+    # The thought keys, part by part.
+    q_parts = divided(q, DIAGONALS)
+    row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
+    row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
+    acc = divided(tl.zeros((BLOCK_M, BLOCK_V), tl.float32), DIAGONALS)
+    peak = divided(tl.full((BLOCK_M,), LOWEST, tl.float32), DIAGONALS)
+    total = divided(tl.zeros((BLOCK_M,), tl.float32), DIAGONALS)
+    columns = diagonal_end(
+        index, position, anchor, step, thought_length, thought_steps, ROWS, DIAGONAL_M, DIAGONAL_ANCHORS, CAUSAL
+    )
     if SPLIT:
         columns = tl.where(split == 0, columns, 0)
-    # The next keys of a piece are fetched ahead where shared memory has room for them.
-    for chunk in tl.range(0, columns, BLOCK_T, num_stages=2 if BLOCK_D <= 128 else 1):
-        column_position, step = piece_columns(tile_start, chunk, thought_steps, ROWS, PIECES, PIECE, BLOCK_T)
-        near = tl.minimum(column_position, num_anchors - 1)
-        column_place = place_of(near, order).to(tl.int64)
-        key_offsets = column_place * thought_key_stride[2] + step * thought_key_stride[3]
-        value_offsets = column_place * thought_value_stride[2] + step * thought_value_stride[3]
-        seen = None
-        if anchors is not None:  # some may be inactive
-            seen = tl.load(anchors + near) >= 0
+    # The next keys of a part are fetched ahead where shared memory has room for them.
+    for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if max(BLOCK_D, BLOCK_V) <= 128 else 1):
+        key_position, key_step = diagonal_columns(
+            tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
+        )
+        near = tl.minimum(key_position, num_anchors - 1)
+        key_length = length_of(near, thought_lengths)
+        key_original = original_of(near, order).to(tl.int64)
+        read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
+        key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
+        value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
+        seen = active_at(near, anchors)
         k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, seen, HEAD, BLOCK_D)
-        visible = tl.expand_dims(column_position, -2) == row_position
-        visible = visible & (tl.expand_dims(step, -2) <= row_step)
-        scores = tl.where(visible, dot(q_pieces, transposed(k)), float("-inf"))
+        v = load_vectors(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
+        owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
+        visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
+        scores = tl.where(visible, curved(dot(q_parts, transposed(k)), curve_scale), float("-inf"))
         acc, peak, total = _attend(acc, peak, total, scores, scale, v)
-    acc = out_of_pieces(acc, PIECES)
-    peak = out_of_pieces(peak, PIECES)
-    total = out_of_pieces(total, PIECES)
+    acc = joined(acc, DIAGONALS)
+    peak = joined(peak, DIAGONALS)
+    total = joined(total, DIAGONALS)
 
     # The base keys: first those to mask, then the full blocks.
     full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
@@ -157,11 +180,12 @@ def forward_kernel(
     )
     acc, peak, total = _attend_base(
         acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        begin, end, steps, hole_at, hole, scale, True, HEAD, BLOCK_D, EDGE_N,
+        begin, end, steps, hole_at, hole, scale, curve_scale, True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
     )  # fmt: skip
     acc, peak, total = _attend_base(
         acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, False, HEAD, BLOCK_D, BLOCK_N,
+        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, curve_scale,
+        False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
     )  # fmt: skip
 
     seen = (anchor >= 0) & (total != 0)
@@ -171,24 +195,24 @@ def forward_kernel(
     acc = acc * (1 / total)[:, None]
     log_sum = peak + tl.log2(total)
 
-    index = late(index, total)
+    index = not_before(total, index)
     exists = index < num_rows
     if not SPLIT:
-        place = place_of(tl.minimum(index // ROWS, num_anchors - 1), order)
-        output += batch * output_stride[0] + head * GROUP * output_stride[1]
-        lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
-        store_vectors(output, row_offsets(index, place, output_stride, STEPS, GROUP), acc, exists, HEAD, BLOCK_D)
-        tl.store(lse + row_offsets(index, place, lse_stride, STEPS, GROUP), log_sum * LN_2, mask=exists)
+        original = original_of(tl.minimum(index // ROWS, num_anchors - 1), order)
+        row = batch * lse_stride[0] + head * GROUP * lse_stride[1]
+        row += row_offsets(index, original, lse_stride, STEPS, GROUP)
+        store_vectors(output, row * VALUE_HEAD, acc, exists, VALUE_HEAD, BLOCK_V)
+        tl.store(lse + row, log_sum * LN_2, mask=exists)
     else:
         part = ((batch * kv_heads + head) * splits + split) * num_rows + index
-        store_vectors(output, part * HEAD, acc, exists, HEAD, BLOCK_D)
+        store_vectors(output, part * VALUE_HEAD, acc, exists, VALUE_HEAD, BLOCK_V)
         tl.store(lse + part, log_sum, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "splits"])
 def combine_kernel(
-    parts, part_log_sums, order, output, lse, output_stride, lse_stride, anchors_stride, kv_heads, num_anchors, splits,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    parts, part_log_sums, order, output, lse, lse_stride, anchors_stride, kv_heads, num_anchors, splits,
+    STEPS: tl.constexpr, GROUP: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Sum of the partial results of ``forward_kernel``, in the order of the splits. Grid: tiles · B · Hkv programs."""
     num_rows = num_anchors * STEPS * GROUP
@@ -199,7 +223,7 @@ def combine_kernel(
     rows = program % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < num_rows
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for split in range(splits):
@@ -209,16 +233,17 @@ def combine_kernel(
         weight = tl.exp2(log_sum - new_peak)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * load_vectors(parts, part * HEAD, exists, HEAD, BLOCK_D)
+        partial = load_vectors(parts, part * VALUE_HEAD, exists, VALUE_HEAD, BLOCK_V)
+        acc = acc * shrink[:, None] + weight[:, None] * partial
         peak = new_peak
 
     if order is not None:
         order += batch * anchors_stride
-    place = place_of(tl.minimum(rows, num_rows - 1) // (STEPS * GROUP), order)
-    output += batch * output_stride[0] + head * GROUP * output_stride[1]
-    lse += batch * lse_stride[0] + head * GROUP * lse_stride[1]
+    original = original_of(tl.minimum(rows, num_rows - 1) // (STEPS * GROUP), order)
+    row = batch * lse_stride[0] + head * GROUP * lse_stride[1]
+    row += row_offsets(rows, original, lse_stride, STEPS, GROUP)
     seen = total != 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     log_sum = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
-    store_vectors(output, row_offsets(rows, place, output_stride, STEPS, GROUP), acc, exists, HEAD, BLOCK_D)
-    tl.store(lse + row_offsets(rows, place, lse_stride, STEPS, GROUP), log_sum, mask=exists)
+    store_vectors(output, row * VALUE_HEAD, acc, exists, VALUE_HEAD, BLOCK_V)
+    tl.store(lse + row, log_sum, mask=exists)

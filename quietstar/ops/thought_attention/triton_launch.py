@@ -130,16 +130,16 @@ def padded_head(head_size: int) -> int:
     return max(16, power_of_2(head_size))
 
 
-def row_key(kernel: str, query: Tensor) -> tuple[str, str, int, int]:
-    """The key in ``TILES`` of a kernel on the device, dtype and head size of ``query``."""
-    with torch.cuda.device_of(query):
+def row_key(kernel: str, vectors: Tensor) -> tuple[str, str, int, int]:
+    """The key in ``TILES`` of a kernel on the device, dtype and head size of ``vectors``, the largest there are."""
+    with torch.cuda.device_of(vectors):
         family = architecture()
-    return kernel, family, query.element_size(), max(64, padded_head(query.shape[-1]))
+    return kernel, family, vectors.element_size(), max(64, padded_head(vectors.shape[-1]))
 
 
-def tile_for(kernel: str, query: Tensor) -> Tile:
-    """The table's row for a kernel on the device, dtype and head size of ``query``."""
-    kernel, family, *width = row_key(kernel, query)
+def tile_for(kernel: str, vectors: Tensor) -> Tile:
+    """The table's row for a kernel; ``vectors`` are those of ``row_key``."""
+    kernel, family, *width = row_key(kernel, vectors)
     if family == INTERPRETER:
         return Tile(64, 32, num_warps=4, num_stages=1)
     return TILES.get((kernel, family, *width)) or TILES[kernel, ANY, *width]
@@ -150,71 +150,76 @@ def edge(block: int) -> int:
     return max(16, block // 2)
 
 
-def forward_launch(query: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
+def forward_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
     """Tile of the forward, and over how many programs its keys are split.
 
     Args:
-        query: sets device, dtype and head size.
+        vectors: query or value, whichever has the larger heads; sets device, dtype and head size.
         rows: P·S·G, query rows of one key/value head.
         heads: B·Hkv.
         length: L.
     """
-    tile = tile_for(FORWARD, query)
+    tile = tile_for(FORWARD, vectors)
     if rows < tile.block_m:
-        tile = tile_for(DECODE, query)
+        tile = tile_for(DECODE, vectors)
         tile = tile._replace(block_m=16 if rows <= 16 else tile.block_m)
     programs = heads * -(-rows // tile.block_m)
-    return tile, _splits(query, tile, programs, -(-length // SPLIT_KEYS))
+    return tile, _splits(vectors, tile, programs, -(-length // SPLIT_KEYS))
 
 
-def key_gradient_launch(query: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
+def key_gradient_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
     """Tile of the gradient of base keys, and over how many programs its rows are split; see ``forward_launch``."""
-    tile = tile_for(KEY_GRADIENT, query)
+    tile = tile_for(KEY_GRADIENT, vectors)
     programs = heads * -(-length // tile.block_n)
-    return tile, _splits(query, tile, programs, -(-rows // SPLIT_ROWS))
+    return tile, _splits(vectors, tile, programs, -(-rows // SPLIT_ROWS))
 
 
-def _splits(query: Tensor, tile: Tile, programs: int, most: int) -> int:
+def _splits(vectors: Tensor, tile: Tile, programs: int, most: int) -> int:
     """Into how many to split programs that are too few to fill the device; 1 if they are not."""
-    resident = processors(query.device) * max(1, 8 // tile.num_warps)
+    resident = processors(vectors.device) * max(1, 8 // tile.num_warps)
     return max(1, min(resident // max(1, programs), most))
 
 
-def thought_gradient_tile(query: Tensor, rows: int, thought_steps: int) -> Tile:
+def thought_gradient_tile(vectors: Tensor, rows: int, thought_steps: int) -> Tile:
     """Tile of the gradient of thought keys, ``rows`` = S·G to an anchor: no larger than a thought needs."""
-    head = padded_head(query.shape[-1])
-    most_rows, most_keys = (16, 16) if query.element_size() == 4 else (64 if head <= 128 else 32, 32)
+    head = padded_head(vectors.shape[-1])
+    most_rows, most_keys = (16, 16) if vectors.element_size() == 4 else (64 if head <= 128 else 32, 32)
     block_n = max(16, min(most_keys, power_of_2(thought_steps)))
     together = max(1, block_n // thought_steps)
     block_m = max(16, min(most_rows, power_of_2(together * rows)))
     return Tile(block_m, block_n, num_warps=4 if head <= 64 else 8, num_stages=2)
 
 
-class Piece(NamedTuple):
-    """How a tile is cut for its thought keys: see ``triton_tiles``."""
+class Diagonal(NamedTuple):
+    """How a tile is divided for its thought keys: see ``triton_tiles``."""
 
     rows: int
+    """Of each part."""
     anchors: int
-    """The most anchors that the rows of a piece belong to."""
-    block_t: int
-    """Thought keys that a piece takes in one step."""
+    """The most anchors that the rows of a part belong to."""
+    keys: int
+    """Thought keys that a part takes in one step."""
+
+    def sizes(self) -> dict[str, int]:
+        """As kernels name them."""
+        return {"DIAGONAL_M": self.rows, "DIAGONAL_N": self.keys, "DIAGONAL_ANCHORS": self.anchors}
 
 
-def cut(rows: int, thought_steps: int, tile: Tile) -> Piece:
-    """The cheapest pieces for a tile, with ``rows`` = S·G to an anchor.
+def diagonal(rows: int, thought_steps: int, tile: Tile) -> Diagonal:
+    """The cheapest division of a tile, with ``rows`` = S·G to an anchor.
 
-    Either one piece, whose matrix products take the fastest path, or pieces of 16 rows, the smallest there are, in a
+    Either none, when matrix products take the fastest path, or into parts of 16 rows, the smallest there are, in a
     batched product at about half that speed.
     """
 
-    def into(piece: int, widest: int) -> Piece:
-        anchors = _most_anchors(rows, piece)
-        return Piece(piece, anchors, max(16, min(widest, power_of_2(anchors * thought_steps))))
+    def parts_of(part: int, most_keys: int) -> Diagonal:
+        anchors = _most_anchors(rows, part)
+        return Diagonal(part, anchors, max(16, min(most_keys, power_of_2(anchors * thought_steps))))
 
-    def columns(piece: Piece) -> int:
-        return -(-piece.anchors * thought_steps // piece.block_t) * piece.block_t
+    def columns(parts: Diagonal) -> int:
+        return -(-parts.anchors * thought_steps // parts.keys) * parts.keys
 
-    whole, small = into(tile.block_m, min(64, tile.block_n)), into(16, 16)
+    whole, small = parts_of(tile.block_m, min(64, tile.block_n)), parts_of(16, 16)
     return whole if tile.block_m == 16 or columns(whole) <= 2 * columns(small) else small
 
 
@@ -223,10 +228,10 @@ def tile_anchors(rows: int, tile: Tile) -> int:
     return power_of_2(_most_anchors(rows, tile.block_m))
 
 
-def _most_anchors(rows: int, piece: int) -> int:
-    """The most anchors that ``piece`` neighbouring rows belong to, with ``rows`` = S·G to an anchor."""
-    # Tiles start at multiples of the piece, so within an anchor a piece starts at multiples of their gcd.
-    return (rows - math.gcd(rows, piece) + piece - 1) // rows + 1
+def _most_anchors(rows: int, part: int) -> int:
+    """The most anchors that ``part`` neighbouring rows belong to, with ``rows`` = S·G to an anchor."""
+    # Parts start at multiples of their size, so within an anchor at multiples of the gcd.
+    return (rows - math.gcd(rows, part) + part - 1) // rows + 1
 
 
 def power_of_2(least: int) -> int:

@@ -11,18 +11,25 @@ so that no tile row is wasted; anchors come sorted, so that the rows of a tile e
     .        █████████████████████████                   █
     .        █████████████████████████                   ██
     row M    █████████████████████████                   ███
-             └ full blocks ──────┘└ masked            └ block diagonal, see PIECE
+             └ full blocks ──────┘└ masked            └ block diagonal, see DIAGONAL_M
 
-Thought keys are a block diagonal: a row sees at most T of them. A tile is cut in pieces of PIECE rows, each piece is
-multiplied with the thought keys of its own few anchors only, and a batched dot does all pieces at once. Small pieces
-waste little of a diagonal with small blocks (a sampling step has G rows to an anchor), large pieces read less twice.
+Thought keys are a block diagonal: a row sees at most T of them. A tile is divided into DIAGONALS parts of DIAGONAL_M
+rows, each part is multiplied with the thought keys of its own few anchors only (DIAGONAL_ANCHORS at most, DIAGONAL_N
+keys at a time), and a batched dot does all parts at once. Small parts waste little of a diagonal with small blocks (a
+sampling step has G rows to an anchor), large parts read less twice.
 
 Base keys come in blocks of BLOCK_N that every row of the tile sees in full and that need no mask. Only the edges are
 masked: around the tile's smallest and largest anchor, the edge of a window, left padding, and the starts of packed
 documents. Their blocks have EDGE_N keys: fewer, because on average half of an edge block is waste.
 
+Rows of steps that do not exist (``thought_lengths``) are rows of an inactive anchor, −1; a tile of them has no keys to
+go over. The anchor of a thought without a query comes as −1, and then sorted in front of all others.
+
 What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a
 mask, it is not even read.
+
+With a softcap c a score is c · tanh(scale / c · product), else scale · product. Kernels get this as ``scale`` and
+``curve_scale``: scale · tanh(curve_scale · product), or without the tanh where curve_scale is None.
 """
 
 import triton
@@ -35,7 +42,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def place_of(position, order):
+def original_of(position, order):
     """Where the caller has the anchor that is at ``position`` in the kernel's order."""
     if order is None:
         return position
@@ -64,6 +71,39 @@ def start_of(position, batch, key_start, num_anchors, PER_ANCHOR: tl.constexpr):
 
 
 @triton.jit
+def step_of(rows, thought_steps, STEPS: tl.constexpr, GROUP: tl.constexpr):
+    """Steps, 0..T−1, of packed rows."""
+    return (rows // GROUP) % STEPS + (thought_steps - STEPS)
+
+
+@triton.jit
+def length_of(position, thought_lengths):
+    """Thought lengths of the anchors at ``position``; None if all have T steps."""
+    if thought_lengths is None:
+        return None
+    else:
+        return tl.load(thought_lengths + position).to(tl.int32)
+
+
+@triton.jit
+def existing(anchor, step, length):
+    """The ``anchor`` of rows, −1 for those whose ``step`` does not exist."""
+    if length is None:
+        return anchor
+    else:
+        return tl.where(step < length, anchor, -1)
+
+
+@triton.jit
+def first_of_step(first, anchor, step, step_window):
+    """The ``first`` base key of rows, given a window that counts from their own position, anchor + 1 + step."""
+    if step_window is None:
+        return first
+    else:
+        return tl.maximum(first, (anchor + step + 2 - step_window).to(tl.int32))
+
+
+@triton.jit
 def positions_of_tile(tile_start, num_rows, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_ANCHORS: tl.constexpr):
     """The positions of the anchors that a tile's rows belong to, the last of them repeated: [TILE_ANCHORS]."""
     last = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
@@ -71,10 +111,27 @@ def positions_of_tile(tile_start, num_rows, ROWS: tl.constexpr, BLOCK_M: tl.cons
 
 
 @triton.jit
-def row_offsets(rows, place, stride, STEPS: tl.constexpr, GROUP: tl.constexpr):
+def row_offsets(rows, original, stride, STEPS: tl.constexpr, GROUP: tl.constexpr):
     """Offsets of packed rows in a tensor with strides (batch, head, anchor, step) of one key/value head."""
     step = (rows // GROUP) % STEPS
-    return place.to(tl.int64) * stride[2] + step.to(tl.int64) * stride[3] + (rows % GROUP).to(tl.int64) * stride[1]
+    return original.to(tl.int64) * stride[2] + step.to(tl.int64) * stride[3] + (rows % GROUP).to(tl.int64) * stride[1]
+
+
+@triton.jit
+def table_rows(rows, position, anchor_rows, ROWS: tl.constexpr):
+    """Where packed ``rows`` of the anchors at ``position`` are in the row tables of the backward.
+
+    With thought lengths those of steps that do not exist come first. Then there are ``anchor_rows`` [P + 1]: where the
+    existing ones of each anchor begin, and where those of the last anchor end.
+    """
+    if anchor_rows is None:
+        return rows
+    else:
+        missing = tl.load(anchor_rows)
+        begin = tl.load(anchor_rows + position)
+        end = tl.load(anchor_rows + position + 1)
+        own = begin + rows - position * ROWS
+        return tl.where(own < end, own, rows - (end - missing))
 
 
 @triton.jit
@@ -106,7 +163,7 @@ def store_vectors(pointer, offsets, vectors, mask, HEAD: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def late(offsets, never_negative):
+def not_before(never_negative, offsets):
     """``offsets``, which the compiler cannot find before it has ``never_negative`` [the same shape].
 
     It would address results before the loops that compute them, where it is short of registers, and spill.
@@ -131,6 +188,34 @@ def base_2(scale):
 def dot(a, b):
     """Tensor cores with float32 accumulation for half precision, true float32 for float32."""
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent to a few units in the last place, near 0 too."""
+    square = x * x
+    series = -0.3333277 + square * (0.13315259 + square * (-0.05230258 + square * 0.015739441))
+    size = tl.abs(x)
+    far = 1 - 2 / (tl.exp2(size * (2 * LOG2_E)) + 1)
+    return tl.where(size < 0.55, x + x * square * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def curved(products, curve_scale):
+    """What is left to multiply with ``scale`` to make scores of products of query and key."""
+    if curve_scale is None:
+        return products
+    else:
+        return tanh(products * curve_scale)
+
+
+@triton.jit
+def slope(scale, curve_scale):
+    """The derivative of a score by the product of query and key, but for the factor 1 − tanh²."""
+    if curve_scale is None:
+        return scale
+    else:
+        return scale * curve_scale
 
 
 @triton.jit
@@ -204,20 +289,29 @@ def seen_keys(anchor, keys, first, end, window):
 
 
 @triton.jit
-def in_pieces(rows, PIECES: tl.constexpr):
-    """[BLOCK_M, ...] -> [PIECES, PIECE, ...]; unchanged if the tile is one piece."""
-    if PIECES == 1:
-        return rows
-    elif len(rows.shape) == 1:
-        return tl.reshape(rows, (PIECES, rows.shape[0] // PIECES))
+def active_at(position, anchors):
+    """Whether the anchors at ``position`` are active; None without anchors, when all are."""
+    if anchors is None:
+        return None
     else:
-        return tl.reshape(rows, (PIECES, rows.shape[0] // PIECES, rows.shape[1]))
+        return tl.load(anchors + position) >= 0
 
 
 @triton.jit
-def out_of_pieces(rows, PIECES: tl.constexpr):
-    """The inverse of ``in_pieces``."""
-    if PIECES == 1:
+def divided(rows, DIAGONALS: tl.constexpr):
+    """[BLOCK_M, ...] -> [DIAGONALS, DIAGONAL_M, ...]; unchanged if the tile is not divided."""
+    if DIAGONALS == 1:
+        return rows
+    elif len(rows.shape) == 1:
+        return tl.reshape(rows, (DIAGONALS, rows.shape[0] // DIAGONALS))
+    else:
+        return tl.reshape(rows, (DIAGONALS, rows.shape[0] // DIAGONALS, rows.shape[1]))
+
+
+@triton.jit
+def joined(rows, DIAGONALS: tl.constexpr):
+    """The inverse of ``divided``."""
+    if DIAGONALS == 1:
         return rows
     elif len(rows.shape) == 2:
         return tl.reshape(rows, (rows.shape[0] * rows.shape[1],))
@@ -226,20 +320,69 @@ def out_of_pieces(rows, PIECES: tl.constexpr):
 
 
 @triton.jit
-def piece_columns(tile_start, chunk, thought_steps, ROWS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-                  BLOCK_T: tl.constexpr):  # fmt: skip
-    """Position of the anchor, and step, of the thought keys in columns ``chunk`` … of each piece: [(PIECES,) BLOCK_T].
+def diagonal_columns(tile_start, chunk, thought_steps, ROWS: tl.constexpr, DIAGONALS: tl.constexpr,
+                     DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr):  # fmt: skip
+    """Position of the anchor, and step, of the thought keys in columns ``chunk`` … of each part of a tile.
 
-    ROWS is S·G. The columns of a piece are the thought keys of its anchors in their order, T to an anchor.
+    Shapes [(DIAGONALS,) DIAGONAL_N]; ROWS is S·G. The columns of a part are the thought keys of its anchors in their
+    order, T to an anchor.
     """
-    column = chunk + tl.arange(0, BLOCK_T)
-    if PIECES == 1:
+    column = chunk + tl.arange(0, DIAGONAL_N)
+    if DIAGONALS == 1:
         return tile_start // ROWS + column // thought_steps, (column % thought_steps).to(tl.int64)
     else:
-        first = (tile_start + tl.arange(0, PIECES) * PIECE) // ROWS
+        first = (tile_start + tl.arange(0, DIAGONALS) * DIAGONAL_M) // ROWS
         position = first[:, None] + (column // thought_steps)[None, :]
         step = (column % thought_steps).to(tl.int64)
-        return position, tl.broadcast_to(step[None, :], (PIECES, BLOCK_T))
+        return position, tl.broadcast_to(step[None, :], (DIAGONALS, DIAGONAL_N))
+
+
+@triton.jit
+def diagonal_end(index, position, anchor, step, length, thought_steps, ROWS: tl.constexpr, DIAGONAL_M: tl.constexpr,
+                 DIAGONAL_ANCHORS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+    """Behind the last column of ``diagonal_columns`` that some row of a tile sees, given the tile's rows.
+
+    Without lengths it is that of all steps of all anchors.
+    """
+    if length is None:
+        return DIAGONAL_ANCHORS * thought_steps
+    else:
+        end = step + 1 if CAUSAL else length
+        before = position - index // DIAGONAL_M * DIAGONAL_M // ROWS  # anchors of its part in front of a row's own
+        return tl.max(tl.where(anchor < 0, 0, before * thought_steps + end), 0)
+
+
+@triton.jit
+def readable(step, length, step_window, thought_steps, STEPS: tl.constexpr):
+    """The ``step`` of a thought key, or where no row sees it, and it may be NaN, that of one which some row sees."""
+    if step_window is not None:
+        step = tl.maximum(step, thought_steps - STEPS + 1 - step_window)
+    if length is not None:  # the last step that exists: there is a row for it, unless the anchor is inactive
+        step = tl.maximum(tl.minimum(step, length - 1), 0)
+    return step
+
+
+@triton.jit
+def owner_of(position, step, length, CAUSAL: tl.constexpr):
+    """The ``position`` of the anchor that thought keys belong to, −1 for steps that do not exist.
+
+    What is CAUSAL hides these from rows that do exist.
+    """
+    if CAUSAL or length is None:
+        return position
+    else:
+        return tl.where(step < length, position, -1)
+
+
+@triton.jit
+def sees_thought(owner, step, row_position, row_step, step_window, CAUSAL: tl.constexpr):
+    """Whether rows see thought keys, given the anchors and steps of both; shapes broadcast."""
+    visible = owner == row_position
+    if CAUSAL:
+        visible = visible & (step <= row_step)
+    if step_window is not None:
+        visible = visible & (step > row_step - step_window)
+    return visible
 
 
 @triton.jit

@@ -52,12 +52,13 @@ def candidates(kernel: str, query: Tensor, shared_memory: int) -> list[Tile]:
     tiles = itertools.starmap(Tile, itertools.product(rows, keys, (4, 8), (1, 2, 3, 4)))
 
     def fits(tile: Tile) -> bool:
-        held, streamed, sums = tile.block_m, 2 * tile.block_n, tile.block_m  # vectors: query; key, value; output
+        resident, streamed, sums = tile.block_m, 2 * tile.block_n, tile.block_m  # vectors: query; key, value; output
         if kernel == QUERY_GRADIENT:
-            held = 2 * tile.block_m  # query, dO
+            resident = 2 * tile.block_m  # query, dO
         elif kernel == KEY_GRADIENT:
-            held, streamed, sums = 2 * tile.block_n, 2 * tile.block_m, 2 * tile.block_n  # key, value; query, dO; dK, dV
-        blocks = (held + tile.num_stages * streamed) * vector * query.element_size()
+            # key, value; query, dO; dK, dV
+            resident, streamed, sums = 2 * tile.block_n, 2 * tile.block_m, 2 * tile.block_n
+        blocks = (resident + tile.num_stages * streamed) * vector * query.element_size()
         return blocks <= shared_memory and 2 * sums * vector * 4 <= tile.num_warps * _REGISTER_BYTES
 
     return list(filter(fits, tiles))
