@@ -12,41 +12,60 @@ pytestmark = pytest.mark.slow
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False, packed=False):
+def call(head, dtype=BF16, steps=14, thought_steps=14, anchors=4096, masked=False, backward=False, packed=False,
+         value_head=None, lengths=False, **options):  # fmt: skip
     """Launch the kernels of a call with groups of 4 heads, laid out as transformers gives them."""
     from quietstar.ops.thought_attention import backend_triton
     from quietstar.ops.thought_attention.inputs import Inputs, Mask, ResultGradients
 
-    def tensor(heads, tokens):
+    def tensor(heads, tokens, head=head):
         return torch.empty(2, tokens, heads, head, dtype=dtype, device="meta").transpose(1, 2)
 
     query = tensor(8, anchors * steps).unflatten(2, (anchors, steps))
-    base = tensor(2, 4096)
-    thoughts = tensor(2, anchors * thought_steps).unflatten(2, (anchors, thought_steps))
+    base, thoughts = (
+        (tensor(2, tokens), tensor(2, tokens, value_head or head)) for tokens in (4096, anchors * thought_steps)
+    )
+    thoughts = (x.unflatten(2, (anchors, thought_steps)) for x in thoughts)
     index = {"dtype": torch.int64, "device": "meta"}
-    inputs = Inputs(query, base, base, thoughts, thoughts)
-    mask = Mask.of(inputs, torch.empty(anchors, **index))
-    if masked:  # by everything there is
-        starts = torch.empty(2, anchors, **index) if packed else torch.empty(2, **index)
-        mask = Mask.of(inputs, torch.empty(2, anchors, **index), starts, window=1000)
+    inputs = Inputs(query, *base, *thoughts)
+    per_anchor = torch.empty(2, anchors, **index)
+    if lengths:
+        options["thought_lengths"] = per_anchor
+    mask = Mask.of(inputs, torch.empty(anchors, **index), **options)
+    if masked:  # by base keys' own masks, all of them
+        mask = Mask.of(inputs, per_anchor, per_anchor if packed else torch.empty(2, **index), window=1000, **options)
     result = backend_triton.forward(inputs, mask)
     if backward:  # of an output that went elsewhere than the query came from: rows of dO need their own offsets
         backend_triton.backward(ResultGradients(result.output, None), inputs, mask, result)
 
 
-def training(head, dtype=BF16, packed=False):
-    call(head, dtype, masked=True, backward=True, packed=packed)
+def training(head, dtype=BF16, **options):
+    call(head, dtype, masked=True, backward=True, **options)
 
 
 def sampling_step(head):
     call(head, steps=1, thought_steps=12)
 
 
-def decoding(head, dtype=BF16):
+def decoding(head, dtype=BF16, **options):
     from quietstar.ops.thought_attention import triton_launch
 
     triton_launch.processors = lambda device: 132  # without a GPU it is 1, and nothing is split
-    call(head, dtype, anchors=2)
+    call(head, dtype, anchors=2, **options)
+
+
+def every_position():
+    """No masks, and an anchor at each base position: the arguments of the public function that have a default."""
+    from quietstar.ops.thought_attention import backend_triton
+    from quietstar.ops.thought_attention.inputs import Inputs, Mask, ResultGradients
+
+    def tensor(*sizes):
+        return torch.empty(sizes, dtype=BF16, device="meta")
+
+    base, thoughts = tensor(1, 2, 256, 64), tensor(1, 2, 256, 4, 64)
+    inputs = Inputs(tensor(1, 8, 256, 4, 64), base, base, thoughts, thoughts)
+    result = backend_triton.forward(inputs, Mask.of(inputs))
+    backend_triton.backward(ResultGradients(result.output, result.lse), inputs, Mask.of(inputs), result)
 
 
 def launch_common():
@@ -69,6 +88,32 @@ def launch_compact():
 def launch_packed():
     for head in (64, 128, 256):
         training(head, packed=True)
+
+
+EVERYTHING = {"lengths": True, "causal": False, "window_from": "step", "softcap": 30.0}
+
+
+def launch_options(head):
+    """Drafted blocks, a model with windows and softcaps, and all at once; steps that fill more than a tile."""
+    training(head, lengths=True, causal=False)
+    training(head, window_from="step", softcap=50.0)
+    training(head, packed=True, **EVERYTHING)
+    call(head, steps=200, thought_steps=200, anchors=64, backward=True, lengths=True)
+    decoding(head, masked=True, **EVERYTHING)
+
+
+def launch_options_64():
+    launch_options(64)
+
+
+def launch_options_128():
+    launch_options(128)
+
+
+def launch_value_heads():
+    training(64, value_head=128, lengths=True)
+    training(128, value_head=64)
+    training(192, value_head=128)
 
 
 def launch_float32():

@@ -23,16 +23,16 @@ from quietstar.ops.thought_attention.triton_tiles import (
     base_2,
     curved,
     dot,
-    length_of,
     load_vectors,
     original_of,
     owner_of,
+    product_scale,
     sees_base,
     sees_thought,
-    slope,
     step_of,
     store_vectors,
     table_rows,
+    with_slope,
 )
 
 
@@ -42,18 +42,16 @@ def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum
 
     In this order registers hold one product of scores at a time.
     """
-    curve = curved(dot(key, tl.trans(query)), curve_scale)
-    scores = curve
+    scores = curved(dot(key, tl.trans(query)), curve_scale)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - log_sum[None, :])
+    weight = with_slope(probability, scores, curve_scale)
     grad_value += dot(probability.to(query.dtype), grad_output)
     grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
-    grad_scores = probability * grad_probability
-    if curve_scale is not None:
-        grad_scores *= 1 - curve * curve
+    grad_scores = weight * grad_probability
     if visible is not None:  # the probability of hidden keys is 0, but the product with their values may be NaN
-        grad_scores = tl.where(probability == 0, 0.0, grad_scores)
+        grad_scores = tl.where(weight == 0, 0.0, grad_scores)
     return grad_key + dot(grad_scores.to(query.dtype), query), grad_value
 
 
@@ -236,7 +234,7 @@ def key_gradient_kernel(
         keys, window, begin, full_end, full_steps, 0, 0, base_2(scale), curve_scale,
         False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
     )  # fmt: skip
-    dk *= slope(scale, curve_scale)
+    dk *= product_scale(scale, curve_scale)
 
     if key_start is not None:  # no row sees padding, so it is enough to drop its gradients
         padding = keys < first
@@ -298,7 +296,10 @@ def thought_gradient_kernel(
     value_offsets = original * thought_value_stride[2] + step * thought_value_stride[3]
     k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
     v = load_vectors(thought_value, value_offsets, None, VALUE_HEAD, BLOCK_V)
-    owner = owner_of(position, step, length_of(near, thought_lengths), CAUSAL)
+    key_length = None
+    if thought_lengths is not None:
+        key_length = tl.load(thought_lengths + near).to(tl.int32)
+    owner = owner_of(position, step, key_length, CAUSAL)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -328,7 +329,7 @@ def thought_gradient_kernel(
         if order is not None:
             visible = visible & seeing[None, :]
         dk, dv = _step(dk, dv, k, v, q, do, visible, log_sum, delta, base_2(scale), curve_scale)
-    dk *= slope(scale, curve_scale)
+    dk *= product_scale(scale, curve_scale)
 
     vector = ((batch * kv_heads + head) * num_anchors + original) * thought_steps + step
     store_vectors(grad_thought_key, vector * HEAD, dk, exists, HEAD, BLOCK_D)

@@ -28,23 +28,23 @@ from quietstar.ops.thought_attention.triton_tiles import (
     existing,
     first_of_step,
     joined,
-    length_of,
     load_block,
     load_vectors,
     original_of,
     owner_of,
     positions_of_tile,
+    product_scale,
     readable,
     row_offsets,
     seen_keys,
     sees_block,
     sees_thought,
-    slope,
     start_of,
     step_of,
     store_vectors,
     table_rows,
     transposed,
+    with_slope,
 )
 
 
@@ -54,16 +54,13 @@ def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, s
 
     The two products of scores one after the other, so that registers hold one of them at a time.
     """
-    curve = curved(dot(query, transposed(key)), curve_scale)
-    scores = curve
+    scores = curved(dot(query, transposed(key)), curve_scale)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     probability = tl.exp2(scores * scale - tl.expand_dims(log_sum, -1))
+    weight = with_slope(probability, scores, curve_scale)
     grad_probability = dot(grad_output, transposed(value)) - tl.expand_dims(delta, -1)
-    grad_scores = probability * grad_probability
-    if curve_scale is not None:
-        grad_scores *= 1 - curve * curve
-    return grad_query + dot(grad_scores.to(key.dtype), key)
+    return grad_query + dot((weight * grad_probability).to(key.dtype), key)
 
 
 @triton.jit
@@ -137,7 +134,9 @@ def query_gradient_kernel(
     rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
     position = rows // ROWS
     step = step_of(rows, thought_steps, STEPS, GROUP)
-    thought_length = length_of(position, thought_lengths)
+    thought_length = None
+    if thought_lengths is not None:
+        thought_length = tl.load(thought_lengths + position).to(tl.int32)
     original = original_of(position, order)
     anchor = existing(anchor_of(position, anchors, length), step, thought_length)
     first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
@@ -186,7 +185,9 @@ def query_gradient_kernel(
         near = tl.minimum(key_position, num_anchors - 1)
         if anchors is not None:  # what inactive ones have may be NaN: that of the tile's last one in its place
             near = tl.where(tl.load(anchors + near) < 0, last_position, near)
-        key_length = length_of(near, thought_lengths)
+        key_length = None
+        if thought_lengths is not None:
+            key_length = tl.load(thought_lengths + near).to(tl.int32)
         key_original = original_of(near, order).to(tl.int64)
         read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
         key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
@@ -224,4 +225,4 @@ def query_gradient_kernel(
         dq = tl.where(anchor[:, None] < 0, 0.0, dq)
     original = original_of(tl.minimum(index // ROWS, num_anchors - 1), order)
     row = first_row + row_offsets(index, original, lse_stride, STEPS, GROUP)
-    store_vectors(grad_query, row * HEAD, dq * slope(scale, curve_scale), exists, HEAD, BLOCK_D)
+    store_vectors(grad_query, row * HEAD, dq * product_scale(scale, curve_scale), exists, HEAD, BLOCK_D)

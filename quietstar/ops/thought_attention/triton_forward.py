@@ -28,7 +28,6 @@ from quietstar.ops.thought_attention.triton_tiles import (
     existing,
     first_of_step,
     joined,
-    length_of,
     load_block,
     load_vectors,
     not_before,
@@ -126,7 +125,9 @@ def forward_kernel(
     rows = tl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
     position = rows // ROWS
     step = step_of(rows, thought_steps, STEPS, GROUP)
-    thought_length = length_of(position, thought_lengths)
+    thought_length = None
+    if thought_lengths is not None:
+        thought_length = tl.load(thought_lengths + position).to(tl.int32)
     original = original_of(position, order)
     anchor = existing(anchor_of(position, anchors, length), step, thought_length)
     first = start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
@@ -158,12 +159,16 @@ def forward_kernel(
             tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
         )
         near = tl.minimum(key_position, num_anchors - 1)
-        key_length = length_of(near, thought_lengths)
+        key_length = None
+        if thought_lengths is not None:
+            key_length = tl.load(thought_lengths + near).to(tl.int32)
         key_original = original_of(near, order).to(tl.int64)
         read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
         key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
         value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
-        seen = active_at(near, anchors)
+        seen = None
+        if anchors is not None:
+            seen = tl.load(anchors + near) >= 0
         k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
         v = load_vectors(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
         owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)

@@ -77,17 +77,8 @@ def step_of(rows, thought_steps, STEPS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def length_of(position, thought_lengths):
-    """Thought lengths of the anchors at ``position``; None if all have T steps."""
-    if thought_lengths is None:
-        return None
-    else:
-        return tl.load(thought_lengths + position).to(tl.int32)
-
-
-@triton.jit
 def existing(anchor, step, length):
-    """The ``anchor`` of rows, −1 for those whose ``step`` does not exist."""
+    """The ``anchor`` of rows, −1 for those whose ``step`` does not exist. A ``length`` of None is T, here and below."""
     if length is None:
         return anchor
     else:
@@ -210,8 +201,17 @@ def curved(products, curve_scale):
 
 
 @triton.jit
-def slope(scale, curve_scale):
-    """The derivative of a score by the product of query and key, but for the factor 1 − tanh²."""
+def with_slope(probability, scores, curve_scale):
+    """``probability`` times 1 − tanh² with softcap; ``scores`` are curved, and −inf where hidden."""
+    if curve_scale is None:
+        return probability
+    else:
+        return probability * tl.maximum(1 - scores * scores, 0.0)
+
+
+@triton.jit
+def product_scale(scale, curve_scale):
+    """The derivative of a score by the product of query and key, but for 1 − tanh²."""
     if curve_scale is None:
         return scale
     else:
@@ -286,15 +286,6 @@ def seen_keys(anchor, keys, first, end, window):
         return (keys < end) & (keys >= first)
     else:
         return (keys < end) & (tl.max(sees_block(anchor, keys, first, window).to(tl.int32), 0) > 0)
-
-
-@triton.jit
-def active_at(position, anchors):
-    """Whether the anchors at ``position`` are active; None without anchors, when all are."""
-    if anchors is None:
-        return None
-    else:
-        return tl.load(anchors + position) >= 0
 
 
 @triton.jit
