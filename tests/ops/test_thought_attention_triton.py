@@ -1,5 +1,6 @@
 """The Triton kernels of thought attention against the specification: on a GPU if there is one, else interpreted."""
 
+import collections
 import itertools
 import math
 import mmap
@@ -17,7 +18,13 @@ from quietstar.ops._triton import interpreted
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-from quietstar.ops.thought_attention import backend_triton, triton_launch  # noqa: E402 (import triton)
+from quietstar.ops.thought_attention import (  # noqa: E402 (import triton)
+    backend_triton,
+    triton_backward_key,
+    triton_backward_query,
+    triton_forward,
+    triton_launch,
+)
 from quietstar.ops.thought_attention.inputs import Inputs, Mask  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,6 +72,59 @@ LARGE = {
     "D = 80": ({"length": 3, "head": 80, "batch": 1}, {}),
     "D = 96": ({"length": 3, "head": 96, "batch": 1}, {}),
     "D = 256": ({"length": 2, "head": 256, "batch": 1, "query_heads": 2}, {}),
+    "steps that see each other, S < T": (
+        {"length": 40, "num_anchors": 12, "steps": 5, "thought_steps": 45, "batch": 1},
+        {"anchors": spread(12, 40), "causal": False},
+    ),
+    "thought lengths, an anchor larger than a tile": (
+        {"length": 70, "num_anchors": 3, "steps": 90, "query_heads": 2, "kv_heads": 1},
+        {"anchors": [60, 69, 5], "thought_lengths": [[70, 0, 90], [2, 40, 33]]},
+    ),
+    "thought lengths, an anchor larger than a tile, steps see each other, S < T": (
+        {"length": 9, "num_anchors": 3, "steps": 70, "thought_steps": 90, "batch": 1, "query_heads": 1, "kv_heads": 1},
+        {"anchors": [8, 8, 3], "thought_lengths": [50, 20, 90], "causal": False},
+    ),
+    "thought lengths, documents of any order": (
+        {"length": 120, "num_anchors": 24},
+        {
+            "anchors": [a if a % 5 else -1 for a in spread(24, 120)], "key_start": [spread(24, 110), spread(24, 9)],
+            "thought_lengths": [[i % 4 for i in range(24)], [i % 3 for i in range(24)]],
+        },
+    ),
+    "thought lengths, window": (
+        {"length": 130, "num_anchors": 24},
+        {"anchors": spread(24, 130), "window": 90, "thought_lengths": [i % 4 for i in range(24)]},
+    ),
+    "window from the step over blocks": (
+        {"length": 130, "num_anchors": 40, "steps": 2, "thought_steps": 9, "batch": 1},
+        {"anchors": spread(40, 130), "window": 90, "window_from": "step"},
+    ),
+    "window from the step over own steps": (
+        {"length": 20, "num_anchors": 2, "steps": 70, "query_heads": 2, "kv_heads": 1, "batch": 1},
+        {"anchors": [19, 9], "window": 33, "window_from": "step"},
+    ),
+    "window from the step, padding": (
+        {"length": 100, "num_anchors": 12}, {
+            "anchors": spread(12, 100), "window": 50, "window_from": "step", "key_start": [0, 37],
+        },
+    ),
+    "everything over blocks": (
+        {"length": 130, "num_anchors": 24, "head": 20, "value_head": 40},
+        {
+            "anchors": [spread(24, 130), [a if a % 5 else -1 for a in spread(24, 90)]], "window": 70,
+            "window_from": "step", "key_start": documents(24, 130, 90), "causal": False, "softcap": 1.5,
+            "thought_lengths": [i % 4 for i in range(24)],
+        },
+    ),
+    "softcap over blocks, negative scale": (
+        {"length": 100, "num_anchors": 12, "batch": 1}, {"anchors": spread(12, 100), "softcap": 1.2, "scale": -0.8},
+    ),
+    "softcap that is never reached": ({"length": 3, "batch": 1}, {"softcap": 3e4}),
+    "huge softcap": ({"length": 3, "batch": 1}, {"softcap": 1e36}),
+    "tiny softcap": ({"length": 3, "batch": 1}, {"softcap": 1e-45}),
+    "D = 192, Dv = 128": (
+        {"length": 3, "head": 192, "value_head": 128, "query_heads": 2, "kv_heads": 1, "batch": 1}, {},
+    ),
     "negative scale": ({"length": 3, "batch": 1}, {"scale": -0.4}),
     "scale of zero": ({"length": 3, "batch": 1}, {"scale": 0.0}),
 }  # fmt: skip
@@ -109,16 +169,20 @@ def test_values_and_gradients_over_tiles(name, dtype):
 
 
 @pytest.mark.parametrize("count", [3, 12], ids="{} anchors".format)  # less than a tile of rows, more than one
-@pytest.mark.parametrize("name", ["full blocks", "padding and window over blocks", "documents over blocks"])
+@pytest.mark.parametrize(
+    "name",
+    ["full blocks", "padding and window over blocks", "documents over blocks", "window from the step, padding",
+     "everything over blocks"],
+)  # fmt: skip
 def test_split_over_programs(name, count, monkeypatch):
     """Few rows, few keys: the forward splits the keys, the backward the rows, to fill more processors."""
     monkeypatch.setattr(triton_launch, "processors", lambda device: 64)
     monkeypatch.setattr(triton_launch, "SPLIT_KEYS", 32)
     monkeypatch.setattr(triton_launch, "SPLIT_ROWS", 16)
     inputs, options = case(name, device=DEVICE, cases=CASES | LARGE)
-    options["anchors"] = options["anchors"][:count]
-    if name == "documents over blocks":
-        options["key_start"] = options["key_start"][:, :count]
+    for of_anchors in ("anchors", "key_start", "thought_lengths"):
+        if of_anchors in options and options[of_anchors].shape[-1] > 2:
+            options[of_anchors] = options[of_anchors][..., :count]
     inputs = [x[:, :, :count] if x.dim() == 5 else x for x in inputs]
     assert_right(inputs, options)
 
@@ -230,8 +294,9 @@ def test_each_input_alone_can_need_a_gradient(wanted):
         assert torch.equal(x.grad, full[f"d_{name}"]) if name == wanted else x.grad is None
 
 
-def test_gradients_are_bitwise_reproducible():
-    inputs, options = case("window over blocks", torch.float16, DEVICE, LARGE)
+@pytest.mark.parametrize("name", ["window over blocks", "everything over blocks"])
+def test_gradients_are_bitwise_reproducible(name):
+    inputs, options = case(name, torch.float16, DEVICE, LARGE)
     grads = incoming(inputs)
     first, second = (solve(inputs, options, grads, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
@@ -247,6 +312,42 @@ def test_order_of_anchors_changes_nothing():
     assert torch.equal(thought_attention(*permuted, anchors=sorted_anchors, backend="triton"), output[:, :, order])
 
 
+@pytest.fixture
+def blocks_read(monkeypatch):
+    """How often interpreted kernels read a block: of base keys or values, and of rows for the gradient of keys."""
+    counts = collections.Counter()
+
+    def count(module, function):
+        original = getattr(module, function)
+
+        def counted(*arguments):
+            counts[function] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, function, counted)
+
+    count(triton_forward, "load_block")
+    count(triton_backward_query, "load_block")
+    count(triton_backward_key, "_load_rows")
+    return counts
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+def test_steps_that_do_not_exist_are_skipped(blocks_read):
+    """Two anchors with 2 tiles of rows each: without the second ones kernels read half of the blocks or less."""
+    sizes = {"length": 40, "num_anchors": 2, "steps": 128, "query_heads": 1, "kv_heads": 1, "batch": 1}
+    inputs, options = case("", device=DEVICE, cases={"": (sizes, {"anchors": [35, 39]})})
+    reads = {}
+    for length in (128, 64, 0):
+        blocks_read.clear()
+        lengths = torch.tensor([length, length], device=DEVICE)
+        output = thought_attention(*inputs, **options, thought_lengths=lengths, backend="triton")
+        torch.autograd.grad(output.sum(), inputs)
+        reads[length] = dict(blocks_read)
+    assert reads[0] == {}
+    assert all(reads[64][name] <= count / 2 for name, count in reads[128].items())
+
+
 def test_keys_that_no_row_sees_may_hold_anything():
     inputs, options = case("window, padding, anchors", device=DEVICE)
     options["anchors"] = torch.tensor([[4, 3, -1], [4, 4, 3]], device=DEVICE)
@@ -258,7 +359,7 @@ def test_keys_that_no_row_sees_may_hold_anything():
     assert torch.equal(thought_attention(*inputs, **options, backend="triton"), expected)
 
 
-@pytest.mark.parametrize("name", ["window, padding, anchors", "documents, window, S < T"])
+@pytest.mark.parametrize("name", ["window, padding, anchors", "documents, window, S < T", "everything at once"])
 def test_opcheck(name):
     inputs, options = case(name, device=DEVICE)
     inputs = [x.detach() for x in inputs]
@@ -319,6 +420,7 @@ def test_a_model_learns_the_same(monkeypatch):
 UNAVAILABLE = {
     "dtype": ({"dtype": torch.float64}, "its kernels compute in float32"),
     "head size": ({"head": 257}, "at most 256 elements, got D = 257"),
+    "head size of values": ({"value_head": 300}, "at most 256 elements, got Dv = 300"),
 }
 
 
