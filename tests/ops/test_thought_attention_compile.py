@@ -93,21 +93,14 @@ def launch_packed():
 EVERYTHING = {"lengths": True, "causal": False, "window_from": "step", "softcap": 30.0}
 
 
-def launch_options(head):
-    """Drafted blocks, a model with windows and softcaps, and all at once; steps that fill more than a tile."""
-    training(head, lengths=True, causal=False)
-    training(head, window_from="step", softcap=50.0)
-    training(head, packed=True, **EVERYTHING)
-    call(head, steps=200, thought_steps=200, anchors=64, backward=True, lengths=True)
-    decoding(head, masked=True, **EVERYTHING)
-
-
-def launch_options_64():
-    launch_options(64)
-
-
-def launch_options_128():
-    launch_options(128)
+def launch_options():
+    """Drafted blocks, a model with windows and softcaps, thoughts that fill more than a tile, and all at once."""
+    training(128, lengths=True, causal=False)
+    training(128, window_from="step", softcap=50.0)
+    call(64, steps=200, thought_steps=200, anchors=64, backward=True, lengths=True)
+    for head in (64, 128):
+        training(head, packed=True, **EVERYTHING)
+        decoding(head, masked=True, **EVERYTHING)
 
 
 def launch_value_heads():

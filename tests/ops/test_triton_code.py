@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
 LAUNCHERS = {  # the functions that launch all kernels of an op, by the file of its tests
     "test_vocabulary_compile.py": ["launch_all"],
-    "test_thought_attention_compile.py": ["launch_common", "launch_large_heads"],
+    "test_thought_attention_compile.py": ["launch_common", "launch_large_heads", "launch_options", "every_position"],
 }
 
 
