@@ -120,9 +120,9 @@ def kernels(request):
     return compiled(__file__, "launch_common")[request.param]
 
 
-def assert_fit(kernels, shared_memory):
+def assert_fit(kernels, shared_memory, spilled=0):
     for kernel in kernels:
-        assert kernel.spilled <= spill_limit(), kernel[:6]
+        assert kernel.spilled <= max(spilled, spill_limit()), kernel[:6]
         assert kernel.shared <= shared_memory, kernel[:6]
 
 
@@ -155,6 +155,19 @@ def test_first_keys_of_their_own_fit(architecture):
     assert_fit(
         compiled(__file__, "launch_packed", (architecture,))[architecture], (SHARED_MEMORY | GEFORCE)[architecture]
     )
+
+
+@pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
+def test_options_fit(architecture):
+    """A softcap on heads of 128 spills some registers, which smaller tiles for it alone would not be worth."""
+    kernels = compiled(__file__, "launch_options", (architecture,))[architecture]
+    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=96)
+
+
+@pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
+def test_values_of_another_size_fit(architecture):
+    kernels = compiled(__file__, "launch_value_heads", (architecture,))[architecture]
+    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=8)
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)

@@ -209,6 +209,13 @@ def test_strides(strided):
     assert_right(inputs, options)
 
 
+def test_scores_of_zero_stay_zero_at_any_scale():
+    query, *others = make_inputs(batch=1, length=2, device=DEVICE)
+    query = torch.zeros_like(query)
+    extreme = thought_attention(query, *others, scale=1e12, softcap=1e-45, backend="triton")
+    assert torch.equal(extreme, thought_attention(query, *others, backend="triton"))
+
+
 class Recorder:
     """In the place of a kernel: keeps the arguments of its launch."""
 
@@ -312,9 +319,12 @@ def test_order_of_anchors_changes_nothing():
     assert torch.equal(thought_attention(*permuted, anchors=sorted_anchors, backend="triton"), output[:, :, order])
 
 
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+
+
 @pytest.fixture
 def blocks_read(monkeypatch):
-    """How often interpreted kernels read a block: of base keys or values, and of rows for the gradient of keys."""
+    """How often interpreted kernels read a block of base keys, thought keys, or rows for the gradients of keys."""
     counts = collections.Counter()
 
     def count(module, function):
@@ -326,26 +336,34 @@ def blocks_read(monkeypatch):
 
         monkeypatch.setattr(module, function, counted)
 
-    count(triton_forward, "load_block")
-    count(triton_backward_query, "load_block")
+    for module in (triton_forward, triton_backward_query):
+        count(module, "load_block")
+        count(module, "diagonal_columns")
     count(triton_backward_key, "_load_rows")
     return counts
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+def reads(blocks_read, lengths, **sizes):
+    inputs, options = case("", device=DEVICE, cases={"": (sizes, {"thought_lengths": lengths})})
+    blocks_read.clear()
+    torch.autograd.grad(thought_attention(*inputs, **options, backend="triton").sum(), inputs)
+    return dict(blocks_read)
+
+
+@interpreted
 def test_steps_that_do_not_exist_are_skipped(blocks_read):
-    """Two anchors with 2 tiles of rows each: without the second ones kernels read half of the blocks or less."""
-    sizes = {"length": 40, "num_anchors": 2, "steps": 128, "query_heads": 1, "kv_heads": 1, "batch": 1}
-    inputs, options = case("", device=DEVICE, cases={"": (sizes, {"anchors": [35, 39]})})
-    reads = {}
-    for length in (128, 64, 0):
-        blocks_read.clear()
-        lengths = torch.tensor([length, length], device=DEVICE)
-        output = thought_attention(*inputs, **options, thought_lengths=lengths, backend="triton")
-        torch.autograd.grad(output.sum(), inputs)
-        reads[length] = dict(blocks_read)
-    assert reads[0] == {}
-    assert all(reads[64][name] <= count / 2 for name, count in reads[128].items())
+    """Anchors with 2 tiles of rows each: without the second ones kernels read half of the blocks or less."""
+    all_steps, half_of_them = (
+        reads(blocks_read, [length] * 2, length=2, steps=128, query_heads=1, kv_heads=1, batch=1)
+        for length in (128, 64)
+    )
+    assert all(half_of_them[name] <= count / 2 for name, count in all_steps.items())
+
+
+@interpreted
+@pytest.mark.parametrize("length", [0, 2])
+def test_thoughts_without_a_query_are_skipped(length, blocks_read):
+    assert reads(blocks_read, [length] * 40, length=40, steps=2, thought_steps=4) == {}
 
 
 def test_keys_that_no_row_sees_may_hold_anything():
