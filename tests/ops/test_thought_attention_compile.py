@@ -159,9 +159,9 @@ def test_first_keys_of_their_own_fit(architecture):
 
 @pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
 def test_options_fit(architecture):
-    """A softcap on heads of 128 spills some registers, which smaller tiles for it alone would not be worth."""
+    """No tile is chosen for an option: some spill with heads of 128 (at most 80 bytes on Hopper, 112 on Blackwell)."""
     kernels = compiled(__file__, "launch_options", (architecture,))[architecture]
-    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=96)
+    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=112)
 
 
 @pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
