@@ -4,10 +4,13 @@ import math
 
 import torch
 
+from quietstar.ops.linear_sample.inputs import Sampling
+
 INF, NAN = math.inf, math.nan
 VOCABULARY, PADDED = 150, 192
 SUPPRESSED = 70
-OPTIONS = [(1.0, None, None), (0, None, None), (0.7, 100, 0.9), (0.7, 5, None), (1.5, None, 0.8)]  # temperature, k, p
+# Temperature, softcap, top_k, top_p.
+OPTIONS = [(1.0, None, None, None), (0.7, None, 100, 0.9), (0.7, 1.5, 5, None), (1.5, None, None, 0.8)]
 
 
 def make_logits(device):
@@ -31,12 +34,12 @@ def make_logits(device):
 
 def assert_broken_rows_have_no_token(sample_rows, device="cpu", options=OPTIONS):
     """Of a row kernel (``linear_sample.chunks.SampleKernel``); the other rows get what they get without them."""
-    for temperature, top_k, top_p in options:
+    for temperature, softcap, top_k, top_p in options:
         logits, drawn = make_logits(device)
 
-        def sample(logits, temperature=temperature, top_k=top_k, top_p=top_p):
+        def sample(logits, temperature=temperature, softcap=softcap, top_k=top_k, top_p=top_p):
             seed, suppress = torch.tensor(3, device=device), torch.tensor([SUPPRESSED], device=device)
-            return sample_rows(logits, VOCABULARY, 0, seed, suppress, temperature, top_k, top_p)
+            return sample_rows(logits, 0, Sampling(seed, temperature, softcap, suppress, top_k, top_p))
 
         tokens = sample(logits.clone())
         assert torch.equal(tokens >= 0, drawn), (temperature, top_k, top_p, tokens)

@@ -6,14 +6,15 @@ from tolerances import assert_as_accurate
 
 from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
 
-INPUTS = ("hidden", "thought", "mixing", "weight", "row_weight")
+INPUTS = ("hidden", "thought", "mixing", "weight", "row_weight", "entropy_weight")
 
 
 class Problem:
     """Inputs of one call, and the call by quietstar or by plain PyTorch."""
 
     def __init__(self, rows=11, hidden_size=6, vocabulary=77, base_rows=None, mixed=False, ignored=(), size=1.0,
-                 dtype=torch.float32, row_weight=False, frozen=(), grad=1.0, device="cpu", **options):  # fmt: skip
+                 dtype=torch.float32, row_weight=False, entropy_weight=None, frozen=(), grad=1.0, device="cpu",
+                 **options):  # fmt: skip
         self.mixed, self.frozen, self.grad, self.options = mixed, frozen, grad, options
         self.target = torch.randint(vocabulary, (rows,))
         if "suppress" in options:
@@ -26,7 +27,10 @@ class Problem:
             "mixing": torch.randn(rows) if mixed else None,
             "weight": torch.randn(vocabulary, hidden_size) * size,
             "row_weight": torch.randn(rows).where(torch.rand(rows) < 0.5, 0) if row_weight else None,
+            "entropy_weight": torch.randn(rows).where(torch.rand(rows) < 0.5, 0) if entropy_weight is True else None,
         }
+        if isinstance(entropy_weight, float):
+            options["entropy_weight"] = entropy_weight
         self.inputs = {name: None if x is None else x.to(device, dtype) for name, x in self.inputs.items()}
         self.target = self.target.to(device)
         self.base_index = None if base_rows is None else self.base_index.to(device)
@@ -48,8 +52,10 @@ class Problem:
         gradients = {f"d_{name}": x.grad for name, x in inputs.items() if x is not None}
         return {"loss": loss.detach(), **gradients}
 
-    def _call(self, backend, hidden, thought, mixing, weight, row_weight, **options):
+    def _call(self, backend, hidden, thought, mixing, weight, row_weight, entropy_weight, **options):
         options = {**self.options, **options}
+        if entropy_weight is not None:
+            options["entropy_weight"] = entropy_weight
         if self.mixed:
             return mixed_linear_cross_entropy(
                 hidden, thought, mixing, weight, self.target,
@@ -57,19 +63,42 @@ class Problem:
             )  # fmt: skip
         return linear_cross_entropy(hidden, weight, self.target, row_weight=row_weight, backend=backend, **options)
 
-    def _plain(self, hidden, thought, mixing, weight, row_weight):
+    def _plain(self, hidden, thought, mixing, weight, row_weight, entropy_weight):
         if self.mixed:
             base = hidden if self.base_index is None else hidden[self.base_index]
             hidden = (1 - mixing[:, None]) * base + mixing[:, None] * thought
         logits = F.linear(hidden, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.options.get("temperature", 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if "softcap" in self.options:
+            logits = self.options["softcap"] * torch.tanh(logits / self.options["softcap"])
+        logits = logits / self.options.get("temperature", 1)
         if "suppress" in self.options:
             logits[:, list(self.options["suppress"])] = float("-inf")
         ignore_index = self.options.get("ignore_index", -100)
         reduction = self.options.get("reduction", "mean")
+        if reduction == "entropy":  # of every row, which no option of ours returns alone
+            return self.entropy(logits, ignore_index)
         if row_weight is None:
-            return F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction=reduction)
-        return (row_weight * F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction="none")).sum()
+            loss = F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction=reduction)
+        else:
+            nll = F.cross_entropy(logits, self.target, ignore_index=ignore_index, reduction="none")
+            loss = (row_weight * nll).sum()
+        entropy_weight = self.options.get("entropy_weight") if entropy_weight is None else entropy_weight
+        if entropy_weight is not None:
+            loss = loss - (entropy_weight * self.entropy(logits, ignore_index)).sum()
+        return loss
+
+    def entropy(self, logits, ignore_index):
+        logs = logits.log_softmax(-1)
+        entropy = -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0)).sum(-1)
+        return entropy.masked_fill(self.target == ignore_index, 0)
+
+    def with_options(self, **options):
+        """The same problem with other options, and without weights of rows."""
+        other = Problem.__new__(Problem)
+        other.__dict__.update(self.__dict__, options=options)
+        other.inputs = {**self.inputs, "row_weight": None, "entropy_weight": None}
+        return other
 
 
 CASES = {
@@ -89,7 +118,29 @@ CASES = {
     "suppress and temperature": {"suppress": (3,), "temperature": 3.0, "reduction": "sum", "row_weight": True},
     "huge logits": {"size": 1000.0},
     "incoming gradient": {"grad": -2.5},
+    "softcap": {"softcap": 2.0, "ignored": (3,)},
+    "softcap, none": {"softcap": 30.0, "size": 20.0, "reduction": "none"},
+    "softcap, temperature, suppress": {"softcap": 3.0, "temperature": 0.4, "suppress": (3,), "vocabulary": 1000},
+    "entropy": {"reduction": "sum", "entropy_weight": 0.3, "ignored": (2,)},
+    "entropy of rows": {"reduction": "sum", "row_weight": True, "entropy_weight": True, "ignored": (2,)},
+    "entropy, suppress, temperature": {
+        "reduction": "sum",
+        "entropy_weight": True,
+        "suppress": (1, 70),
+        "temperature": 0.3,
+        "vocabulary": 1000,
+    },
+    "entropy, softcap": {"reduction": "sum", "entropy_weight": True, "softcap": 1.5, "grad": -2.5, "suppress": (4,)},
+    "entropy, softcap, vocabulary 32002": {
+        "reduction": "sum",
+        "entropy_weight": True,
+        "softcap": 5.0,
+        "vocabulary": 32002,
+        "rows": 3,
+        "temperature": 2.0,
+    },
     "mixed": {"mixed": True, "ignored": (7,)},
+    "mixed softcap and temperature": {"mixed": True, "softcap": 2.0, "temperature": 0.7, "base_rows": 4},
     "mixed none": {"mixed": True, "reduction": "none"},
     "mixed row_weight": {"mixed": True, "reduction": "sum", "row_weight": True},
     "repeated base rows": {"mixed": True, "base_rows": 4, "ignored": (0, 9)},

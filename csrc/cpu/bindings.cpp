@@ -180,9 +180,10 @@ void mixed_cross_entropy_backward(int dtype, Address scale, Address base, Size b
 }
 
 void linear_cross_entropy(int dtype, Address hidden, Size hidden_stride, Address weight, Size weight_stride,
-                          Address target, Address scale, Address suppressed, Size suppressed_count, float temperature,
-                          Address room, Address nll, Address d_hidden, Address d_weight, bool add, Size rows,
-                          Size vocabulary, Size size, int threads) {
+                          Address target, Address scale, Address entropy_scale, Address suppressed,
+                          Size suppressed_count, float temperature, float softcap, Address room, Address nll,
+                          Address entropy, Address d_hidden, Address d_weight, bool add, Size rows, Size vocabulary,
+                          Size size, int threads) {
   at_least("rows", 0, rows);
   at_least("vocabulary", 1, vocabulary);
   at_least("size", 1, size);
@@ -193,11 +194,14 @@ void linear_cross_entropy(int dtype, Address hidden, Size hidden_stride, Address
         matrix<const T>("weight", weight, weight_stride, vocabulary),
         tokens("target", target, rows, vocabulary),
         optional_pointer<const float>("scale", scale),
+        optional_pointer<const float>("entropy_scale", entropy_scale),
         tokens("suppressed", suppressed, suppressed_count, vocabulary),
         suppressed_count,
         temperature,
+        softcap,
         pointer<float>("room", room, scale ? rows : 0),
         pointer<float>("nll", nll, rows),
+        pointer<float>("entropy", entropy, entropy_scale ? rows : 0),
         optional_pointer<float>("d_hidden", d_hidden),
         in_large_pages(optional_pointer<float>("d_weight", d_weight), add ? 0 : vocabulary * size),
         add,
@@ -213,7 +217,7 @@ void linear_cross_entropy(int dtype, Address hidden, Size hidden_stride, Address
 constexpr Size kGroup = 64;  // tokens of a group of the noise
 
 Sample sample(Address chosen, Address suppressed, Size suppressed_count, Size vocabulary, Size seed, Size first_row,
-              float temperature, Size rows, int threads) {
+              float temperature, float softcap, Size rows, int threads) {
   at_least("rows", 0, rows);
   return {pointer<Size>("tokens", chosen, rows),
           tokens("suppressed", suppressed, suppressed_count, vocabulary),
@@ -221,29 +225,30 @@ Sample sample(Address chosen, Address suppressed, Size suppressed_count, Size vo
           seed,
           first_row,
           temperature,
+          softcap,
           rows,
           static_cast<int>(at_least("threads", 1, threads))};
 }
 
 void sample_rows(Address logits, Address chosen, Address suppressed, Size suppressed_count, Size seed, Size first_row,
-                 float temperature, Size top_k, double top_p, Size rows, Size groups, int threads) {
+                 float temperature, float softcap, Size top_k, double top_p, Size rows, Size groups, int threads) {
   at_least("groups", 1, groups);
-  const SampleRows arguments{
-      sample(chosen, suppressed, suppressed_count, groups * kGroup, seed, first_row, temperature, rows, threads),
-      pointer<float>("logits", logits, rows), at_least("top_k", 0, top_k), top_p, groups};
+  const SampleRows arguments{sample(chosen, suppressed, suppressed_count, groups * kGroup, seed, first_row, temperature,
+                                    softcap, rows, threads),
+                             pointer<float>("logits", logits, rows), at_least("top_k", 0, top_k), top_p, groups};
   py::gil_scoped_release released;
   active()->sample_rows(arguments);
 }
 
 void linear_sample(int dtype, Address hidden, Size hidden_stride, Address weight, Size weight_stride, Address logits,
                    Address chosen, Address suppressed, Size suppressed_count, Size seed, Size first_row,
-                   float temperature, Size rows, Size vocabulary, Size size, int threads) {
+                   float temperature, float softcap, Size rows, Size vocabulary, Size size, int threads) {
   at_least("vocabulary", 1, vocabulary);
   at_least("size", 1, size);
   with_dtype(dtype, [&](const auto& kernels, auto example) {
     using T = decltype(example);
     const LinearSample<T> arguments{
-        sample(chosen, suppressed, suppressed_count, vocabulary, seed, first_row, temperature, rows, threads),
+        sample(chosen, suppressed, suppressed_count, vocabulary, seed, first_row, temperature, softcap, rows, threads),
         matrix<const T>("hidden", hidden, hidden_stride, rows),
         matrix<const T>("weight", weight, weight_stride, vocabulary),
         pointer<float>("logits", logits, rows),

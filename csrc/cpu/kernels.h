@@ -56,18 +56,20 @@ struct MixedCrossEntropyBackward : Mix<T> {
   T *d_base, *d_thought;  // contiguous, or null
 };
 
-// Nll of the rows of softmax(hidden · weightᵀ / temperature), with hidden and weight of `size` columns, and the
-// gradients of sum(scale · nll).
+// Nll and entropy of the rows of softmax(hidden · weightᵀ / temperature), with hidden and weight of `size` columns and
+// the products capped by softcap, and the gradients of sum(scale · nll) − sum(entropy_scale · entropy).
 template <class T>
 struct LinearCrossEntropy {
   Matrix<const T> hidden, weight;
   const std::int64_t* target;
-  const float* scale;  // or null, if there is no gradient
+  const float* scale;          // or null, if there is no gradient
+  const float* entropy_scale;  // or null, if there is no gradient of the entropy
   const std::int64_t* suppressed;
   std::int64_t suppressed_count;
-  float temperature;
-  float* room;  // for [rows rounded up to 12, vocabulary rounded up to 64]
+  float temperature, softcap;  // softcap 0: none
+  float* room;                 // for [rows rounded up to 12, vocabulary rounded up to 64]
   float* nll;
+  float* entropy;              // or null
   float *d_hidden, *d_weight;  // contiguous, or null
   bool add;                    // d_weight to what is there
   std::int64_t rows, vocabulary, size;
@@ -80,7 +82,7 @@ struct Sample {
   const std::int64_t* suppressed;
   std::int64_t suppressed_count;
   std::int64_t seed, first_row;
-  float temperature;
+  float temperature, softcap;  // softcap 0: none
   std::int64_t rows;
   int threads;
 };

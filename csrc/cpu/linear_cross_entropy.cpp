@@ -1,9 +1,13 @@
-// The linear cross-entropies: nll of softmax(hidden · weightᵀ / temperature), and the gradients of sum(scale · nll).
+// The linear cross-entropies: nll and entropy of softmax(hidden · weightᵀ / temperature), and the gradients of
+// sum(scale · nll) − sum(entropy_scale · entropy).
 //
 // Twice over the vocabulary, in blocks of tokens shared among threads. First the logits of a block are made, tile by
 // tile, and turned in the L1 cache into exponentials over the largest of their row and block; with those sums the nll
 // is known. Then, with a gradient, the exponentials come back from memory once, are scaled to d logits in the L2 cache,
 // and go into both products with them: d hidden += d logits · weight and d weight = d logitsᵀ · hidden.
+//
+// The gradient of an entropy, or through a cap, needs the logits again. They are then kept in place of the
+// exponentials, which are made a second time.
 
 #include "kernel_table.h"
 #include "matmul.h"
@@ -16,6 +20,9 @@ namespace {
 constexpr int64_t kSide = 192;
 static_assert(kSide % kTileRows == 0 && kSide % kTileColumns == 0);
 static_assert(12 % kTileRows == 0 && 64 % kTileColumns == 0, "the room in kernels.h is for whole tiles");
+
+// Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
+constexpr float kFarBelow = -1e4f;
 
 struct Block {
   int64_t number, first, tokens;
@@ -31,6 +38,8 @@ class Chunk {
         padded_rows_(rounded_up(a.rows, kTileRows)),
         largest_(blocks_ * a.rows, 1),
         total_(blocks_ * a.rows, 1),
+        moment_(a.entropy ? blocks_ * a.rows : 0, 1),
+        known_(a.rows * (int64_t)(sizeof(Known) / sizeof(float)), 1),
         at_target_(a.rows, 1) {}
 
   void run() {
@@ -45,8 +54,15 @@ class Chunk {
     return {number, first, smaller(kSide, a.vocabulary - first)};
   }
 
-  // Where the exponentials of a block are kept, from a row on: in whole tiles.
-  Rows exponentials(const Block& block, int64_t row) const {
+  // What the gradient of a row is made of, where logits are kept.
+  struct Known {
+    float largest, inverse_total, mean;  // the mean of (z − largest) / temperature
+  };
+
+  bool keeps_logits() const { return a.softcap || a.entropy_scale; }
+
+  // Where the exponentials or the logits of a block are kept, from a row on: in whole tiles.
+  Rows kept(const Block& block, int64_t row) const {
     const int64_t stride = rounded_up(block.tokens, kTileColumns);
     return {a.room + block.first * padded_rows_ + row * stride, stride};
   }
@@ -54,6 +70,8 @@ class Chunk {
   // Indexed by row and block.
   float& largest(int64_t row, int64_t block) const { return largest_.of_thread(0)[row * blocks_ + block]; }
   float& total(int64_t row, int64_t block) const { return total_.of_thread(0)[row * blocks_ + block]; }
+  float& moment(int64_t row, int64_t block) const { return moment_.of_thread(0)[row * blocks_ + block]; }
+  Known& known(int64_t row) const { return reinterpret_cast<Known*>(known_.of_thread(0))[row]; }
   float& at_target(int64_t row) const { return at_target_.of_thread(0)[row]; }
 
   void make_exponentials() {
@@ -67,36 +85,53 @@ class Chunk {
       weight.pack(a.weight, tokens.first, tokens.tokens, 1);
       for (int64_t row = 0; row < a.rows; row += kSide) {
         const int64_t rows = smaller(kSide, a.rows - row);
-        const Rows to = a.scale ? exponentials(tokens, row) : Rows{unkept.of_thread(thread), kSide};
+        const Rows to = a.scale ? kept(tokens, row) : Rows{unkept.of_thread(thread), kSide};
         multiply(hidden, row, rows, weight, 0, tokens.tokens, to.data, to.stride);
-        for (int64_t i = 0; i < rows; ++i) exponentiate(tokens, row + i, to.data + i * to.stride);
+        for (int64_t i = 0; i < rows; ++i) {
+          float* logits = to.data + i * to.stride;
+          prepare(tokens, row + i, logits);
+          if (a.entropy || keeps_logits()) {
+            sum_up<true>(tokens, row + i, logits);
+          } else {
+            sum_up<false>(tokens, row + i, logits);
+          }
+        }
       }
     });
   }
 
-  void exponentiate(const Block& block, int64_t row, float* logits) {
-    const float inverse = 1 / a.temperature;
+  void prepare(const Block& block, int64_t row, float* logits) {
+    if (a.softcap) cap_logits(logits, block.tokens, a.softcap);
     for (int64_t i = 0; i < a.suppressed_count; ++i) {
       const int64_t place = a.suppressed[i] - block.first;
       if (place >= 0 && place < block.tokens) logits[place] = -kInfinity;
     }
     const int64_t target = a.target[row] - block.first;
     if (target >= 0 && target < block.tokens) at_target(row) = logits[target];
-    Vec highest = splat(kLowest), sum{};
+  }
+
+  // Σ e^z and, with a moment, Σ z e^z over the differences z to the largest logit; without, leaves e^z in the room.
+  template <bool kMoment>
+  void sum_up(const Block& block, int64_t row, float* logits) {
+    const float inverse = 1 / a.temperature;
+    const bool keeps_exponentials = a.scale && !(kMoment && keeps_logits());
+    Vec highest = splat(kLowest), sum{}, weighted{};
     for_vectors(0, block.tokens, [&](int64_t v, auto extent) {
       highest = larger(inside_or(load(logits + v, extent), kLowest, extent), highest);
     });
     const float top = largest_of(highest);
     for_vectors(0, block.tokens, [&](int64_t v, auto extent) {
-      const Vec e = exp((inside_or(load(logits + v, extent), -kInfinity, extent) - top) * inverse);
+      const Vec z = (inside_or(load(logits + v, extent), -kInfinity, extent) - top) * inverse, e = exp(z);
       sum += e;
-      if (a.scale) store(logits + v, e, extent);
+      if constexpr (kMoment) weighted += e * larger(z, splat(kFarBelow));
+      if (keeps_exponentials) store(logits + v, e, extent);
     });
     largest(row, block.number) = top;
     total(row, block.number) = sum_of(sum);
+    if (a.entropy) moment(row, block.number) = sum_of(weighted);
   }
 
-  // The nll, and in the place of the totals what makes d logits of the exponentials.
+  // The nll and entropy, and in the place of the totals what makes d logits of the exponentials.
   void reduce(int64_t row) {
     const float inverse = 1 / a.temperature;
     float top = kLowest;
@@ -104,7 +139,14 @@ class Chunk {
     double sum = 0;
     for (int64_t i = 0; i < blocks_; ++i) sum += (double)total(row, i) * exp((largest(row, i) - top) * inverse);
     a.nll[row] = logf((float)sum) - (at_target(row) - top) * inverse;
-    if (!a.scale) return;
+    double mean = 0;
+    for (int64_t i = 0; a.entropy && i < blocks_; ++i) {
+      const float down = (largest(row, i) - top) * inverse;
+      mean += exp(down) * (moment(row, i) + (double)(down > kFarBelow ? down : kFarBelow) * total(row, i)) / sum;
+    }
+    if (a.entropy) a.entropy[row] = logf((float)sum) - (float)mean;
+    known(row) = {top, 1 / (float)sum, (float)mean};
+    if (!a.scale || keeps_logits()) return;
     const float factor = a.scale[row] * inverse / (float)sum;
     for (int64_t i = 0; i < blocks_; ++i) total(row, i) = factor * exp((largest(row, i) - top) * inverse);
   }
@@ -127,7 +169,13 @@ class Chunk {
         if (a.d_hidden) pack_columns(a.weight, tokens.first, tokens.tokens, a.size, weight.of_thread(thread));
         for (int64_t row = 0; row < a.rows; row += kSide) {
           const int64_t rows = smaller(kSide, a.rows - row);
-          for (int64_t i = 0; i < rows; ++i) scale_exponentials(tokens, row + i, p + i * kSide);
+          for (int64_t i = 0; i < rows; ++i) {
+            if (keeps_logits()) {
+              differentiate(tokens, row + i, p + i * kSide);
+            } else {
+              scale_exponentials(tokens, row + i, p + i * kSide);
+            }
+          }
           if (a.d_hidden) {
             multiply_columns({p, kSide, 1}, rows, weight.of_thread(thread), tokens.tokens,
                              {d_hidden.of_thread((int)segment) + row * width_, width_}, number > begin);
@@ -150,12 +198,33 @@ class Chunk {
   }
 
   void scale_exponentials(const Block& block, int64_t row, float* d_logits) {
-    const float* from = exponentials(block, row).data;
+    const float* from = kept(block, row).data;
     const float factor = total(row, block.number);
     for_vectors(0, block.tokens,
                 [&](int64_t v, auto extent) { store(d_logits + v, load(from + v, extent) * factor, extent); });
     const int64_t target = a.target[row] - block.first;
     if (target >= 0 && target < block.tokens) d_logits[target] -= a.scale[row] / a.temperature;
+  }
+
+  void differentiate(const Block& block, int64_t row, float* d_logits) {
+    const float* from = kept(block, row).data;
+    const Known of_row = known(row);
+    const float inverse = 1 / a.temperature, scale = a.scale[row];
+    const float entropy_scale = a.entropy_scale ? a.entropy_scale[row] : 0;
+    const auto slope = [&](Vec logit) {
+      const Vec part = logit / a.softcap;
+      return a.softcap ? 1.0f - part * part : splat(1);
+    };
+    for_vectors(0, block.tokens, [&](int64_t v, auto extent) {
+      const Vec logit = load(from + v, extent), z = (logit - of_row.largest) * inverse;
+      const Vec probability = exp(z) * of_row.inverse_total;
+      const Vec weight = scale + entropy_scale * (larger(z, splat(kFarBelow)) - of_row.mean);
+      const Vec gradient = probability * weight * inverse * slope(logit);
+      store(d_logits + v, probability == 0.0f ? Vec{} : gradient, extent);
+    });
+    const int64_t target = a.target[row] - block.first;
+    if (target < 0 || target >= block.tokens) return;
+    d_logits[target] -= scale * inverse * slope(splat(at_target(row)))[0];
   }
 
   void put(const float* from, float* to, bool add) {
@@ -167,7 +236,7 @@ class Chunk {
 
   const LinearCrossEntropy<T>& a;
   const int64_t blocks_, width_, padded_rows_;
-  const Scratch largest_, total_, at_target_;
+  const Scratch largest_, total_, moment_, known_, at_target_;
 };
 
 }  // namespace

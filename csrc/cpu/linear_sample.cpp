@@ -150,6 +150,7 @@ void sieve(const Sample& a, int64_t first, int64_t tokens, const Noise& noise, c
            float* kept, float* reached) {
   const int64_t count = rounded_up(tokens, kGroup) / kGroup, offset = first / kGroup;
   const Groups groups{of_row.first + offset, of_row.bounds + offset, of_row.places + offset};
+  if (a.softcap) cap_logits(logits, tokens, a.softcap);
   for (int64_t i = tokens; i < count * kGroup; ++i) logits[i] = -kInfinity;
   for (int64_t i = 0; i < a.suppressed_count; ++i) {
     const int64_t place = a.suppressed[i] - first;
@@ -185,6 +186,7 @@ void sample_rows(const SampleRows& a) {
       for (int64_t i = 0; i < a.groups; ++i) groups.bounds[i] = largest_in_group(logits + i * kGroup);
     };
     const Noise noise{(uint64_t)a.seed, (uint64_t)(a.first_row + row)};
+    if (a.softcap) cap_logits(logits, size, a.softcap);
     for (int64_t i = 0; i < a.suppressed_count; ++i) logits[a.suppressed[i]] = -kInfinity;
     find_bounds();
     if (filtered && find_largest(groups.bounds, a.groups).value < kInfinity) {

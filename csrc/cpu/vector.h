@@ -209,6 +209,14 @@ inline Vec tanh(Vec x) {
   return (Vec)((IntVec)(size < 0.625f ? p * square * size + size : far) | sign);
 }
 
+// Logits through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one.
+inline void cap_logits(float* logits, int64_t count, float cap) {
+  for_vectors(0, count, [&](int64_t v, auto extent) {
+    const Vec x = load(logits + v, extent);
+    store(logits + v, (x == kInfinity) | (x == -kInfinity) ? x : cap * tanh(x / cap), extent);
+  });
+}
+
 inline float exp(float x) { return exp(splat(x))[0]; }
 inline float log(float x) { return log(splat(x))[0]; }
 

@@ -88,30 +88,35 @@ void mixed_cross_entropy_backward(int dtype, Address scale, Address base, Size b
   cuda::mixed_cross_entropy_backward(static_cast<DType>(dtype), arguments, place(device, stream));
 }
 
-void cross_entropy_rows(int gradient_dtype, Address logits, Size stride, Address target, Address scale, Address nll,
-                        float inverse_temperature, Size rows, Size vocabulary, int device, Address stream) {
+void cross_entropy_rows(int gradient_dtype, Address logits, Size stride, Address target, Address scale,
+                        Address entropy_scale, Address nll, Address entropy, float inverse_temperature, float softcap,
+                        Size rows, Size vocabulary, int device, Address stream) {
   alignment_of(gradient_dtype);
   at_least("vocabulary", 1, vocabulary);
   const cuda::CrossEntropyRows arguments{pointer<float>("logits", logits, at_least("rows", 0, rows)),
                                          at_least("stride", vocabulary, stride),
                                          pointer<const Size>("target", target, rows),
                                          optional_pointer<const float>("scale", scale),
+                                         optional_pointer<const float>("entropy_scale", entropy_scale),
                                          pointer<float>("nll", nll, rows),
+                                         optional_pointer<float>("entropy", entropy),
                                          inverse_temperature,
+                                         softcap,
                                          rows,
                                          vocabulary};
   cuda::cross_entropy_rows(static_cast<DType>(gradient_dtype), arguments, place(device, stream));
 }
 
-void sample_rows(Address logits, Address seed, Address tokens, Size first_row, float temperature, Size top_k,
-                 double top_p, Size rows, Size groups, int device, Address stream) {
+void sample_rows(Address logits, Address seed, Address tokens, Size first_row, float temperature, float softcap,
+                 Size top_k, double top_p, Size rows, Size groups, int device, Address stream) {
   at_least("groups", 1, groups);
   if (!(temperature > 0)) throw std::invalid_argument("temperature must be positive");
-  const cuda::SampleRows arguments{pointer<const float>("logits", logits, at_least("rows", 0, rows), 16),
+  const cuda::SampleRows arguments{pointer<float>("logits", logits, at_least("rows", 0, rows), 16),
                                    pointer<const Size>("seed", seed, rows),
                                    pointer<Size>("tokens", tokens, rows),
                                    at_least("first_row", 0, first_row),
                                    temperature,
+                                   softcap,
                                    at_least("top_k", 0, top_k),
                                    top_p,
                                    rows,

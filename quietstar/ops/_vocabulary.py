@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quietstar.ops._checks import can_read_values, check_choice, check_integer, check_same_device, check_tensor
 from quietstar.ops._precision import compute_dtype
+from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
 # Kernels know targets as int64 tokens, and two marks: a row without a target (nll 0), and a row whose target is wrong
 # where raising would mean waiting for the device (nll NaN). Neither row has a gradient.
@@ -16,7 +18,15 @@ IGNORED, INVALID = -1, -2
 REDUCTIONS = ("mean", "sum", "none")
 
 # Logits are divided in float32. Beyond these, quotients of ordinary logits, or 1 / temperature, are infinite or 0.
-_TEMPERATURES = 1e-30, 1e30
+_DIVISORS = 1e-30, 1e30
+
+
+class Softmax(NamedTuple):
+    """How logits become probabilities: they are capped, divided by the temperature, and some left out."""
+
+    temperature: float
+    softcap: float | None
+    suppress: Tensor | None  # int64 token ids
 
 
 def check_head(vocabulary: int, hidden_size: int, hidden: str) -> None:
@@ -27,10 +37,10 @@ def check_head(vocabulary: int, hidden_size: int, hidden: str) -> None:
         raise ValueError(f"{hidden} must have at least one column, got none")
 
 
-def checked_number(name: str, value: float) -> float:
+def checked_number(name: str, value: float, kind: str = "a number") -> float:
     """``value`` as a float; TypeError if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     return float(value)
 
 
@@ -42,10 +52,40 @@ def checked_temperature(temperature: float, *, zero: bool) -> float:
     if not 0 < temperature < math.inf:
         kind = "0 or positive, and finite" if zero else "positive and finite"
         raise ValueError(f"temperature must be {kind}, got {temperature}")
-    low, high = _TEMPERATURES
-    if not low <= temperature <= high:
-        raise ValueError(f"temperature must be between {low} and {high}, got {temperature}")
-    return temperature
+    return _checked_divisor("temperature", temperature)
+
+
+def checked_softcap(softcap: float | None) -> float | None:
+    """``softcap`` as None or a float, positive and of a size to divide by."""
+    if softcap is None:
+        return None
+    softcap = checked_number("softcap", softcap, "None or a number")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None, or positive and finite, got {softcap}")
+    return _checked_divisor("softcap", softcap)
+
+
+def _checked_divisor(name: str, value: float) -> float:
+    low, high = _DIVISORS
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+    return value
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one."""
+    if softcap is None:
+        return logits
+    return torch.where(logits.isinf(), logits, softcap * torch.tanh(logits / softcap))
+
+
+def cap_logits_(logits: Tensor, softcap: float | None) -> None:
+    """As :func:`cap_logits`, in place, for [rows, V]: by blocks of rows."""
+    if softcap is not None:
+        for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[:1].nbytes, logits.device)):
+            torch.where(
+                logits[part].isinf(), logits[part], (logits[part] / softcap).tanh_().mul_(softcap), out=logits[part]
+            )
 
 
 def suppressed_ids(suppress: Iterable[int] | Tensor | None, vocabulary: int, device: torch.device) -> Tensor | None:
@@ -106,9 +146,9 @@ def marked_target(target: Tensor, vocabulary: int, ignore_index: int, suppress: 
     return target.masked_fill(outside | suppressed, INVALID).masked_fill(ignored, IGNORED)
 
 
-def mark_nll(nll: Tensor, target: Tensor) -> Tensor:
-    """Per-row nll with 0 where the target is ``IGNORED`` and NaN where it is ``INVALID``; no gradient to either."""
-    return nll.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, float("nan"))
+def mark_rows(values: Tensor, target: Tensor) -> Tensor:
+    """Per-row nll or entropy, 0 where the target is ``IGNORED`` and NaN where ``INVALID``; no gradient to either."""
+    return values.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, float("nan"))
 
 
 def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None, target: Tensor) -> None:
@@ -116,18 +156,33 @@ def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None
     check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
-    if row_weight is None:
-        return
-    check_tensor("row_weight", row_weight)
+    if row_weight is not None:
+        check_tensor("row_weight", row_weight)
+        _check_of_rows("row_weight", row_weight, reduction, target)
+
+
+def checked_entropy_weight(entropy_weight: float | Tensor | None, reduction: str, target: Tensor) -> Tensor | None:
+    """What the entropy of every row of ``target`` weighs in a loss, as a tensor; None if it has no part in it."""
+    if entropy_weight is None:
+        return None
+    if not isinstance(entropy_weight, Tensor):
+        number = checked_number("entropy_weight", entropy_weight, "None, a number or a torch.Tensor")
+        if not math.isfinite(number):
+            raise ValueError(f"entropy_weight must be finite, got {number}")
+        entropy_weight = torch.full(target.shape, number, dtype=torch.float64, device=target.device)
+    _check_of_rows("entropy_weight", entropy_weight, reduction, target)
+    return entropy_weight
+
+
+def _check_of_rows(name: str, weight: Tensor, reduction: str, target: Tensor) -> None:
+    """A weight of every row, which only a sum has."""
     if reduction != "sum":
-        raise ValueError(f"row_weight must come with reduction='sum', got reduction={reduction!r}")
-    if not row_weight.is_floating_point():
-        raise TypeError(f"row_weight must be floating point, got {row_weight.dtype}")
-    if row_weight.shape != target.shape:
-        raise ValueError(
-            f"row_weight must have the shape of target, {list(target.shape)}, got {list(row_weight.shape)}"
-        )
-    check_same_device(target=target, row_weight=row_weight)
+        raise ValueError(f"{name} must come with reduction='sum', got reduction={reduction!r}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {weight.dtype}")
+    if weight.shape != target.shape:
+        raise ValueError(f"{name} must have the shape of target, {list(target.shape)}, got {list(weight.shape)}")
+    check_same_device(target=target, **{name: weight})
 
 
 def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -141,14 +196,14 @@ def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype:
     return counts.to(dtype)
 
 
-def counted_nll(row_scale: Tensor, nll: Tensor) -> Tensor:
-    """The nll, 0 where it is not finite and the row's scale is 0: such a row adds nothing to a sum."""
-    return nll.masked_fill((row_scale == 0) & ~nll.isfinite(), 0)
+def counted(row_scale: Tensor, values: Tensor) -> Tensor:
+    """The values, 0 where one is not finite and the row's scale is 0: such a row adds nothing to a sum."""
+    return values.masked_fill((row_scale == 0) & ~values.isfinite(), 0)
 
 
-def weighted_sum(row_scale: Tensor, nll: Tensor) -> Tensor:
-    """Sum of row_scale · nll, to which a row of scale 0 adds 0 even if its nll is not finite."""
-    return (row_scale * counted_nll(row_scale, nll)).sum()
+def weighted_sum(row_scale: Tensor, values: Tensor) -> Tensor:
+    """Sum of row_scale · values, to which a row of scale 0 adds 0 even if its value is not finite."""
+    return (row_scale * counted(row_scale, values)).sum()
 
 
 def check_mixing_weight(mixing_weight: Tensor, model: str, dtype: torch.dtype) -> None:

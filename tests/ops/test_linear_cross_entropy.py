@@ -1,6 +1,7 @@
 """linear_cross_entropy and mixed_linear_cross_entropy: every backend against plain PyTorch in float64."""
 
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -22,6 +23,8 @@ from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entrop
 from quietstar.ops.linear_cross_entropy import autograd, chunks
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+WITH_ENTROPY = {"reduction": "sum", "entropy_weight": True, "softcap": 2.0, "suppress": (1, 70), "temperature": 0.7}
 
 
 @pytest.fixture(autouse=True)
@@ -124,12 +127,14 @@ def test_stride_0_changes_nothing(backend):
     assert_stride_0_changes_nothing(backend)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "none"}, WITH_ENTROPY], ids=str)
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("backend", FAST)
-def test_a_second_derivative_is_an_error(backend, mixed, reduction):
+def test_a_second_derivative_is_an_error(backend, mixed, options):
     """Not a gradient without a graph, which a penalty on it would not move."""
-    problem = Problem(mixed=mixed, reduction=reduction)
+    if mixed and options is WITH_ENTROPY:
+        options = {"softcap": 2.0}
+    problem = Problem(mixed=mixed, **options)
     inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
     leaves = [x for x in inputs.values() if x is not None]
     loss = problem._call(backend, **inputs).sum()
@@ -153,10 +158,7 @@ def test_return_nll(mixed, options, backend):
     inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
     loss = keep_nll(problem._call(backend, **inputs, return_nll=True))
     assert torch.equal(loss, problem._call(backend, **inputs))
-    every = Problem.__new__(Problem)
-    every.__dict__.update(
-        problem.__dict__, options={"reduction": "none"}, inputs={**problem.inputs, "row_weight": None}
-    )
+    every = problem.with_options(reduction="none")
     (nll,) = nlls
     assert not nll.requires_grad
     assert_as_accurate(nll, every.plain()["loss"], every.plain(torch.float64)["loss"])
@@ -176,20 +178,73 @@ def test_each_subset_of_gradients(mixed, reduction, default_backend):
             assert got is None if name in frozen else torch.equal(got, expected), (name, frozen)
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, WITH_ENTROPY], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes([torch.float32, torch.bfloat16]))
+def test_return_entropy(backend, dtype, options):
+    """That of the distribution the nll is of, whatever is done with it; 0 in rows that are ignored."""
+    problem = Problem(ignored=(0,), dtype=dtype, **options)
+    inputs = {name: None if x is None else x.requires_grad_() for name, x in problem.inputs.items()}
+    loss, nll, entropy = problem._call(backend, **inputs, return_nll=True, return_entropy=True)
+    assert torch.equal(loss, problem._call(backend, **inputs))
+    assert torch.equal(nll, problem._call(backend, **inputs, return_nll=True)[1])
+    assert torch.equal(entropy, problem._call(backend, **inputs, return_entropy=True)[1])
+    assert not entropy.requires_grad
+    assert entropy[0] == 0
+    kept = {name: value for name, value in problem.options.items() if name in ("softcap", "suppress", "temperature")}
+    plain = problem.with_options(reduction="entropy", **kept)
+    assert_as_accurate(entropy, plain.plain()["loss"], plain.plain(torch.float64)["loss"])
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_entropy_of_known_distributions(backend):
+    """Of equal tokens log V, of a certain one 0; a suppressed token adds nothing."""
+    hidden, weight = torch.tensor([[0.0], [1.0]]), torch.tensor([[500.0], [0.0], [0.0], [0.0]])
+    _, entropy = linear_cross_entropy(
+        hidden, weight, torch.tensor([0, 0]), suppress=(2,), return_entropy=True, backend=backend
+    )
+    torch.testing.assert_close(entropy, torch.tensor([math.log(3), 0.0]))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_an_infinite_logit_is_not_capped(backend):
+    """A token of probability 0 stays one, and has no part in entropy and gradients."""
+    weight = torch.randn(77, 1)
+    expected = linear_cross_entropy(
+        torch.ones(2, 1), weight, torch.tensor([3, 4]), softcap=2.0, suppress=(5,), return_entropy=True, backend=backend
+    )
+    weight[5] = -torch.inf
+    hidden = torch.ones(2, 1, requires_grad=True)
+    actual = linear_cross_entropy(
+        hidden, weight, torch.tensor([3, 4]), softcap=2.0, return_entropy=True, backend=backend
+    )
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.detach(), b)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_entropy_is_compiled_and_made_again_bit_by_bit(backend):
+    problem = Problem(ignored=(2,), row_weight=True, **WITH_ENTROPY)
+    expected = problem.ours(backend)
+    assert all(map(torch.equal, problem.ours(backend).values(), expected.values()))
+    torch._dynamo.reset()
+    problem._call = torch.compile(problem._call, fullgraph=True, backend="aot_eager")
+    for name, value in problem.ours(backend).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
 def count_work(monkeypatch):
     """Rows whose logits, and gradients of hidden and of weight, are asked of the chunk kernel."""
     work = Counter()
     choose = autograd._chunk_kernel
 
     def counting(backend):
-        def kernel(hidden, *others):
-            *_, needs_hidden, needs_weight = others
+        def kernel(chunk, d_weight, needs_hidden, needs_weight):
             for name, needed in (("logits", True), ("d_hidden", needs_hidden), ("d_weight", needs_weight)):
                 if needed:
-                    work[name] += hidden.shape[0]
-            results = choose(backend)(hidden, *others)
-            assert (results[1] is not None) == needs_hidden
-            return results
+                    work[name] += chunk.hidden.shape[0]
+            result = choose(backend)(chunk, d_weight, needs_hidden, needs_weight)
+            assert (result.d_hidden is not None) == needs_hidden
+            return result
 
         return kernel
 
@@ -308,7 +363,16 @@ def test_strides(mixed, default_backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "row_weight": True}], ids=str)
-@pytest.mark.parametrize("case", [{"temperature": 2.0, "suppress": (1,)}, {"mixed": True, "base_rows": 3}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"temperature": 2.0, "suppress": (1,)},
+        {"softcap": 1.5, "temperature": 0.5, "suppress": (1,)},
+        {"mixed": True, "base_rows": 3},
+        {"mixed": True, "temperature": 2.0, "softcap": 1.5},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ANY_DTYPE)
 def test_gradcheck(backend, case, options):
     problem = Problem(rows=4, hidden_size=3, vocabulary=7, dtype=torch.float64, ignored=(1,), **case, **options)
@@ -317,6 +381,24 @@ def test_gradcheck(backend, case, options):
     missing = {name: None for name in INPUTS if name not in names}
     assert torch.autograd.gradcheck(
         lambda *values: problem._call(backend, **dict(zip(names, values, strict=True)), **missing), leaves
+    )
+
+
+@pytest.mark.parametrize("backend", ANY_DTYPE)
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"suppress": (1, 5), "temperature": 0.4, "row_weight": True}])
+def test_entropy_in_float64(options, backend):
+    """To 1e-6, and its gradients by differences."""
+    problem = Problem(
+        rows=4, hidden_size=3, vocabulary=7, dtype=torch.float64, ignored=(1,), reduction="sum", entropy_weight=True,
+        **options,
+    )  # fmt: skip
+    for name, value in problem.ours(backend).items():
+        torch.testing.assert_close(value, problem.plain()[name], rtol=1e-6, atol=1e-6)
+    names = [name for name, x in problem.inputs.items() if x is not None]
+    missing = dict.fromkeys(set(INPUTS) - set(names))
+    assert torch.autograd.gradcheck(
+        lambda *values: problem._call(backend, **dict(zip(names, values, strict=True)), **missing),
+        [problem.inputs[name].requires_grad_() for name in names],
     )
 
 
@@ -380,11 +462,24 @@ def test_opcheck(needs, default_backend):
     operation = torch.ops.quietstar.linear_cross_entropy.default
     mixed = any(needs[1:3])
     arguments = (
-        (hidden, thought, torch.randn(6), weight, target, index, None, torch.rand(6))
+        (hidden, thought, torch.randn(6), index, weight, 0.7, None, None, target, torch.rand(6), None, False)
         if mixed
-        else (hidden, None, None, weight, target[:5], None, torch.tensor([3]), torch.rand(5))
+        else (
+            hidden,
+            None,
+            None,
+            None,
+            weight,
+            0.7,
+            2.0,
+            torch.tensor([3]),
+            target[:5],
+            torch.rand(5),
+            torch.rand(5),
+            True,
+        )
     )
-    torch.library.opcheck(operation, (*arguments, 0.7, True, needs, default_backend))
+    torch.library.opcheck(operation, (*arguments, True, needs, default_backend))
     torch.library.opcheck(
         torch.ops.quietstar.scaled_gradient.default, (hidden.bfloat16(), torch.tensor(0.3), torch.float16)
     )
@@ -455,6 +550,31 @@ BAD = [
     ({"row_weight": torch.ones(3)}, ValueError, "row_weight must come with reduction='sum', got reduction='mean'"),
     ({"row_weight": torch.ones(2), "reduction": "sum"}, ValueError, "row_weight must have the shape of target, [3]"),
     ({"row_weight": torch.ones(3).long(), "reduction": "sum"}, TypeError, "row_weight must be floating point"),
+    ({"softcap": 0.0}, ValueError, "softcap must be None, or positive and finite, got 0.0"),
+    ({"softcap": -1}, ValueError, "softcap must be None, or positive and finite, got -1.0"),
+    ({"softcap": float("inf")}, ValueError, "softcap must be None, or positive and finite, got inf"),
+    ({"softcap": float("nan")}, ValueError, "softcap must be None, or positive and finite, got nan"),
+    ({"softcap": 1e-40}, ValueError, "softcap must be between 1e-30 and 1e+30, got 1e-40"),
+    ({"softcap": "soft"}, TypeError, "softcap must be None or a number, got str"),
+    ({"softcap": True}, TypeError, "softcap must be None or a number, got bool"),
+    ({"entropy_weight": 0.1}, ValueError, "entropy_weight must come with reduction='sum', got reduction='mean'"),
+    ({"entropy_weight": "1", "reduction": "sum"}, TypeError, "entropy_weight must be None, a number or a torch.Tensor"),
+    ({"entropy_weight": float("nan"), "reduction": "sum"}, ValueError, "entropy_weight must be finite, got nan"),
+    (
+        {"entropy_weight": torch.ones(2), "reduction": "sum"},
+        ValueError,
+        "entropy_weight must have the shape of target, [3], got [2]",
+    ),
+    (
+        {"entropy_weight": torch.ones(3).long(), "reduction": "sum"},
+        TypeError,
+        "entropy_weight must be floating point, got torch.int64",
+    ),
+    (
+        {"entropy_weight": torch.ones(3, device="meta"), "reduction": "sum"},
+        ValueError,
+        "entropy_weight must be on the device of target, cpu, got meta",
+    ),
     ({"backend": "cuda"}, ValueError, "'cuda' cannot run linear_cross_entropy here: "),
 ]
 BAD_MIXED = [
@@ -467,6 +587,8 @@ BAD_MIXED = [
     ({"mixing_weight": torch.randn(3, 1)}, ValueError, "mixing_weight must have shape [rows], got 2 dimensions"),
     ({"mixing_weight": torch.randn(3).half()}, TypeError, "mixing_weight must be float32 or have the dtype of base_"),
     ({"thought_hidden": torch.randn(3, 4).half()}, TypeError, "thought_hidden must have the dtype of base_hidden"),
+    ({"softcap": 0.0}, ValueError, "softcap must be None, or positive and finite, got 0.0"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ({"target": torch.tensor([0, 9, 1])}, ValueError, "target must be in [0, 5) or ignore_index = -100, got 9"),
     ({"base_index": torch.tensor([0, 1, 1], device="meta")}, ValueError, "base_index must be on the device of base_"),
 ]

@@ -20,7 +20,9 @@ from cross_entropy_problem import (
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows
+from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy import chunks
+from quietstar.ops.linear_cross_entropy.inputs import Scales
 
 kernels = pytest.importorskip("quietstar.ops.linear_cross_entropy.triton_kernels")
 pytestmark = [
@@ -71,8 +73,9 @@ def test_row_kernel(vocabulary, gradient_dtype, temperature):
     eager = plain_rows(logits, target, scale, temperature)
     oracle = plain_rows(logits.double(), target, scale.double(), temperature)
     actual = kernels.cross_entropy_rows(
-        logits, target, scale if gradient_dtype else None, temperature, None, gradient_dtype or torch.float32
-    )
+        logits, Softmax(temperature, None, None), target, Scales(scale, None) if gradient_dtype else None, False,
+        gradient_dtype or torch.float32,
+    )[::2]  # fmt: skip
     assert_as_accurate(actual[0], eager[0], oracle[0])
     if gradient_dtype is None:
         assert actual[1] is None
@@ -89,9 +92,8 @@ def test_suppressed_tokens(vocabulary):
     suppress, target = torch.tensor([5, 70], device=DEVICE), torch.tensor([3, 4], device=DEVICE)
     kept = logits.index_fill(1, suppress, float("-inf"))
     expected = plain_rows(kept, target, 1.0, 0.7)
-    actual = kernels.cross_entropy_rows(
-        logits, target, torch.ones(2, device=DEVICE), 0.7, suppress, torch.float32
-    )  # fmt: skip
+    ones = Scales(torch.ones(2, device=DEVICE), None)
+    actual = kernels.cross_entropy_rows(logits, Softmax(0.7, None, suppress), target, ones, False, torch.float32)[::2]
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert not actual[1][:, suppress].any()
@@ -105,7 +107,9 @@ def test_gradient_of_a_confident_prediction(margin, vocabulary):
     logits[0, :3] = torch.tensor([margin, 0.0, 0.0])
     rest = torch.softmax(logits[0].double(), 0)[1:].sum().item()
     zero, one = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
-    _, gradient = kernels.cross_entropy_rows(logits, zero, one, 1.0, None, torch.float32)
+    *_, gradient = kernels.cross_entropy_rows(
+        logits, Softmax(1.0, None, None), zero, Scales(one, None), False, torch.float32
+    )
     assert gradient[0, 0].item() == pytest.approx(-rest, rel=2**-23 / rest)
 
 
@@ -190,7 +194,8 @@ def test_opcheck(needs):
     with torch.device(DEVICE):
         hidden, thought, weight = torch.randn(5, 4), torch.randn(6, 4), torch.randn(7, 4)
         target, index = torch.randint(7, (6,)), torch.randint(5, (6,))
-        arguments = hidden, thought, torch.randn(6), weight, target, index, torch.tensor([3]), torch.rand(6)
+        softmax = 0.7, 2.0, torch.tensor([3])
+        arguments = hidden, thought, torch.randn(6), index, weight, *softmax, target, torch.rand(6), torch.rand(6)
     torch.library.opcheck(
-        torch.ops.quietstar.linear_cross_entropy.default, (*arguments, 0.7, True, needs, "triton")
+        torch.ops.quietstar.linear_cross_entropy.default, (*arguments, True, True, needs, "triton")
     )  # fmt: skip

@@ -109,9 +109,11 @@ def head(probabilities):
     return torch.ones(1, 1), torch.tensor(probabilities, dtype=torch.float64).log().float()[:, None]
 
 
-def allowed(probabilities, suppress=(), temperature=1.0, top_k=None, top_p=None):
+def allowed(probabilities, suppress=(), temperature=1.0, softcap=None, top_k=None, top_p=None):
     """The distribution that linear_sample must draw from, by sorting in Python floats."""
     logits = {token: math.log(p) for token, p in enumerate(probabilities) if token not in suppress and p > 0}
+    if softcap is not None:
+        logits = {token: softcap * math.tanh(z / softcap) for token, z in logits.items()}
     if top_k is not None:
         kth = sorted(logits.values(), reverse=True)[:top_k][-1]
         logits = {token: z for token, z in logits.items() if z >= kth}
@@ -136,7 +138,8 @@ FILTERS = {
     "suppress": {"suppress": (0, 4)},
     "top_k": {"top_k": 3},
     "top_p": {"top_p": 0.8, "temperature": 1.5},
-    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "softcap": {"softcap": 1.5, "temperature": 0.4},
+    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9, "softcap": 4.0},
 }
 
 
@@ -307,6 +310,16 @@ def test_where_values_are_not_read_a_broken_row_is_marked(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_p": 0.5}], ids=str)
+def test_what_a_cap_makes_equal_is_equally_likely(options, backend):
+    """Logits far beyond it: of equal ones the lowest token wins greedily, and none is left out by top_p."""
+    weight = torch.full((150, 1), -1e3)
+    weight[[5, 70, 149]] = torch.tensor([3e3, 1e3, 2e3])[:, None]
+    tokens = linear_sample(torch.ones(300, 1), weight, softcap=40.0, seed=1, backend=backend, **options)
+    assert tokens.unique().tolist() == ([5] if "temperature" in options else [5, 70, 149])
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_float16_logits_beyond_float16(backend):
     """They are large only before the temperature divides them."""
     hidden = torch.full((20, 4), 200.0)
@@ -366,7 +379,7 @@ def test_compile(backend):
         assert torch.equal(compiled(hidden, weight, **options), linear_sample(hidden, weight, **options))
 
 
-@pytest.mark.parametrize("options", [(None, 1.0, None, None), (torch.tensor([1, 2]), 0.5, 5, 0.9)], ids=str)
+@pytest.mark.parametrize("options", [(1.0, None, None, None, None), (0.5, 2.0, torch.tensor([1, 2]), 5, 0.9)], ids=str)
 def test_opcheck(options, default_backend):
     arguments = torch.randn(5, 4), torch.randn(70, 4), torch.tensor(3), *options, default_backend
     torch.library.opcheck(torch.ops.quietstar.linear_sample.default, arguments)
@@ -385,6 +398,8 @@ BAD = [
     ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number, got Tensor"),
     ({"hidden": torch.randn(3, 0), "weight": torch.randn(5, 0)}, ValueError, "hidden must have at least one column"),
     ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+    ({"softcap": 0.0}, ValueError, "softcap must be None, or positive and finite, got 0.0"),
+    ({"softcap": torch.tensor(1.0)}, TypeError, "softcap must be None or a number, got Tensor"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     ({"top_k": True}, TypeError, "top_k must be None or an integer, got bool"),
     ({"top_k": 2.0}, TypeError, "top_k must be None or an integer, got float"),

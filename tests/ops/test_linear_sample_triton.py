@@ -13,6 +13,7 @@ from broken_rows import assert_broken_rows_have_no_token
 
 from quietstar.ops import _rows, linear_sample
 from quietstar.ops.linear_sample import noise
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.reference import keep_most_likely
 
 triton = pytest.importorskip("triton")
@@ -86,7 +87,9 @@ OPTIONS = {
     "suppress": {"suppress": (0, 4)},
     "top_k": {"top_k": 3},
     "top_p": {"top_p": 0.8, "temperature": 1.5},
-    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "softcap": {"softcap": 1.5, "temperature": 0.4},
+    "softcap, greedy": {"softcap": 1.5, "temperature": 0},
+    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9, "softcap": 4.0},
 }
 
 
@@ -165,20 +168,22 @@ def test_rows_from_which_no_token_can_be_drawn():
     assert_broken_rows_have_no_token(triton_kernels.sample_rows, DEVICE, OPTIONS_OF_BROKEN_ROWS[:3])
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_broken_rows_in_the_epilogue_of_the_matmul(temperature):
+def test_broken_rows_in_the_epilogue_of_the_matmul(temperature, softcap):
     hidden, weight = torch.ones(6, 1, device=DEVICE), torch.rand(300, 1, device=DEVICE) + 1
     hidden[1], hidden[2], hidden[3] = math.nan, INF, -INF
     weight[70] = -INF  # so that row 3 has +∞ too
     seed, suppress = torch.tensor(3, device=DEVICE), torch.tensor([5], device=DEVICE)
-    tokens = triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None)
+    sampling = Sampling(seed, temperature, softcap, suppress, None, None)
+    tokens = triton_matmul.sample(hidden, weight, sampling)
     assert (tokens == -1).tolist() == [False, True, True, True, False, False]
     hidden[3] = -INF
     weight[70] = 1.0
-    tokens = triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None)
+    tokens = triton_matmul.sample(hidden, weight, sampling)
     assert (tokens == -1).tolist() == [False, True, True, True, False, False]
     weight[5] = math.nan
-    assert torch.equal(triton_matmul.sample(hidden, weight, seed, suppress, temperature, None, None), tokens)
+    assert torch.equal(triton_matmul.sample(hidden, weight, sampling), tokens)
 
 
 def test_seed_may_be_a_tensor(kernels):
@@ -202,7 +207,7 @@ def test_compile(kernels):
         assert torch.equal(compiled(hidden, weight, **options), linear_sample(hidden, weight, **options))
 
 
-@pytest.mark.parametrize("options", [(None, 1.0, None, None), (torch.tensor([1, 2]), 0.5, 5, 0.9)], ids=str)
+@pytest.mark.parametrize("options", [(1.0, None, None, None, None), (0.5, 2.0, torch.tensor([1, 2]), 5, 0.9)], ids=str)
 def test_opcheck(options):
     arguments = torch.randn(2, 4), torch.randn(70, 4), torch.tensor(3), *options
     arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]

@@ -108,7 +108,12 @@ def test_mixing_with_every_instruction_set(dtype, vocabulary):
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("name", ["mean", "none", "vocabulary 1000", "suppress and temperature", "huge logits"])
+@pytest.mark.parametrize("name",
+    [
+        "mean", "none", "vocabulary 1000", "suppress and temperature", "huge logits", "softcap, temperature, suppress",
+        "entropy, suppress, temperature", "entropy, softcap, vocabulary 32002",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_cross_entropy_with_every_instruction_set(dtype, name):
     problem = Problem(dtype=dtype, **CASES[name])
@@ -147,7 +152,14 @@ def test_linear_cross_entropy_keeps_to_its_room(rows, monkeypatch):
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.3, "suppress": (1, 900)}, {"top_k": 20}, {"top_k": 300, "top_p": 0.7}], ids=str
+    "options",
+    [
+        {},
+        {"temperature": 0.3, "suppress": (1, 900), "softcap": 3.0},
+        {"top_k": 20, "softcap": 2.0},
+        {"top_k": 300, "top_p": 0.7},
+    ],
+    ids=str,
 )
 def test_linear_sample_with_every_instruction_set(options):
     hidden, weight = torch.randn(500, 8), torch.randn(1037, 8)
@@ -162,7 +174,7 @@ def test_linear_sample_crosses_every_block(rows, vocabulary, size, dtype):
     """More rows, tokens and columns than a block has; all three end inside one, and the operands are not contiguous."""
     hidden = torch.randn(rows, 2 * size).to(dtype)[:, :size]
     weight = torch.randn(2 * vocabulary, size).to(dtype)[::2]
-    options = {"seed": -7, "suppress": (0, vocabulary - 1), "temperature": size**0.5}
+    options = {"seed": -7, "suppress": (0, vocabulary - 1), "temperature": size**0.5, "softcap": 2 * size**0.5}
     actual, expected = (linear_sample(hidden, weight, backend=b, **options) for b in ("cpu", "reference"))
     assert torch.equal(actual, expected)
 
@@ -299,8 +311,9 @@ def test_gradients_of_one_number_for_all_rows():
 HIDDEN, HEAD, IDS, ROWS = torch.randn(2, 4), torch.randn(8, 4), torch.tensor([0, 7]), torch.empty(2)
 VALID = {
     "dtype": 0, "hidden": HIDDEN.data_ptr(), "hidden_stride": 4, "weight": HEAD.data_ptr(), "weight_stride": 4,
-    "target": IDS.data_ptr(), "scale": 0, "suppressed": 0, "suppressed_count": 0, "temperature": 1.0,
-    "room": 0, "nll": ROWS.data_ptr(), "d_hidden": 0, "d_weight": 0, "add": False,
+    "target": IDS.data_ptr(), "scale": 0, "entropy_scale": 0, "suppressed": 0, "suppressed_count": 0,
+    "temperature": 1.0, "softcap": 0.0, "room": 0, "nll": ROWS.data_ptr(), "entropy": 0, "d_hidden": 0, "d_weight": 0,
+    "add": False,
     "rows": 2, "vocabulary": 8, "size": 4, "threads": 1,
 }  # fmt: skip
 WRONG = {
@@ -311,6 +324,7 @@ WRONG = {
     "null target": ({"target": 0}, "target must not be null"),
     "target out of range": ({"vocabulary": 7}, "target must be in [0, 7), got 7"),
     "misaligned scale": ({"scale": 1}, "scale must be aligned to 4 bytes, got 1"),
+    "a scale, but no entropy": ({"entropy_scale": ROWS.data_ptr()}, "entropy must not be null"),
     "no room": ({"scale": ROWS.data_ptr()}, "room must not be null"),
     "null suppressed": ({"suppressed_count": 3}, "suppressed must not be null"),
     "negative rows": ({"rows": -1}, "rows must be at least 0, got -1"),
@@ -340,14 +354,14 @@ def test_wrong_calls_of_the_other_kernels_are_refused():
         (cpu.mix_backward, (0, 0, 8, *mix, 0, 0, 0, 1, 8, 1), "grad must not be null"),
         (cpu.mixed_cross_entropy, (0, *mix, place, place, 0, place, place, 1, 8, 1), "slope must not be null"),
         (cpu.mixed_cross_entropy_backward, (0, 0, *mix, *[place] * 3, 0, 0, 1, 8, 1), "scale must not be null"),
-        (cpu.sample_rows, (place, 0, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 1, 1), "tokens must not be null"),
-        (cpu.sample_rows, (place, place, 0, 0, 1, 0, 1.0, 0, 1.0, 1, 0, 1), "groups must be at least 1, got 0"),
+        (cpu.sample_rows, (place, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 1.0, 1, 1, 1), "tokens must not be null"),
+        (cpu.sample_rows, (place, place, 0, 0, 1, 0, 1.0, 0.0, 0, 1.0, 1, 0, 1), "groups must be at least 1, got 0"),
         (
-            cpu.linear_sample, (0, place, 1, place, 1, 0, place, 0, 0, 1, 0, 1.0, 1, 1, 1, 1),
+            cpu.linear_sample, (0, place, 1, place, 1, 0, place, 0, 0, 1, 0, 1.0, 0.0, 1, 1, 1, 1),
             "logits must not be null",
         ),
         (
-            cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 1, 1, 0, 1),
+            cpu.linear_sample, (0, place, 1, place, 1, place, place, 0, 0, 1, 0, 1.0, 0.0, 1, 1, 0, 1),
             "size must be at least 1, got 0",
         ),
         (cpu.exponential, (place, 0, 3), "result must not be null"),

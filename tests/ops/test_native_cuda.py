@@ -17,7 +17,10 @@ from simt import DEVICE
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, linear_cross_entropy, linear_sample, mix_logits, mixed_cross_entropy
+from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy import chunks
+from quietstar.ops.linear_cross_entropy.inputs import Scales
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.reference import keep_most_likely
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,8 +186,9 @@ def test_row_kernel(vocabulary, gradient_dtype, aligned):
     oracle = plain_rows(logits.double(), target, scale.double(), 0.3)
     if not aligned and gradient_dtype in (torch.bfloat16, torch.float16):
         logits = F.pad(logits, (0, 64 - vocabulary % 2))[:, :vocabulary]  # so that half the width fits the pitch
-    nll, gradient = cross_entropy_rows(
-        logits, target, scale if gradient_dtype else None, 0.3, None, gradient_dtype or torch.float32
+    scales = Scales(scale, None) if gradient_dtype else None
+    nll, _, gradient = cross_entropy_rows(
+        logits, Softmax(0.3, None, None), target, scales, False, gradient_dtype or torch.float32
     )
     assert_as_accurate(nll, eager[0], oracle[0])
     if gradient_dtype is None:
@@ -204,7 +208,9 @@ OPTIONS = {
     "top_k": {"top_k": 3},
     "top_k of many": {"top_k": 60},
     "top_p": {"top_p": 0.8, "temperature": 1.5},
-    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "softcap": {"softcap": 1.5, "temperature": 0.4, "suppress": (0,)},
+    "softcap, greedy": {"softcap": 1.5, "temperature": 0},
+    "everything": {"suppress": (1,), "temperature": 0.7, "top_k": 5, "top_p": 0.9, "softcap": 4.0},
 }
 
 
@@ -224,7 +230,7 @@ def test_seed_and_row_number_of_64_bits():
 
     logits = torch.zeros(4, 1024, device=DEVICE)
     for seed, first_row in ((-7, 2**32 - 2), (5 << 32, 0), (2**63 - 1, 2**40)):
-        arguments = 1024, first_row, torch.tensor(seed, device=DEVICE), None, 1.0, None, None
+        arguments = first_row, Sampling(torch.tensor(seed, device=DEVICE), 1.0, None, None, None, None)
         tokens = native_cuda.sample_rows(logits.clone(), *arguments)
         assert torch.equal(tokens, library.sample_rows(logits.clone(), *arguments))
 

@@ -22,8 +22,8 @@ def mixed(dtype=torch.bfloat16):
     return mixed_cross_entropy(base, thought, torch.ones(3), torch.arange(3), reduction="none", backend="cuda")
 
 
-def linear():
-    return linear_cross_entropy(torch.randn(3, 8), torch.randn(3000, 8), torch.arange(3), backend="cuda")
+def linear(**options):
+    return linear_cross_entropy(torch.randn(3, 8), torch.randn(3000, 8), torch.arange(3), backend="cuda", **options)
 
 
 def sampled(**options):
@@ -39,6 +39,7 @@ def attention(dtype):
 CALLS = {
     "mixed cross-entropy": mixed,
     "linear cross-entropy": linear,
+    "linear cross-entropy, entropy": lambda: linear(reduction="sum", entropy_weight=0.5, softcap=2.0),
     "sample": sampled,
     "sample, top_p": lambda: sampled(top_p=0.9),
     "attention": lambda: attention(torch.bfloat16),
@@ -139,8 +140,8 @@ def test_wrong_contracts_of_the_other_functions(shim):
     with pytest.raises(ValueError, match="split_output must not be null"):
         attend(splits=2)
     with pytest.raises(ValueError, match="logits must be aligned to 16 bytes"):
-        shim.cuda.sample_rows(at + 4, at, at, 0, 1.0, 0, 1.0, 1, 1, 0, 0)
+        shim.cuda.sample_rows(at + 4, at, at, 0, 1.0, 0.0, 0, 1.0, 1, 1, 0, 0)
     with pytest.raises(ValueError, match="temperature must be positive"):
-        shim.cuda.sample_rows(at, at, at, 0, 0.0, 0, 1.0, 1, 1, 0, 0)
+        shim.cuda.sample_rows(at, at, at, 0, 0.0, 0.0, 0, 1.0, 1, 1, 0, 0)
     with pytest.raises(ValueError, match="stride must be at least 8, got 7"):
-        shim.cuda.cross_entropy_rows(0, at, 7, at, 0, at, 1.0, 1, 8, 0, 0)
+        shim.cuda.cross_entropy_rows(0, at, 7, at, 0, 0, at, 0, 1.0, 0.0, 1, 8, 0, 0)

@@ -13,8 +13,11 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 def launch_all():
     from quietstar.ops._rows import logits_buffer
+    from quietstar.ops._vocabulary import Softmax
     from quietstar.ops.linear_cross_entropy import triton_hidden
+    from quietstar.ops.linear_cross_entropy.inputs import Scales
     from quietstar.ops.linear_cross_entropy.triton_kernels import cross_entropy_rows
+    from quietstar.ops.linear_sample.inputs import Sampling
     from quietstar.ops.linear_sample.triton_kernels import sample_rows
     from quietstar.ops.linear_sample.triton_matmul import sample
     from quietstar.ops.mixing import triton_kernels as mixing
@@ -28,17 +31,20 @@ def launch_all():
         mixing.cross_entropy_backward(row, logits, logits, row, number, row, row, [True] * 2)
     for vocabulary, dtype in [(32002, BF16), (32002, F32), (128256, BF16)]:
         logits = logits_buffer(2, vocabulary, F32, torch.device("cpu"))
-        cross_entropy_rows(logits, number, row, 0.7, None, dtype)
+        for softcap, entropy_scale in ((None, None), (None, row), (30.0, None), (30.0, row)):
+            scales = Scales(row, entropy_scale)
+            cross_entropy_rows(logits, Softmax(0.7, softcap, None), number, scales, scales.entropy is not None, dtype)
     hidden = torch.zeros(2, 4096, dtype=BF16)
     for index in (None, number):
         mixed = triton_hidden.FusedMixedHidden(hidden, hidden, row, index, [True] * 3)
         mixed.read(slice(0, 2))
         mixed.write_gradient(slice(0, 2), hidden.float())
     for vocabulary in (32064, 152064):
-        sample_rows(torch.zeros(2, vocabulary), vocabulary, 0, seed, None, 0.7, 5, 0.9)
+        sample_rows(torch.zeros(2, vocabulary), 0, Sampling(seed, 0.7, 30.0, None, 5, 0.9))
     for rows, dtype in [(1, BF16), (32, BF16), (64, BF16), (128, BF16), (128, F32)]:
         hidden, weight = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(32002, 4096, dtype=dtype)
-        sample(hidden, weight, seed, number, 0.7, None, None)
+        for softcap in (None, 30.0):
+            sample(hidden, weight, Sampling(seed, 0.7, softcap, number, None, None))
 
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY, ids="sm_{}".format)

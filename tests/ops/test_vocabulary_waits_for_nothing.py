@@ -3,6 +3,8 @@
 The GPU is a pretended one (``pretended_gpu``), and no kernel is launched.
 """
 
+import itertools
+
 import pytest
 import torch
 from pretended_gpu import DEVICE, nothing_waits
@@ -34,30 +36,45 @@ def assert_gradients_of(leaves, loss):
     assert [(x.shape, x.dtype, x.device) for x in gradients] == [(x.shape, x.dtype, x.device) for x in leaves]
 
 
+ENTROPY = {"reduction": "sum", "return_entropy": True, "softcap": 3.0}
+
+
 @every_dtype
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "sum", "return_nll": True}], ids=str)
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("mixed", "options"),
+    [
+        *itertools.product(
+            [False, True],
+            [{}, {"reduction": "none"}, {"reduction": "sum", "return_nll": True}, {"softcap": 2.0, "temperature": 0.5}],
+        ),
+        (False, ENTROPY | {"entropy_weight": 0.1}),
+        (False, ENTROPY | {"entropy_weight": "tensor"}),
+    ],
+    ids=str,
+)
 def test_linear_cross_entropies(mixed, options, dtype, gpu_backend):
     options = options | {"backend": gpu_backend}
     if options.get("reduction") == "sum":
         options["row_weight"] = random(ROWS, dtype=dtype)
+    if options.get("entropy_weight") == "tensor":
+        options["entropy_weight"] = random(ROWS, dtype=dtype)
     hidden = [random(ROWS, SIZE, dtype=dtype)]
     if mixed:
         hidden = [random(50, SIZE, dtype=dtype), *hidden, random(ROWS, dtype=torch.float32)]
         options["base_index"] = numbers(50, ROWS)
     else:
-        options |= {"temperature": 3.0, "suppress": (1, 2)}
+        options = {"temperature": 3.0, "suppress": (1, 2), **options}
     weight, target = random(VOCABULARY, SIZE, dtype=dtype), numbers(VOCABULARY, ROWS)
     with nothing_waits():
         result = (mixed_linear_cross_entropy if mixed else linear_cross_entropy)(*hidden, weight, target, **options)
-        loss, *nll = result if isinstance(result, tuple) else (result,)
-        assert [(x.shape, x.dtype, x.device) for x in nll] == [((ROWS,), torch.float32, DEVICE)] * len(nll)
+        loss, *rows = result if isinstance(result, tuple) else (result,)
+        assert [(x.shape, x.dtype, x.device) for x in rows] == [((ROWS,), torch.float32, DEVICE)] * len(rows)
         assert (loss.shape, loss.dtype) == ((ROWS,) if options.get("reduction") == "none" else (), torch.float32)
         assert_gradients_of([*hidden, weight], loss.sum())
 
 
 @pytest.mark.parametrize("rows", [5, ROWS])  # in Triton's matmul, and after it
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize(("seed", "suppress"), [(3, (1, 2)), ("tensor", "tensor"), ("on the CPU", None)], ids=str)
 def test_linear_sample(seed, suppress, options, rows, gpu_backend):
     if seed != 3:

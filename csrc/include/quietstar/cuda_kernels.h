@@ -60,27 +60,30 @@ void mix_backward(DType dtype, const MixBackward& arguments, const Launch& where
 void mixed_cross_entropy(DType dtype, const MixedCrossEntropy& arguments, const Launch& where);
 void mixed_cross_entropy_backward(DType dtype, const MixedCrossEntropyBackward& arguments, const Launch& where);
 
-// Logits [rows, vocabulary] in float32, overwritten with the gradient of sum(scale · nll) in gradient_dtype, whose rows
-// begin where those of the logits do; not if there is no scale.
+// Logits [rows, vocabulary] in float32, overwritten with the gradient of sum(scale · nll) − sum(entropy_scale ·
+// entropy) in gradient_dtype, whose rows begin where those of the logits do; not if there is no scale.
 struct CrossEntropyRows {
   float* logits;
   std::int64_t stride;
   const std::int64_t* target;
-  const float* scale;  // or null
+  const float *scale, *entropy_scale;  // or null
   float* nll;
-  float inverse_temperature;
+  float* entropy;                      // or null
+  float inverse_temperature, softcap;  // softcap 0: none
   std::int64_t rows, vocabulary;
 };
 
 void cross_entropy_rows(DType gradient_dtype, const CrossEntropyRows& arguments, const Launch& where);
 
-// Logits [rows, groups · 64], contiguous, aligned to 16 bytes, −∞ behind the vocabulary and for suppressed tokens.
+// Logits [rows, groups · 64], contiguous, aligned to 16 bytes, −∞ behind the vocabulary and for suppressed tokens. They
+// are capped in place.
 struct SampleRows {
-  const float* logits;
+  float* logits;
   const std::int64_t* seed;
   std::int64_t* tokens;
   std::int64_t first_row;
   float temperature;   // positive
+  float softcap;       // 0: none
   std::int64_t top_k;  // 0: all
   double top_p;        // 1: all
   std::int64_t rows, groups;

@@ -1,4 +1,4 @@
-// The row kernel of the linear cross-entropies: a chunk of logits becomes nll and gradient.
+// The row kernel of the linear cross-entropies: a chunk of logits becomes nll, entropy and gradient.
 //
 // Bytes per logit: 4 read, and 2 of gradient written in half precision (4 in float32) into the same memory. A row has
 // one block, which holds up to 32,768 logits in registers, 32 a thread in eight loads of 16 bytes, all of them under
@@ -6,6 +6,8 @@
 //
 // A gradient of half the width covers, in the first half of its row, logits that other threads read: none is written
 // before all that it covers are read.
+//
+// kMore: with a cap, an entropy or its gradient, too; half as many logits are then held.
 #pragma once
 
 #include "quietstar/cuda_kernels.h"
@@ -14,10 +16,12 @@
 
 namespace quietstar::cuda {
 
-constexpr int kRowVectors = 8;  // of a thread
+// Of a thread. With more, both logits and exponentials are needed for the gradient, and there are registers for half as
+// many.
+template <bool kMore>
+constexpr int kRowVectors = kMore ? 4 : 8;
 constexpr int kRowWidth = kWidest<float>;
 constexpr int kRowMostThreads = 1024;
-constexpr std::int64_t kRowMostLogits = kRowMostThreads * kRowVectors * kRowWidth;
 
 using RowVector = Vector<float, kRowWidth>;
 
@@ -31,20 +35,73 @@ __device__ __forceinline__ RowVector load_logits(const float* row, std::int64_t 
   return vector;
 }
 
+// Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
+constexpr float kFarBelow = -1e4f;
+
+// Largest logit, Σ e^z and Σ z e^z over the differences z = (logit − largest) / temperature.
+template <bool kMore>
+struct RowSum {
+  float largest = kLowest, total = 0, moment = 0;
+
+  __device__ __forceinline__ void raise(float to, float inverse_temperature) {
+    const float down = (largest - to) * inverse_temperature, shrink = exp2_approximate(down * kLog2E);
+    if constexpr (kMore) moment = shrink * (moment + larger(down, kFarBelow) * total);
+    total *= shrink;
+    largest = to;
+  }
+
+  __device__ __forceinline__ void add(float logit, float inverse_temperature) {
+    const float z = (logit - largest) * inverse_temperature, exponential = exp2_approximate(z * kLog2E);
+    if constexpr (kMore) moment += larger(z, kFarBelow) * exponential;
+    total += exponential;
+  }
+
+  __device__ __forceinline__ RowSum over_lanes(float inverse_temperature) const {
+    RowSum sum = *this;
+    sum.raise(largest_of_lanes(largest), inverse_temperature);
+    sum.total = sum_of_lanes(sum.total);
+    if constexpr (kMore) sum.moment = sum_of_lanes(sum.moment);
+    return sum;
+  }
+};
+
+// Of the block, from those of its threads.
+template <bool kMore>
+__device__ __forceinline__ RowSum<kMore> row_sum(RowSum<kMore> sum, float inverse_temperature) {
+  struct Shared {
+    RowSum<kMore> of_warp[kMostWarps];
+  };
+  Shared& shared = static_shared<Shared>();
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize, lane = lane_number();
+  sum = sum.over_lanes(inverse_temperature);
+  if (lane == 0) shared.of_warp[warp_number()] = sum;
+  __syncthreads();
+  sum = lane < warps ? shared.of_warp[lane] : RowSum<kMore>{};
+  return sum.over_lanes(inverse_temperature);
+}
+
 // What turns logits into probabilities and gradients.
+template <bool kMore>
 struct RowGradient {
   float largest, inverse_temperature, inverse_total, factor;
   std::int64_t target;
+  float entropy_factor, mean, inverse_softcap;  // mean: of (logit − largest) / temperature
+
+  __device__ __forceinline__ float of(float logit, bool is_target) const {
+    const float z = (logit - largest) * inverse_temperature;
+    const float probability = exp2_approximate(z * kLog2E) * inverse_total;
+    const float gradient = factor * (is_target ? probability - 1 : probability);
+    if constexpr (!kMore) return gradient;
+    if (probability == 0 && !is_target) return 0;  // the logit may be −∞
+    const float part = logit * inverse_softcap;
+    return (gradient + entropy_factor * probability * (larger(z, kFarBelow) - mean)) * (1 - part * part);
+  }
 
   template <class G, bool kAligned>
   __device__ __forceinline__ void store(G* row, std::int64_t column, std::int64_t size, const RowVector& logits) const {
     Vector<G, kRowWidth> vector;
 #pragma unroll
-    for (int i = 0; i < kRowWidth; ++i) {
-      const float probability =
-          exp2_approximate((logits.element[i] - largest) * inverse_temperature * kLog2E) * inverse_total;
-      vector.element[i] = rounded<G>(factor * (column + i == target ? probability - 1 : probability));
-    }
+    for (int i = 0; i < kRowWidth; ++i) vector.element[i] = rounded<G>(of(logits.element[i], column + i == target));
     if (kAligned && column + kRowWidth <= size) return cuda::store(row + column, vector);
 #pragma unroll
     for (int i = 0; i < kRowWidth; ++i) {
@@ -53,83 +110,69 @@ struct RowGradient {
   }
 };
 
-struct RowSum {
-  float largest, total;
-};
-
-// Largest logit and Σ exp((z − largest) / temperature) of the block, from those of its threads.
-__device__ __forceinline__ RowSum row_sum(float largest, float total, float inverse_temperature) {
-  struct Shared {
-    float largest[kMostWarps], total[kMostWarps];
-  };
-  Shared& shared = static_shared<Shared>();
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize, lane = lane_number();
-  const float highest_of_warp = largest_of_lanes(largest);
-  total *= exp2_approximate((largest - highest_of_warp) * inverse_temperature * kLog2E);
-  total = sum_of_lanes(total);
-  if (lane == 0) {
-    shared.largest[warp_number()] = highest_of_warp;
-    shared.total[warp_number()] = total;
-  }
-  __syncthreads();
-  largest = lane < warps ? shared.largest[lane] : kLowest;
-  total = lane < warps ? shared.total[lane] : 0;
-  const float highest = largest_of_lanes(largest);
-  return {highest, sum_of_lanes(total * exp2_approximate((largest - highest) * inverse_temperature * kLog2E))};
-}
-
-template <class G, bool kAligned>
+template <class G, bool kAligned, bool kMore>
 __global__ void __launch_bounds__(kRowMostThreads) cross_entropy_row_kernel(CrossEntropyRows a) {
   const std::int64_t row = blockIdx.x;
   float* const logits = a.logits + row * a.stride;
   const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kRowWidth;
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kRowWidth;
-  const bool resident = a.vocabulary <= step * kRowVectors;
+  const bool resident = a.vocabulary <= step * kRowVectors<kMore>;
   const std::int64_t target = a.target[row];
-  const float at_target = logits[target];
-
-  RowVector vector[kRowVectors];
-  float largest = kLowest, total = 0;
-  for (std::int64_t begin = first; begin - first < a.vocabulary; begin += step * kRowVectors) {
+  const auto load_capped = [&](std::int64_t column) {
+    RowVector vector = load_logits<kAligned>(logits, column, a.vocabulary);
+    if (kMore && a.softcap != 0) {
 #pragma unroll
-    for (int j = 0; j < kRowVectors; ++j) {
-      vector[j] = load_logits<kAligned>(logits, begin + j * step, a.vocabulary);
+      for (float& element : vector.element) element = capped(element, a.softcap);
     }
-    float highest = largest;
+    return vector;
+  };
+  const float at_target = kMore && a.softcap != 0 ? capped(logits[target], a.softcap) : logits[target];
+
+  constexpr int kVectors = kRowVectors<kMore>;
+  RowVector vector[kVectors];
+  RowSum<kMore> of_thread;
+  for (std::int64_t begin = first; begin - first < a.vocabulary; begin += step * kVectors) {
 #pragma unroll
-    for (int j = 0; j < kRowVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) vector[j] = load_capped(begin + j * step);
+    float highest = of_thread.largest;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
       for (int i = 0; i < kRowWidth; ++i) highest = larger(highest, vector[j].element[i]);
     }
-    total *= exp2_approximate((largest - highest) * a.inverse_temperature * kLog2E);
-    largest = highest;
+    of_thread.raise(highest, a.inverse_temperature);
 #pragma unroll
-    for (int j = 0; j < kRowVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
-      for (int i = 0; i < kRowWidth; ++i) {
-        total += exp2_approximate((vector[j].element[i] - largest) * a.inverse_temperature * kLog2E);
-      }
+      for (int i = 0; i < kRowWidth; ++i) of_thread.add(vector[j].element[i], a.inverse_temperature);
     }
   }
-  const RowSum sum = row_sum(largest, total, a.inverse_temperature);  // behind its barrier, all have read the row
-  if (threadIdx.x == 0) a.nll[row] = logf(sum.total) - (at_target - sum.largest) * a.inverse_temperature;
+  const auto sum = row_sum(of_thread, a.inverse_temperature);  // behind its barrier, all have read the row
+  const float mean = sum.moment / sum.total;
+  if (threadIdx.x == 0) {
+    a.nll[row] = logf(sum.total) - (at_target - sum.largest) * a.inverse_temperature;
+    if (kMore && a.entropy) a.entropy[row] = logf(sum.total) - mean;
+  }
   if (a.scale == nullptr) return;
 
-  const RowGradient gradient = {sum.largest, a.inverse_temperature, 1 / sum.total, a.scale[row] * a.inverse_temperature,
-                                target};
+  const RowGradient<kMore> gradient = {
+      sum.largest,   a.inverse_temperature,
+      1 / sum.total, a.scale[row] * a.inverse_temperature,
+      target,        kMore && a.entropy_scale ? a.entropy_scale[row] * a.inverse_temperature : 0,
+      mean,          kMore && a.softcap != 0 ? 1 / a.softcap : 0};
   G* const output = reinterpret_cast<G*>(logits);
   if (resident) {
 #pragma unroll
-    for (int j = 0; j < kRowVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       const std::int64_t column = first + j * step;
-      if (column < a.vocabulary) gradient.store<G, kAligned>(output, column, a.vocabulary, vector[j]);
+      if (column < a.vocabulary) gradient.template store<G, kAligned>(output, column, a.vocabulary, vector[j]);
     }
     return;
   }
   for (std::int64_t begin = 0; begin < a.vocabulary; begin += step) {
-    const RowVector again = load_logits<kAligned>(logits, begin + first, a.vocabulary);
+    const RowVector again = load_capped(begin + first);
     __syncthreads();  // what is written now covers logits of this step and earlier ones only
-    gradient.store<G, kAligned>(output, begin + first, a.vocabulary, again);
+    gradient.template store<G, kAligned>(output, begin + first, a.vocabulary, again);
   }
 }
 

@@ -174,16 +174,25 @@ struct Best {
   }
 };
 
-template <bool kFiltered>
+template <bool kFiltered, bool kCapped>
 __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a) {
   constexpr int kInFlight = 4;
   SampleShared& shared = sample_shared();
   float* const bounds = reinterpret_cast<float*>(dynamic_shared());  // of the groups, an even number of them
-  const float* const logits = a.logits + blockIdx.x * a.groups * kGroup;
+  float* const logits = a.logits + blockIdx.x * a.groups * kGroup;
   const Noise noise{static_cast<std::uint64_t>(*a.seed), static_cast<std::uint64_t>(a.first_row + blockIdx.x)};
   const int team = static_cast<int>(threadIdx.x) / kTeamLanes, member = static_cast<int>(threadIdx.x) % kTeamLanes;
   const auto tokens_of = [&](std::int64_t group) { return group * kGroup + member * kTeamWidth; };
 
+  if constexpr (kCapped) {
+    for (std::int64_t i = threadIdx.x * std::int64_t{4}; i < a.groups * kGroup; i += kSampleThreads * 4) {
+      Vector<float, 4> z = load<4>(logits + i);
+#pragma unroll
+      for (float& element : z.element) element = capped(element, a.softcap);
+      store(logits + i, z);
+    }
+    __syncthreads();
+  }
   for (std::int64_t begin = 0; begin < a.groups; begin += kTeams * kInFlight) {  // the same for all lanes
     Vector<float, kTeamWidth> z[kInFlight];
 #pragma unroll

@@ -28,6 +28,11 @@ __device__ __forceinline__ float reduce_lanes(float value, Combine combine, int 
 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 
+// A logit through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one.
+__device__ __forceinline__ float capped(float logit, float cap) {
+  return logit == kInfinity || logit == -kInfinity ? logit : cap * tanhf(logit / cap);
+}
+
 __device__ __forceinline__ float largest_of_lanes(float value, int lanes = kWarpSize) {
   return reduce_lanes(value, [](float a, float b) { return larger(a, b); }, lanes);
 }

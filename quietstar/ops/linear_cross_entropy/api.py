@@ -1,6 +1,7 @@
 """The public functions: checks, choice of backend, dispatch."""
 
 from collections.abc import Iterable
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
+    Softmax,
     check_head,
     check_mixing_weight,
     check_reduction,
+    checked_entropy_weight,
+    checked_softcap,
     checked_temperature,
     marked_target,
     row_scales,
@@ -30,6 +34,7 @@ from quietstar.ops._vocabulary import (
 )
 from quietstar.ops.linear_cross_entropy import reference
 from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy, link_to
+from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, Scales
 
 _BACKENDS = {
     name: Backend(unavailable, lambda: None)
@@ -43,6 +48,74 @@ _BACKENDS = {
 }
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = ...,
+    suppress: Iterable[int] | Tensor | None = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ...,
+    return_nll: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = ...,
+    suppress: Iterable[int] | Tensor | None = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ...,
+    return_nll: Literal[True],
+    return_entropy: Literal[False] = False,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = ...,
+    suppress: Iterable[int] | Tensor | None = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ...,
+    return_nll: Literal[False] = False,
+    return_entropy: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = ...,
+    suppress: Iterable[int] | Tensor | None = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ...,
+    return_nll: Literal[True],
+    return_entropy: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -50,19 +123,24 @@ def linear_cross_entropy(
     *,
     temperature: float = 1.0,
     suppress: Iterable[int] | Tensor | None = None,
+    softcap: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     row_weight: Tensor | None = None,
+    entropy_weight: float | Tensor | None = None,
     return_nll: bool = False,
+    return_entropy: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of the logits ``hidden @ weight.T / temperature``, which are never held for all rows.
 
         nll[r] = log Σ_v exp(z[r, v]) − z[r, target[r]],    z = hidden · weightᵀ / temperature, −∞ where suppressed
+        entropy[r] = log Σ_v exp(z[r, v]) − Σ_v p[r, v] · z[r, v],    p = softmax(z)
 
     For "mean" and "sum" the gradients are made in the forward, with the logits at hand: three matmuls in all. For
     "none" the backward computes the logits again: four. A gradient that nobody needs costs nothing; nor, on a CPU, does
-    a row that is ignored or has ``row_weight`` 0. Differentiable (once) in hidden, weight and row_weight.
+    a row that is ignored or weighs nothing. Differentiable (once) in hidden, weight, row_weight and entropy_weight. The
+    entropy comes of the same pass over the logits.
 
     Extra memory: the gradients, one chunk of logits (``quietstar.ops._rows.CHUNK_BYTES``), and d weight in float32.
 
@@ -73,24 +151,29 @@ def linear_cross_entropy(
         temperature: from 1e-30 to 1e30; divides the logits.
         suppress: token ids that get probability 0, as integers (a few; each is sent to a GPU by itself) or an int
             tensor [n] on the device of ``weight``.
-        ignore_index: rows with this target have nll 0 and no gradient, whatever they hold.
+        softcap: c > 0, from 1e-30 to 1e30: logits become c · tanh(logits / c), before the temperature divides them
+            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default none.
+        ignore_index: rows with this target have nll and entropy 0 and no gradient, whatever they hold.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
         row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll). A row of weight 0 adds
             neither to the loss nor to a gradient, even if its nll is not finite.
+        entropy_weight: a number, or [rows], floating point, only with "sum", with or without row_weight: from the loss
+            sum(entropy_weight · entropy) is taken, to which a row of weight 0 adds nothing.
         return_nll: also return the per-row nll, detached.
+        return_entropy: also return the per-row entropy of the distribution that the nll is of, in nats, detached.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
-        The loss, a scalar, or [rows] for "none"; with ``return_nll`` a pair of it and the nll [rows]. In float32,
-        float64 for float64 inputs.
+        The loss, a scalar, or [rows] for "none"; with ``return_nll`` or ``return_entropy`` a tuple of it, the nll
+        [rows] and the entropy [rows], as far as asked for. In float32, float64 for float64 inputs.
 
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
         ValueError: shapes or devices that disagree, a target or suppressed id out of range, a suppressed target,
-            everything suppressed, a temperature out of range, H = 0, an unknown reduction, ``row_weight`` without
-            "sum", an unknown or unavailable backend. Values of tensors are read on the CPU only; on CUDA, and when
-            compiled, the nll of a row with a wrong target is NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks
-            on for CUDA too).
+            everything suppressed, a temperature or softcap out of range, H = 0, an unknown reduction, ``row_weight``
+            or ``entropy_weight`` without "sum", an ``entropy_weight`` that is not finite, an unknown or unavailable
+            backend. Values of tensors are read on the CPU only; on CUDA, and when compiled, nll and entropy of a row
+            with a wrong target are NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
     """
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
@@ -100,14 +183,50 @@ def linear_cross_entropy(
     check_same_device(hidden=hidden, weight=weight, target=target)
     hidden, weight = autocast_inputs(hidden, weight)
     check_same_dtype(hidden=hidden, weight=weight)
-    return _cross_entropy(
-        "linear_cross_entropy", hidden, None, None, weight, target, None,
-        temperature=checked_temperature(temperature, zero=False),
-        suppress=suppressed_ids(suppress, dims["V"], weight.device),
-        ignore_index=ignore_index, reduction=reduction, row_weight=row_weight, return_nll=return_nll, backend=backend,
+    softmax = Softmax(
+        checked_temperature(temperature, zero=False), checked_softcap(softcap),
+        suppressed_ids(suppress, dims["V"], weight.device),
     )  # fmt: skip
+    reduce = _Reduction(reduction, ignore_index, row_weight, entropy_weight, return_nll, return_entropy)
+    return _cross_entropy(
+        "linear_cross_entropy", Hidden(hidden, None, None, None), weight, softmax, target, reduce, backend
+    )
 
 
+@overload
+def mixed_linear_cross_entropy(
+    base_hidden: Tensor,
+    thought_hidden: Tensor,
+    mixing_weight: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    base_index: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    return_nll: Literal[False] = False,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def mixed_linear_cross_entropy(
+    base_hidden: Tensor,
+    thought_hidden: Tensor,
+    mixing_weight: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    base_index: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    row_weight: Tensor | None = ...,
+    return_nll: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def mixed_linear_cross_entropy(
     base_hidden: Tensor,
     thought_hidden: Tensor,
@@ -116,6 +235,8 @@ def mixed_linear_cross_entropy(
     target: Tensor,
     *,
     base_index: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     row_weight: Tensor | None = None,
@@ -136,7 +257,8 @@ def mixed_linear_cross_entropy(
         weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three take the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
         base_index: int [rows], values in [0, base rows), in any order, with repeats. Default: row r mixes with row r.
-        ignore_index, reduction, row_weight, return_nll, backend: as in :func:`linear_cross_entropy`.
+        temperature, softcap, ignore_index, reduction, row_weight, return_nll, backend: as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         As :func:`linear_cross_entropy`.
@@ -163,83 +285,62 @@ def mixed_linear_cross_entropy(
         check_integer("base_index", base_index)
         check_range("base_index", base_index, 0, dims["base_rows"] - 1)
     return _cross_entropy(
-        "mixed_linear_cross_entropy", base_hidden, thought_hidden, mixing_weight, weight, target, base_index,
-        temperature=1.0, suppress=None,
-        ignore_index=ignore_index, reduction=reduction, row_weight=row_weight, return_nll=return_nll, backend=backend,
+        "mixed_linear_cross_entropy", Hidden(base_hidden, thought_hidden, mixing_weight, base_index), weight,
+        Softmax(checked_temperature(temperature, zero=False), checked_softcap(softcap), None), target,
+        _Reduction(reduction, ignore_index, row_weight, None, return_nll, False), backend,
     )  # fmt: skip
+
+
+class _Reduction(NamedTuple):
+    """What is returned: arguments of the public functions."""
+
+    reduction: str
+    ignore_index: int
+    row_weight: Tensor | None
+    entropy_weight: float | Tensor | None
+    return_nll: bool
+    return_entropy: bool
 
 
 def _cross_entropy(
     op: str,
-    hidden: Tensor,
-    thought_hidden: Tensor | None,
-    mixing_weight: Tensor | None,
+    hidden: Hidden,
     weight: Tensor,
+    softmax: Softmax,
     target: Tensor,
-    base_index: Tensor | None,
-    *,
-    temperature: float,
-    suppress: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    row_weight: Tensor | None,
-    return_nll: bool,
+    reduce: _Reduction,
     backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """What both functions share, from the checks of the rows on."""
     check_integer("target", target)
-    check_reduction(reduction, ignore_index, row_weight, target)
-    check_head(*weight.shape, "hidden" if thought_hidden is None else "base_hidden")
-    target = marked_target(target, weight.shape[0], ignore_index, suppress)
-    scale = None if reduction == "none" else row_scales(target, reduction, row_weight, weight.dtype)
-    name = select_backend(op, backend, _BACKENDS, hidden)
+    check_reduction(reduce.reduction, reduce.ignore_index, reduce.row_weight, target)
+    entropy_weight = checked_entropy_weight(reduce.entropy_weight, reduce.reduction, target)
+    check_head(*weight.shape, "hidden" if hidden.thought is None else "base_hidden")
+    target = marked_target(target, weight.shape[0], reduce.ignore_index, softmax.suppress)
+    scales = entropy_scale = None
+    if entropy_weight is not None:
+        entropy_scale = row_scales(target, "sum", entropy_weight, weight.dtype)
+    if reduce.reduction != "none":
+        scales = Scales(row_scales(target, reduce.reduction, reduce.row_weight, weight.dtype), entropy_scale)
+    leaves = *hidden[:3], weight, *(scales or ())
+    call = Call(
+        hidden, weight, softmax, target, scales,
+        entropy=reduce.return_entropy or entropy_weight is not None,
+        every_row=scales is None or reduce.return_nll or reduce.return_entropy,
+        needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves[:4]],
+    )  # fmt: skip
+    name = select_backend(op, backend, _BACKENDS, hidden.hidden)
 
     if name == "reference":
         with autocast_off(weight.device):
-            nll = _reference_nll(
-                hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, temperature, row_weight
-            )
-        loss = nll if scale is None else weighted_sum(scale, nll)
+            nll, entropy = reference.counted_nll_and_entropy(call)
+        loss = nll if scales is None else weighted_sum(scales.nll, nll)
+        if entropy_scale is not None:
+            loss = loss - weighted_sum(entropy_scale, entropy)
+    elif scales is None:
+        loss, entropy = RowCrossEntropy.apply(*call.flat(), name)
+        nll = loss
     else:
-        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad
-                 for x in (hidden, thought_hidden, mixing_weight, weight, scale)]  # fmt: skip
-        if scale is None:
-            loss = nll = RowCrossEntropy.apply(
-                hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
-                temperature, needs[:4], name,
-            )  # fmt: skip
-        else:
-            loss, nll = ReducedCrossEntropy.apply(
-                hidden, thought_hidden, mixing_weight, weight, scale,
-                link_to(hidden, thought_hidden, mixing_weight, weight, scale), target, base_index, suppress,
-                temperature, return_nll, needs, name,
-            )  # fmt: skip
-    return (loss, nll.detach()) if return_nll else loss
-
-
-def _reference_nll(
-    hidden: Tensor,
-    thought_hidden: Tensor | None,
-    mixing_weight: Tensor | None,
-    weight: Tensor,
-    target: Tensor,
-    base_index: Tensor | None,
-    suppress: Tensor | None,
-    temperature: float,
-    row_weight: Tensor | None,
-) -> Tensor:
-    """Per-row nll by the specification; of rows that do not count, no gradient."""
-
-    def nll(absent: Tensor) -> Tensor:
-        rows = hidden
-        if thought_hidden is not None:
-            rows = reference.mixed_hidden(hidden, thought_hidden, mixing_weight.masked_fill(absent, 0), base_index)
-        return reference.row_nll(rows, weight, target, suppress, temperature, absent)
-
-    ignored = target < 0
-    if row_weight is None:
-        return nll(ignored)
-    weightless = row_weight == 0
-    with torch.no_grad():
-        every = nll(ignored)
-    return torch.where(weightless, every, nll(ignored | weightless))
+        loss, nll, entropy = ReducedCrossEntropy.apply(*call.flat(), name, link_to(*leaves))
+    extra = *((nll,) if reduce.return_nll else ()), *((entropy,) if reduce.return_entropy else ())
+    return (loss, *(x.detach() for x in extra)) if extra else loss

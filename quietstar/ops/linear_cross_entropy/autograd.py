@@ -1,6 +1,6 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes the nll and, if asked, all gradients at once. A backend is a kernel for chunks of rows
+The op computes nll and entropy and, if asked, all gradients at once. A backend is a kernel for chunks of rows
 (:class:`.chunks.ChunkKernel`), made of a row kernel and library matmuls if it has none of its own, and a way to mix
 hidden states (:class:`.hidden.MixedHidden`).
 """
@@ -15,9 +15,10 @@ from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
-from quietstar.ops._vocabulary import counted_nll, weighted_sum
+from quietstar.ops._vocabulary import Softmax, counted, weighted_sum
 from quietstar.ops.linear_cross_entropy.chunks import ChunkKernel, cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
+from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, Scales
 from quietstar.ops.linear_cross_entropy.matmuls import cross_entropy_chunk
 
 # Imported when they are first used: triton may be missing, and takes its time.
@@ -41,46 +42,41 @@ def _chunk_kernel(backend: str) -> ChunkKernel:
     return partial(cross_entropy_chunk, resolve_name(f"{__package__}.{_ROW_KERNELS[backend]}"))
 
 
-def _cross_entropy(
-    hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, row_scale,
-    temperature, every_nll, needs, backend,
-):  # fmt: skip
-    *needs_hidden, needs_weight = needs
-    contributing = target >= 0
-    if row_scale is not None:
-        contributing &= row_scale != 0
-    if thought_hidden is None:
-        source = PlainHidden(hidden, needs_hidden[0])
+def _cross_entropy(*arguments):
+    call, backend = Call.of(*arguments[:-1]), arguments[-1]
+    contributing = call.target >= 0
+    if call.scales is not None:
+        contributing &= call.scales.contributing
+    *needs_hidden, _ = call.needs
+    if call.hidden.thought is None:
+        source = PlainHidden(call.hidden.hidden, needs_hidden[0])
     else:
         mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
-        source = mixed(hidden, thought_hidden, mixing_weight, base_index, needs_hidden, ~contributing)
-    nll, d_weight = cross_entropy_in_chunks(
-        _chunk_kernel(backend), source, weight, target, row_scale, contributing,
-        temperature=temperature, suppress=suppress, every_nll=every_nll, weight_needs_gradient=needs_weight,
-    )  # fmt: skip
-    return nll, *(weight.new_empty(0) if d is None else d for d in (*source.gradients(), d_weight))
+        source = mixed(*call.hidden, needs_hidden, ~contributing)
+    nll, entropy, d_weight = cross_entropy_in_chunks(_chunk_kernel(backend), source, call, contributing)
+    return nll, *(nll.new_empty(0) if x is None else x for x in (entropy, *source.gradients(), d_weight))
 
 
-def _cross_entropy_fake(
-    hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, row_scale,
-    temperature, every_nll, needs, backend,
-):  # fmt: skip
-    wide = compute_dtype(weight.dtype)
-    needs_hidden, needs_thought, needs_mixing, needs_weight = needs
-    nothing = weight.new_empty(0)
-    return (
-        target.new_empty(target.shape, dtype=wide),
-        hidden.new_empty(hidden.shape) if needs_hidden else nothing,
-        thought_hidden.new_empty(thought_hidden.shape) if needs_thought else weight.new_empty(0),
-        mixing_weight.new_empty(mixing_weight.shape, dtype=wide) if needs_mixing else weight.new_empty(0),
-        weight.new_empty(weight.shape, dtype=wide) if needs_weight else weight.new_empty(0),
+def _cross_entropy_fake(*arguments):
+    call = Call.of(*arguments[:-1])
+    wide = compute_dtype(call.weight.dtype)
+    rows = call.target.shape
+    tensors = call.hidden.hidden, call.hidden.thought, call.hidden.mixing_weight, call.weight
+    dtypes = call.weight.dtype, call.weight.dtype, wide, wide
+    gradients = (
+        x.new_empty(x.shape, dtype=dtype) if needed else call.weight.new_empty(0, dtype=wide)
+        for x, dtype, needed in zip(tensors, dtypes, call.needs, strict=True)
     )
+    nll = call.weight.new_empty(rows, dtype=wide)
+    return nll, call.weight.new_empty(rows if call.entropy else 0, dtype=wide), *gradients
 
 
+_HIDDEN = "Tensor hidden, Tensor? thought_hidden, Tensor? mixing_weight, Tensor? base_index"
+_SOFTMAX = "float temperature, float? softcap, Tensor? suppress"
 _cross_entropy_op = register_op(
-    "linear_cross_entropy(Tensor hidden, Tensor? thought_hidden, Tensor? mixing_weight, Tensor weight, Tensor target,"
-    " Tensor? base_index, Tensor? suppress, Tensor? row_scale, float temperature, bool every_nll, bool[4] needs,"
-    " str backend) -> (Tensor nll, Tensor d_hidden, Tensor d_thought_hidden, Tensor d_mixing_weight, Tensor d_weight)",
+    f"linear_cross_entropy({_HIDDEN}, Tensor weight, {_SOFTMAX}, Tensor target, Tensor? nll_scale,"
+    " Tensor? entropy_scale, bool entropy, bool every_row, bool[4] needs, str backend)"
+    " -> (Tensor nll, Tensor entropy, Tensor d_hidden, Tensor d_thought, Tensor d_mixing_weight, Tensor d_weight)",
     _cross_entropy,
     _cross_entropy_fake,
 )
@@ -116,11 +112,14 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return _scaled_gradient_op(gradient, factor, dtype)
 
 
-def _peak(row_scale: Tensor, temperature: float) -> Tensor:
-    """The largest |row_scale| / temperature: divided by it, no gradient of a logit is beyond 1, or float16."""
-    if row_scale.shape[0] == 0:
-        return row_scale.new_ones(())
-    peak = row_scale.abs().amax() / temperature
+def _peak(scales: Scales, temperature: float) -> Tensor:
+    """The largest |scale| / temperature: divided by it, gradients of logits are of the order of 1, within float16."""
+    if scales.nll.shape[0] == 0:
+        return scales.nll.new_ones(())
+    peak = scales.nll.abs().amax()
+    if scales.entropy is not None:
+        peak = torch.maximum(peak, scales.entropy.abs().amax())
+    peak = peak / temperature
     return torch.where(peak == 0, 1, peak)
 
 
@@ -129,71 +128,98 @@ def link_to(*inputs: Tensor | None) -> Tensor:
     return torch.cat([x[:0].flatten() for x in inputs if x is not None])
 
 
-class ReducedCrossEntropy(torch.autograd.Function):
-    """sum(row_scale · nll) and the nll; the gradients are made in the forward, three matmuls in all.
+def _at_their_places(d_hidden, d_thought, d_mixing_weight, d_weight, d_nll_scale=None, d_entropy_scale=None) -> tuple:
+    """Gradients of the arguments of the op."""
+    return (
+        d_hidden,
+        d_thought,
+        d_mixing_weight,
+        None,
+        d_weight,
+        *(None,) * 4,
+        d_nll_scale,
+        d_entropy_scale,
+        *(None,) * 4,
+    )
 
-    ``link`` is :func:`link_to` the tensors that may need a gradient.
+
+class ReducedCrossEntropy(torch.autograd.Function):
+    """Σ of scaled nll − Σ of scaled entropy, with both; the gradients are made in the forward, three matmuls in all.
+
+    ``apply(*call.flat(), backend, link)``, where ``link`` is :func:`link_to` the tensors that may need a gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden, thought_hidden, mixing_weight, weight, row_scale, link, target, base_index, suppress,
-        temperature, return_nll, needs, backend,
-    ):  # fmt: skip
-        *needs, needs_row_scale = needs
+    def forward(ctx, *arguments):
+        *arguments, backend, link = arguments
+        call = Call.of(*arguments)
+        needs_scale = ctx.needs_input_grad[9:11]
+        scales, peak = call.scales, call.scales.nll.new_ones(())
         # What 1 / rows would push below the smallest float16 is brought to size together with the incoming gradient.
-        peak = _peak(row_scale, temperature) if weight.dtype == torch.float16 else row_scale.new_ones(())
-        nll, *gradients = _cross_entropy_op(
-            hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
-            row_scale / peak if any(needs) else row_scale, temperature,
-            return_nll or needs_row_scale, needs, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(*gradients, peak, counted_nll(row_scale, nll) if needs_row_scale else None, link)
-        ctx.needs = (*needs, needs_row_scale)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, thought_hidden, mixing_weight, weight)]
-        ctx.mark_non_differentiable(nll)
-        return weighted_sum(row_scale, nll), nll
+        if call.weight.dtype == torch.float16:
+            peak = _peak(scales, call.softmax.temperature)
+        scaled = call._replace(
+            scales=scales.each(lambda scale: scale / peak) if any(call.needs) else scales,
+            every_row=call.every_row or any(needs_scale),
+        )
+        nll, entropy, *gradients = _cross_entropy_op(*scaled.flat(), backend)
+        loss = weighted_sum(scales.nll, nll)
+        if scales.entropy is not None:
+            loss = loss - weighted_sum(scales.entropy, entropy)
+        slopes = (
+            counted(scales.nll, nll) if needs_scale[0] else None,
+            -counted(scales.entropy, entropy) if needs_scale[1] else None,
+        )
+        ctx.save_for_backward(*gradients, peak, *slopes, link)
+        ctx.needs = call.needs
+        ctx.dtypes = [None if x is None else x.dtype for x in (*call.hidden[:3], call.weight)]
+        ctx.mark_non_differentiable(nll, entropy)
+        return loss, nll, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
-        *gradients, peak, nll, _ = ctx.saved_tensors
-        *needs, needs_row_scale = ctx.needs
+    def backward(ctx, grad_loss, *_):
+        *gradients, peak, nll, entropy, _ = ctx.saved_tensors
         factor = grad_loss * peak
         wanted = (
             _scaled(gradient, factor, dtype) if needed else None
-            for gradient, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
         )
-        return *wanted, grad_loss * nll if needs_row_scale else None, *(None,) * 8
+        return *_at_their_places(*wanted, *(None if x is None else grad_loss * x for x in (nll, entropy))), None
 
 
 class RowCrossEntropy(torch.autograd.Function):
-    """Per-row nll; the backward recomputes the logits, four matmuls in all."""
+    """Per-row nll, and entropy; the backward recomputes the logits, four matmuls in all.
+
+    ``apply(*call.flat(), backend)`` of a call without scales.
+    """
 
     @staticmethod
-    def forward(
-        ctx, hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress, temperature, needs, backend
-    ):
-        ctx.save_for_backward(hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress)
-        ctx.options = temperature, needs, backend
-        nll, *_ = _cross_entropy_op(
-            hidden, thought_hidden, mixing_weight, weight, target, base_index, suppress,
-            None, temperature, True, [False] * 4, backend,
-        )  # fmt: skip
-        return nll
+    def forward(ctx, *arguments):
+        *arguments, backend = arguments
+        call = Call.of(*arguments)
+        ctx.save_for_backward(*call.hidden, call.weight, call.softmax.suppress, call.target)
+        ctx.options = call.softmax[:2], call.needs, backend
+        nll, entropy, *_ = _cross_entropy_op(*call._replace(needs=[False] * 4).flat(), backend)
+        ctx.mark_non_differentiable(entropy)
+        return nll, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_nll):
-        temperature, needs, backend = ctx.options
-        *inputs, target, base_index, suppress = ctx.saved_tensors
-        peak = _peak(grad_nll, temperature) if inputs[-1].dtype == torch.float16 else None
-        _, *gradients = _cross_entropy_op(
-            *inputs, target, base_index, suppress, grad_nll if peak is None else grad_nll / peak,
-            temperature, False, needs, backend,
+    def backward(ctx, grad_nll, _):
+        *hidden, weight, suppress, target = ctx.saved_tensors
+        (temperature, softcap), needs, backend = ctx.options
+        scales = Scales(grad_nll, None)
+        peak = _peak(scales, temperature) if weight.dtype == torch.float16 else None
+        if peak is not None:
+            scales = Scales(grad_nll / peak, None)
+        call = Call(
+            Hidden(*hidden), weight, Softmax(temperature, softcap, suppress), target, scales,
+            entropy=False, every_row=False, needs=needs,
         )  # fmt: skip
+        _, _, *gradients = _cross_entropy_op(*call.flat(), backend)
         wanted = (
             None if not needed else gradient.to(x.dtype) if peak is None else _scaled(gradient, peak, x.dtype)
-            for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
+            for gradient, x, needed in zip(gradients, (*hidden[:3], weight), needs, strict=True)
         )
-        return *wanted, *(None,) * 6
+        return _at_their_places(*wanted)

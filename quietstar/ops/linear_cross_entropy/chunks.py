@@ -8,102 +8,68 @@ from torch import Tensor
 
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import CHUNK_BYTES, rows_within, slices
-from quietstar.ops._vocabulary import mark_nll
+from quietstar.ops._vocabulary import mark_rows
 from quietstar.ops.linear_cross_entropy.hidden import MixedHidden, PlainHidden, Rows
+from quietstar.ops.linear_cross_entropy.inputs import Call, Chunk, ChunkResult
 
 
 class ChunkKernel(Protocol):
-    """What a backend provides: nll and gradients of the rows of one chunk."""
+    """What a backend provides: nll, entropy and gradients of the rows of one chunk."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        scale: Tensor | None,
-        temperature: float,
-        suppress: Tensor | None,
-        d_weight: Tensor | None,
-        needs_hidden: bool,
-        needs_weight: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Per-row nll of softmax(hidden · weightᵀ / temperature), and the gradients of sum(scale · nll).
+    def __call__(self, chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
+        """Nll and entropy of every row, and the gradients of what the chunk's scales say.
 
         Args:
-            hidden: [n, H].
-            weight: [V, H].
-            target: int64 [n], all in [0, V) and none suppressed.
-            scale: [n] in the compute dtype, 0 for rows without a gradient. None: no gradient is wanted.
-            temperature: positive.
-            suppress: int64 token ids that get probability 0, and gradient 0.
+            chunk: its rows.
             d_weight: [V, H] in the compute dtype, to which the chunk's part is added in place. None: it is 0.
-            needs_hidden, needs_weight: which gradients are wanted; none without a scale.
-
-        Returns:
-            nll [n], d hidden [n, H] and d weight [V, H] in the compute dtype; gradients are None if not wanted.
+            needs_hidden, needs_weight: which gradients are wanted; none without scales.
         """
 
 
 def cross_entropy_in_chunks(
-    chunk_kernel: ChunkKernel,
-    hidden: PlainHidden | MixedHidden,
-    weight: Tensor,
-    target: Tensor,
-    row_scale: Tensor | None,
-    contributing: Tensor,
-    *,
-    temperature: float,
-    suppress: Tensor | None,
-    every_nll: bool,
-    weight_needs_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Per-row nll, and the gradients of sum(row_scale · nll): of the weight returned, the others left in ``hidden``.
+    chunk_kernel: ChunkKernel, hidden: PlainHidden | MixedHidden, call: Call, contributing: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Nll and entropy of every row, and the gradients: of the weight returned, the others left in ``hidden``.
 
     Args:
         chunk_kernel: of the backend.
         hidden: the head's input rows.
-        weight: [V, H].
-        target: int64 [rows], marked as in ``_vocabulary``.
-        row_scale: [rows] in the compute dtype. None: no gradients.
-        contributing: bool [rows], which rows have a target and, if there is one, a scale other than 0. Of the others,
+        call: what is wanted.
+        contributing: bool [rows], which rows have a target and, if there are any, a scale other than 0. Of the others,
             whatever they hold, nothing reaches a gradient.
-        temperature, suppress: see :class:`ChunkKernel`.
-        every_nll: whether the nll of rows with row_scale 0 is wanted; it may be 0 or NaN otherwise.
-        weight_needs_gradient: d weight is None if not.
 
     Returns:
-        nll [rows] and d weight [V, H], both in the compute dtype.
+        nll [rows], entropy [rows] and d weight [V, H], all in the compute dtype; None where not wanted.
     """
+    weight, target, scales = call.weight, call.target, call.scales
     wide = compute_dtype(weight.dtype)
     labelled = target >= 0
-    wanted = labelled if every_nll else contributing
-    if row_scale is not None:
-        row_scale = row_scale.masked_fill(~labelled, 0)
+    wanted = labelled if call.every_row else contributing
+    if scales is not None:
+        scales = scales.each(lambda scale: scale.masked_fill(~labelled, 0))
     nll = torch.zeros(target.shape[0], dtype=wide, device=target.device)
+    entropy = torch.zeros_like(nll) if call.entropy else None
     d_weight = None
 
     most = rows_within(CHUNK_BYTES, weight.shape[0] * wide.itemsize, weight.device)
-    for chunk, contributes in _chunks(contributing, wanted, most):
-        needs_hidden = row_scale is not None and contributes and hidden.needs_gradient
-        needs_weight = row_scale is not None and contributes and weight_needs_gradient
-        rows, absent = _without_absent(hidden.read(chunk), contributing[chunk], wanted[chunk])
-        chunk_nll, d_hidden, d_weight = chunk_kernel(
-            rows,
-            weight,
-            target[chunk].clamp_min(0),
-            row_scale[chunk] if needs_hidden or needs_weight else None,
-            temperature,
-            suppress,
-            d_weight,
-            needs_hidden,
-            needs_weight,
-        )
-        nll[chunk] = chunk_nll.masked_fill_(absent, float("nan"))
+    for part, contributes in _chunks(contributing, wanted, most):
+        needs_hidden = scales is not None and contributes and hidden.needs_gradient
+        needs_weight = scales is not None and contributes and call.needs[3]
+        rows, absent = _without_absent(hidden.read(part), contributing[part], wanted[part])
+        of_part = None
+        if needs_hidden or needs_weight:
+            of_part = scales.each(lambda scale, part=part: scale[part])
+        chunk = Chunk(rows, weight, call.softmax, target[part].clamp_min(0), of_part, call.entropy)
+        result = chunk_kernel(chunk, d_weight, needs_hidden, needs_weight)
+        d_weight = result.d_weight
+        nll[part] = result.nll.masked_fill_(absent, float("nan"))
+        if entropy is not None:
+            entropy[part] = result.entropy.masked_fill_(absent, float("nan"))
         if needs_hidden:
-            hidden.write_gradient(chunk, d_hidden)
-    if weight_needs_gradient and d_weight is None:  # no row contributes
+            hidden.write_gradient(part, result.d_hidden)
+    if call.needs[3] and d_weight is None:  # no row contributes
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-    return mark_nll(nll, target), d_weight
+    return mark_rows(nll, target), None if entropy is None else mark_rows(entropy, target), d_weight
 
 
 def _without_absent(rows: Tensor, contributing: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +86,7 @@ def _without_absent(rows: Tensor, contributing: Tensor, wanted: Tensor) -> tuple
 
 
 def _chunks(contributing: Tensor, wanted: Tensor, most: int) -> Iterator[tuple[Rows, bool]]:
-    """Chunks of at most ``most`` rows, each with whether it contributes to sum(row_scale · nll).
+    """Chunks of at most ``most`` rows, each with whether it contributes to what the gradients are of.
 
     On a CPU only wanted rows are computed: about half of the rows of a policy loss have weight 0. Elsewhere finding
     them would wait for the device, and all rows are computed.

@@ -5,24 +5,29 @@ from torch import Tensor
 
 from quietstar.ops._cuda import launch_place
 from quietstar.ops._native import _C, DTYPE_CODES, address
+from quietstar.ops._vocabulary import Softmax
+from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
 
 
 def cross_entropy_rows(
     logits: Tensor,
+    softmax: Softmax,
     target: Tensor,
-    scale: Tensor | None,
-    temperature: float,
-    suppress: Tensor | None,
+    scales: Scales | None,
+    entropy: bool,
     gradient_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Nll of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
+) -> RowResult:
+    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
     rows, vocabulary = logits.shape
-    if suppress is not None:
-        logits.index_fill_(1, suppress, float("-inf"))
-    nll = logits.new_empty(rows)
-    target, scale = target.contiguous(), None if scale is None else scale.contiguous()
+    if softmax.suppress is not None:
+        logits.index_fill_(1, softmax.suppress, float("-inf"))
+    nll, entropies = logits.new_empty(rows), logits.new_empty(rows) if entropy else None
+    target = target.contiguous()
+    nll_scale, entropy_scale = (None, None) if scales is None else scales.each(Tensor.contiguous)
     _C.cuda.cross_entropy_rows(
-        DTYPE_CODES[gradient_dtype], address(logits), logits.stride(0), address(target), address(scale), address(nll),
-        1 / temperature, rows, vocabulary, *launch_place(logits),
+        DTYPE_CODES[gradient_dtype], address(logits), logits.stride(0), address(target), address(nll_scale),
+        address(entropy_scale), address(nll), address(entropies), 1 / softmax.temperature, softmax.softcap or 0.0,
+        rows, vocabulary, *launch_place(logits),
     )  # fmt: skip
-    return nll, None if scale is None else logits.view(gradient_dtype)[:, :vocabulary]
+    gradient = None if scales is None else logits.view(gradient_dtype)[:, :vocabulary]
+    return RowResult(nll, entropies, gradient)

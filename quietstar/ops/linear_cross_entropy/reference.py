@@ -5,25 +5,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quietstar.ops._precision import widen
-from quietstar.ops._vocabulary import mark_nll
+from quietstar.ops._vocabulary import Softmax, cap_logits, mark_rows
+from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden
 
 
-def mixed_hidden(
-    base_hidden: Tensor, thought_hidden: Tensor, mixing_weight: Tensor, base_index: Tensor | None
-) -> Tensor:
-    """(1 − w) · base + w · thought, rounded to the dtype of the hidden states as the head would get them."""
-    if base_index is not None:
-        base_hidden = base_hidden.index_select(0, base_index)
-    mixed = torch.lerp(widen(base_hidden), widen(thought_hidden), widen(mixing_weight)[:, None])
-    return mixed.to(thought_hidden.dtype)
+def input_rows(hidden: Hidden, absent: Tensor) -> Tensor:
+    """The head's input [rows, H], with 0 in rows that are ``absent``: what they hold has no effect.
+
+    (1 − w) · base + w · thought is rounded to the dtype of the hidden states, as the head would get them.
+    """
+    rows, thought, mixing_weight, base_index = hidden
+    if thought is not None:
+        base = rows if base_index is None else rows.index_select(0, base_index)
+        mixing_weight = widen(mixing_weight.masked_fill(absent, 0))[:, None]
+        rows = torch.lerp(widen(base), widen(thought), mixing_weight).to(thought.dtype)
+    return rows.masked_fill(absent[:, None], 0)
 
 
-def row_nll(
-    hidden: Tensor, weight: Tensor, target: Tensor, suppress: Tensor | None, temperature: float, absent: Tensor
-) -> Tensor:
-    """Per-row nll [rows]; ``target`` marked as in ``_vocabulary``. What rows that are ``absent`` hold has no effect."""
-    hidden = hidden.masked_fill(absent[:, None], 0)
-    logits = F.linear(widen(hidden), widen(weight)) / temperature
-    if suppress is not None:
-        logits = logits.index_fill(-1, suppress, float("-inf"))
-    return mark_nll(F.cross_entropy(logits, target.clamp_min(0), reduction="none"), target)
+def log_probabilities(hidden: Tensor, weight: Tensor, softmax: Softmax) -> Tensor:
+    """[rows, V], −∞ for suppressed tokens."""
+    logits = cap_logits(F.linear(widen(hidden), widen(weight)), softmax.softcap) / softmax.temperature
+    if softmax.suppress is not None:
+        logits = logits.index_fill(-1, softmax.suppress, float("-inf"))
+    return logits.log_softmax(dim=-1)
+
+
+def nll_and_entropy(call: Call, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row, [rows]. What rows that are ``absent`` hold has no effect."""
+    logs = log_probabilities(input_rows(call.hidden, absent), call.weight, call.softmax)
+    nll = -logs.gather(-1, call.target.clamp_min(0)[:, None]).squeeze(-1)
+    entropy = -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0)).sum(dim=-1)
+    return mark_rows(nll, call.target), mark_rows(entropy, call.target)
+
+
+def counted_nll_and_entropy(call: Call) -> tuple[Tensor, Tensor]:
+    """Of every row, but no gradient of rows that do not count."""
+    ignored = call.target < 0
+    if call.scales is None:
+        return nll_and_entropy(call, ignored)
+    weightless = ~call.scales.contributing
+    with torch.no_grad():
+        every = nll_and_entropy(call, ignored)
+    counting = nll_and_entropy(call, ignored | weightless)
+    return tuple(torch.where(weightless, *both) for both in zip(every, counting, strict=True))

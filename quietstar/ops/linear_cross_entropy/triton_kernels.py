@@ -1,4 +1,4 @@
-"""The ``triton`` backend: the row kernel, which turns a chunk of logits into nll and gradient.
+"""The ``triton`` backend: the row kernel, which turns a chunk of logits into nll, entropy and gradient.
 
 Bytes per logit: the matmul writes 4 of float32, the row kernel reads them, and writes 2 of gradient in half precision
 (4 in float32) into the same memory, so that nothing but the one chunk is held. The gradient keeps the rows' pitch: row
@@ -6,13 +6,18 @@ r of it begins where row r of the logits did, aligned for the matmuls that follo
 
 A row of up to 32,768 logits stays in the registers of its program, at most 32 a thread: 6 bytes per logit, each moved
 once. Longer rows are read twice, for the sum and for the gradient: 10 bytes. At V = 32,002 the second read would mostly
-hit the L2 cache (132 rows of 125 KiB are in flight), but still cost about a quarter more time there.
+hit the L2 cache (132 rows of 125 KiB are in flight), but still cost about a quarter more time there. With a cap,
+or the gradient of an entropy, up to 8,192 stay.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from quietstar.ops._triton_softcap import capped
+from quietstar.ops._vocabulary import Softmax
+from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
 
 _LONGEST_RESIDENT = 32768
 
@@ -23,6 +28,9 @@ _ALIGNMENT = 16
 # The largest of no logits: −inf − (−inf) would be NaN.
 _LOWEST = tl.constexpr(-3.4e38)
 
+# Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
+_FAR_BELOW = tl.constexpr(-1e4)
+
 
 @triton.jit
 def _load(row, columns, vocabulary, limit):
@@ -31,18 +39,45 @@ def _load(row, columns, vocabulary, limit):
 
 
 @triton.jit
-def _store_at_target(gradient, place, exponential, total, factor):
-    """Turn the target's gradient from p into p − 1, times its scale; the difference is taken before anything rounds."""
+def _difference(logits, top, inverse_temperature):
+    """Z − largest, of a size that 0 may be multiplied with."""
+    return tl.maximum((logits - top) * inverse_temperature, _FAR_BELOW)
+
+
+@triton.jit
+def _derivative(exponential, excess, logits, top, mean, factor, entropy_factor, inverse_temperature, softcap):
+    """Of the raw logits: p · factor, where excess is p, or p − 1 at the target; all with the row's total for 1."""
+    derivative = excess * factor
+    if entropy_factor is not None:
+        derivative += exponential * (_difference(logits, top, inverse_temperature) - mean) * entropy_factor
+    if softcap is not None:
+        part = logits / softcap
+        derivative *= tl.maximum(1 - part * part, 0.0)  # 0 for −∞
+    return derivative
+
+
+@triton.jit
+def _factor(scale, row, inverse_temperature, total):
+    """What makes a gradient of exponentials; None without a scale."""
+    if scale is None:
+        return None
+    else:
+        return tl.load(scale + row) * inverse_temperature / total
+
+
+@triton.jit
+def _store_at_target(gradient, place, derivative):
+    """The target's gradient, of p − 1 in place of p; the difference is taken before anything rounds."""
     tl.debug_barrier()  # after whichever thread wrote it with the others
-    tl.store(gradient + place, (exponential - total) * factor)
+    tl.store(gradient + place, derivative)
 
 
 @triton.jit
 def resident_kernel(
-    logits, target, scale, nll, gradient, stride, gradient_stride, vocabulary, limit, inverse_temperature,
-    BLOCK: tl.constexpr,
+    logits, target, scale, entropy_scale, nll, entropy, gradient, stride, gradient_stride, vocabulary, limit,
+    inverse_temperature, softcap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row, read once. Grid: rows. Without ``scale`` no gradient is written."""
+    """One row, read once. Grid: rows. Without ``scale`` no gradient is written, without ``entropy`` none of it."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     columns = tl.arange(0, BLOCK)
@@ -50,22 +85,36 @@ def resident_kernel(
     at_target = tl.load(logits + place)
     z = _load(logits, columns, vocabulary, limit)
     tl.debug_barrier()  # all threads have read before one writes the gradient into the same memory
+    if softcap is not None:
+        z, at_target = capped(z, softcap), capped(at_target, softcap)
     top = tl.max(z, 0)
     exponential = tl.exp((z - top) * inverse_temperature)
     total = tl.sum(exponential, 0)
-    at_target = (at_target - top) * inverse_temperature
-    tl.store(nll + row, tl.log(total) - at_target)
+    target_difference = (at_target - top) * inverse_temperature
+    tl.store(nll + row, tl.log(total) - target_difference)
+    mean = 0.0
+    if entropy is not None:
+        mean = tl.sum(exponential * _difference(z, top, inverse_temperature), 0) / total
+        tl.store(entropy + row, tl.log(total) - mean)
     if scale is not None:
         gradient += row * gradient_stride
-        factor = tl.load(scale + row) * inverse_temperature / total
-        tl.store(gradient + columns, exponential * factor, mask=columns < limit)
-        _store_at_target(gradient, place, tl.exp(at_target), total, factor)
+        factor = _factor(scale, row, inverse_temperature, total)
+        entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
+        derivative = _derivative(
+            exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
+        )  # fmt: skip
+        tl.store(gradient + columns, derivative, mask=columns < limit)
+        exponential = tl.exp(target_difference)
+        derivative = _derivative(
+            exponential, exponential - total, at_target, top, mean, factor, entropy_factor, inverse_temperature, softcap
+        )  # fmt: skip
+        _store_at_target(gradient, place, derivative)
 
 
 @triton.jit
 def streaming_kernel(
-    logits, target, scale, nll, gradient, stride, gradient_stride, vocabulary, limit, inverse_temperature,
-    BLOCK: tl.constexpr,
+    logits, target, scale, entropy_scale, nll, entropy, gradient, stride, gradient_stride, vocabulary, limit,
+    inverse_temperature, softcap, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of any length, read twice. Grid: rows. Without ``scale`` it is read once and no gradient written.
 
@@ -76,50 +125,78 @@ def streaming_kernel(
     logits += row * stride
     place = tl.load(target + row).to(tl.int32)
     at_target = tl.load(logits + place)
+    if softcap is not None:
+        at_target = capped(at_target, softcap)
     peak = tl.full((BLOCK,), _LOWEST, tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
+    moments = tl.zeros((BLOCK,), tl.float32)  # Σ (z − peak) exp(z − peak)
     for start in tl.range(0, vocabulary, BLOCK, num_stages=3):
         z = _load(logits, start + tl.arange(0, BLOCK), vocabulary, limit)
+        if softcap is not None:
+            z = capped(z, softcap)
         smaller = tl.exp(-tl.abs(z - peak) * inverse_temperature)
+        if entropy is not None:
+            apart = _difference(tl.minimum(z, peak), tl.maximum(z, peak), inverse_temperature)
+            moments = tl.where(z > peak, (moments + totals * apart) * smaller, moments + smaller * apart)
         totals = tl.where(z > peak, totals * smaller + 1, totals + smaller)
         peak = tl.maximum(peak, z)
     top = tl.max(peak, 0)
     total = tl.sum(totals * tl.exp((peak - top) * inverse_temperature), 0)
-    at_target = (at_target - top) * inverse_temperature
-    tl.store(nll + row, tl.log(total) - at_target)
+    target_difference = (at_target - top) * inverse_temperature
+    tl.store(nll + row, tl.log(total) - target_difference)
+    mean = 0.0
+    if entropy is not None:
+        moments += totals * _difference(peak, top, inverse_temperature)
+        mean = tl.sum(moments * tl.exp((peak - top) * inverse_temperature), 0) / total
+        tl.store(entropy + row, tl.log(total) - mean)
     if scale is not None:
         gradient += row * gradient_stride
-        factor = tl.load(scale + row) * inverse_temperature / total
+        factor = _factor(scale, row, inverse_temperature, total)
+        entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=1):
             columns = start + tl.arange(0, BLOCK)
-            exponential = tl.exp((_load(logits, columns, vocabulary, limit) - top) * inverse_temperature)
+            z = _load(logits, columns, vocabulary, limit)
+            if softcap is not None:
+                z = capped(z, softcap)
+            exponential = tl.exp((z - top) * inverse_temperature)
             tl.debug_barrier()  # half as wide, the gradient of a block covers logits of this block and earlier ones
-            tl.store(gradient + columns, exponential * factor, mask=columns < limit)
-        _store_at_target(gradient, place, tl.exp(at_target), total, factor)
+            derivative = _derivative(
+                exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
+            )  # fmt: skip
+            tl.store(gradient + columns, derivative, mask=columns < limit)
+        exponential = tl.exp(target_difference)
+        derivative = _derivative(
+            exponential, exponential - total, at_target, top, mean, factor, entropy_factor, inverse_temperature, softcap
+        )  # fmt: skip
+        _store_at_target(gradient, place, derivative)
 
 
 def cross_entropy_rows(
     logits: Tensor,
+    softmax: Softmax,
     target: Tensor,
-    scale: Tensor | None,
-    temperature: float,
-    suppress: Tensor | None,
+    scales: Scales | None,
+    entropy: bool,
     gradient_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Nll of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
+) -> RowResult:
+    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
     rows, vocabulary = logits.shape
-    if suppress is not None:
-        logits.index_fill_(1, suppress, float("-inf"))
-    nll = logits.new_empty(rows)
+    if softmax.suppress is not None:
+        logits.index_fill_(1, softmax.suppress, float("-inf"))
+    nll, entropies = logits.new_empty(rows), logits.new_empty(rows) if entropy else None
+    nll_scale, entropy_scale = (None, None) if scales is None else scales
     gradient = logits.view(gradient_dtype)[:, :vocabulary]
     aligned = logits.stride(0) % _ALIGNMENT == 0
     limit = triton.cdiv(vocabulary, _ALIGNMENT) * _ALIGNMENT if aligned else vocabulary
-    if vocabulary <= _LONGEST_RESIDENT:
+    # Both logits and exponentials are needed for the gradient then: of more, some would not fit the registers.
+    longest = _LONGEST_RESIDENT if softmax.softcap is None and entropy_scale is None else _LONGEST_RESIDENT // 4
+    if vocabulary <= longest:
         kernel, block = resident_kernel, max(triton.next_power_of_2(vocabulary), 512)
     else:
         kernel, block = streaming_kernel, 8192
     kernel[(rows,)](
-        logits, target, scale, nll, gradient, logits.stride(0), gradient.stride(0), vocabulary, limit, 1 / temperature,
+        logits, target, nll_scale, entropy_scale, nll, entropies, gradient, logits.stride(0), gradient.stride(0),
+        vocabulary, limit, 1 / softmax.temperature, softmax.softcap,
         BLOCK=block, num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=True,  # whatever Triton's default is
     )  # fmt: skip
-    return nll, None if scale is None else gradient
+    return RowResult(nll, entropies, None if scales is None else gradient)

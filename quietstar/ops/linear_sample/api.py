@@ -11,8 +11,9 @@ from quietstar.ops._checks import Dims, check_floating, check_same_device, check
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
-from quietstar.ops._vocabulary import check_head, checked_number, checked_temperature, suppressed_ids
+from quietstar.ops._vocabulary import check_head, checked_number, checked_softcap, checked_temperature, suppressed_ids
 from quietstar.ops.linear_sample import reference
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.registration import linear_sample_op
 from quietstar.ops.linear_sample.winner import check_drawn
 
@@ -35,6 +36,7 @@ def linear_sample(
     *,
     temperature: float = 1.0,
     suppress: Iterable[int] | Tensor | None = None,
+    softcap: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Tensor,
@@ -55,6 +57,8 @@ def linear_sample(
         temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, lowest id on ties.
         suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
             the device of ``weight``.
+        softcap: c > 0, from 1e-30 to 1e30: logits become c · tanh(logits / c), before the temperature divides them
+            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default none.
         top_k: ≥ 1, draw only from the k likeliest tokens, and those as likely as the k-th.
         top_p: in (0, 1], draw only from the smallest set of likeliest tokens that together have at least this
             probability (at this temperature, after ``top_k``), and those as likely as the last of them.
@@ -67,14 +71,15 @@ def linear_sample(
 
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
-        ValueError: shapes or devices that disagree, H = 0, a temperature out of range, top_k < 1, top_p outside
-            (0, 1], a suppressed id out of range, everything suppressed, a seed beyond 64 bits, an unknown or
+        ValueError: shapes or devices that disagree, H = 0, a temperature or softcap out of range, top_k < 1, top_p
+            outside (0, 1], a suppressed id out of range, everything suppressed, a seed beyond 64 bits, an unknown or
             unavailable backend; on the CPU also a row from which no token can be drawn (``QUIETSTAR_CHECK_VALUES``
             turns the check on for CUDA too).
     """
     tokens = draw(
-        hidden, weight, temperature=temperature, suppress=suppress, top_k=top_k, top_p=top_p, seed=seed, backend=backend
-    )
+        hidden, weight, temperature=temperature, suppress=suppress, softcap=softcap, top_k=top_k, top_p=top_p,
+        seed=seed, backend=backend,
+    )  # fmt: skip
     check_drawn(tokens)
     return tokens
 
@@ -86,6 +91,7 @@ def draw(
     *,
     temperature: float,
     suppress: Iterable[int] | Tensor | None = None,
+    softcap: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Tensor,
@@ -114,16 +120,16 @@ def draw(
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if top_p == 1:  # rounding in the sum of probabilities must not cost the last tokens
             top_p = None
-    arguments = (
-        hidden, weight, _seed(seed, weight.device), suppressed_ids(suppress, dims["V"], weight.device),
-        temperature, top_k, top_p,
+    sampling = Sampling(
+        _seed(seed, weight.device), temperature, checked_softcap(softcap),
+        suppressed_ids(suppress, dims["V"], weight.device), top_k, top_p,
     )  # fmt: skip
 
     name = select_backend("linear_sample", backend, _BACKENDS, hidden)
     if name == "reference":
         with autocast_off(weight.device):
-            return reference.linear_sample(*arguments)
-    return linear_sample_op(*arguments, name)
+            return reference.linear_sample(hidden, weight, sampling)
+    return linear_sample_op(hidden, weight, *sampling, name)
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

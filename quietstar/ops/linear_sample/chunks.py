@@ -8,46 +8,28 @@ from torch import Tensor
 from quietstar.ops._head_matmuls import logits_into
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
+from quietstar.ops._vocabulary import cap_logits_
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP
+from quietstar.ops.linear_sample.winner import best_token
 
 
 class SampleKernel(Protocol):
     """What a backend provides: one token for every row of a chunk of logits."""
 
-    def __call__(
-        self,
-        logits: Tensor,
-        vocabulary: int,
-        first_row: int,
-        seed: Tensor,
-        suppress: Tensor | None,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
         """Token ids [n], int64; ``winner.NO_TOKEN`` where none can be drawn.
 
         Args:
             logits: contiguous [n, V rounded up to whole groups of the noise] in float32 (float64), −∞ from V on.
                 May be overwritten, but for the −∞ from V on.
-            vocabulary: V.
             first_row: row number of the chunk's first row, for the noise.
-            seed: int64 scalar tensor on the device of the logits.
-            suppress, temperature, top_k, top_p: as in ``linear_sample``.
+            sampling: of a temperature that is not 0.
         """
 
 
-def sample_in_chunks(
-    row_kernel: SampleKernel,
-    hidden: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    """Token ids int64 [rows], by the row kernel of a backend."""
+def sample_in_chunks(row_kernel: SampleKernel, hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
+    """Token ids int64 [rows], by the row kernel of a backend, or by argmax if the temperature is 0."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype, padded = compute_dtype(hidden.dtype), -(-vocabulary // GROUP) * GROUP
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
@@ -57,5 +39,16 @@ def sample_in_chunks(
     for part in slices(rows, step):
         logits = buffer[: part.stop - part.start]
         logits_into(logits[:, :vocabulary], hidden[part], weight)
-        tokens[part] = row_kernel(logits, vocabulary, part.start, seed, suppress, temperature, top_k, top_p)
+        if sampling.temperature == 0:
+            cap_and_suppress_(logits, sampling)
+            tokens[part] = best_token(logits)
+        else:
+            tokens[part] = row_kernel(logits, part.start, sampling)
     return tokens
+
+
+def cap_and_suppress_(logits: Tensor, sampling: Sampling) -> None:
+    """Cap logits in place, by the library, and leave out what is suppressed."""
+    cap_logits_(logits, sampling.softcap)
+    if sampling.suppress is not None:
+        logits.index_fill_(1, sampling.suppress, float("-inf"))

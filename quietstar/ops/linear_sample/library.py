@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
+from quietstar.ops.linear_sample.chunks import cap_and_suppress_
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
 from quietstar.ops.linear_sample.winner import NO_TOKEN, best_token
@@ -24,26 +26,14 @@ _DRAWN_TOGETHER = 1 << 14
 _SLACK = 1e-5
 
 
-def sample_rows(
-    logits: Tensor,
-    vocabulary: int,
-    first_row: int,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
     """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
-    if suppress is not None:
-        logits.index_fill_(1, suppress, float("-inf"))
-    if temperature == 0:
-        return best_token(logits)
-    if top_k is not None or top_p is not None:
+    cap_and_suppress_(logits, sampling)
+    if sampling.filtered:
         for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[0].nbytes, logits.device)):
-            logits[part] = keep_most_likely(logits[part], temperature, top_k, top_p)
+            logits[part] = keep_most_likely(logits[part], sampling.temperature, sampling.top_k, sampling.top_p)
     rows = torch.arange(first_row, first_row + len(logits), device=logits.device)
-    return _Race(logits, rows, seed, temperature).winner()
+    return _Race(logits, rows, sampling.seed, sampling.temperature).winner()
 
 
 class _Race:

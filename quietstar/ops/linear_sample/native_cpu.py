@@ -6,57 +6,36 @@ from torch import Tensor
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP
-from quietstar.ops.linear_sample.winner import best_token
 
 # A single row is bound by reading the weight either way.
 FEWEST_ROWS = 2
 
 
-def sample_rows(
-    logits: Tensor,
-    vocabulary: int,
-    first_row: int,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
     """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
     rows, padded = logits.shape
-    if temperature == 0:
-        if suppress is not None:
-            logits.index_fill_(1, suppress, float("-inf"))
-        return best_token(logits)
     tokens = torch.empty(rows, dtype=torch.int64)
-    suppress = None if suppress is None else suppress.contiguous()
+    suppress = None if sampling.suppress is None else sampling.suppress.contiguous()
     _C.cpu.sample_rows(
-        address(logits), address(tokens), address(suppress), 0 if suppress is None else len(suppress), int(seed),
-        first_row, temperature, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p,
-        rows, padded // GROUP, torch.get_num_threads(),
+        address(logits), address(tokens), address(suppress), 0 if suppress is None else len(suppress),
+        int(sampling.seed), first_row, sampling.temperature, sampling.softcap or 0.0, sampling.top_k or 0,
+        sampling.top_p or 1.0, rows, padded // GROUP, torch.get_num_threads(),
     )  # fmt: skip
     return tokens
 
 
-def sample(
-    hidden: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
     """Token ids int64 [rows], see ``reference.linear_sample``.
 
     Of many rows, the logits are made in the caches and only those that can win are written.
     """
     (rows, size), vocabulary = hidden.shape, weight.shape[0]
-    if rows < FEWEST_ROWS or temperature == 0 or top_k is not None or top_p is not None:
-        return sample_in_chunks(sample_rows, hidden, weight, seed, suppress, temperature, top_k, top_p)
+    if rows < FEWEST_ROWS or sampling.temperature == 0 or sampling.filtered:
+        return sample_in_chunks(sample_rows, hidden, weight, sampling)
     hidden, weight, padded = unit_columns(hidden), unit_columns(weight), -(-vocabulary // GROUP) * GROUP
-    suppress = None if suppress is None else suppress.contiguous()
+    suppress = None if sampling.suppress is None else sampling.suppress.contiguous()
     tokens = torch.empty(rows, dtype=torch.int64)
     step = min(rows_within(CHUNK_BYTES, padded * 4, weight.device), rows)
     logits = logits_buffer(step, padded, torch.float32, weight.device)
@@ -64,6 +43,7 @@ def sample(
         _C.cpu.linear_sample(
             DTYPE_CODES[hidden.dtype], address(hidden[part]), hidden.stride(0), address(weight), weight.stride(0),
             address(logits), address(tokens[part]), address(suppress), 0 if suppress is None else len(suppress),
-            int(seed), part.start, temperature, part.stop - part.start, vocabulary, size, torch.get_num_threads(),
+            int(sampling.seed), part.start, sampling.temperature, sampling.softcap or 0.0, part.stop - part.start,
+            vocabulary, size, torch.get_num_threads(),
         )  # fmt: skip
     return tokens

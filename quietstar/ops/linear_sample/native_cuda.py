@@ -8,30 +8,19 @@ from torch import Tensor
 from quietstar.ops._cuda import launch_place
 from quietstar.ops._native import _C, address
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP
-from quietstar.ops.linear_sample.winner import best_token
 
 
-def sample_rows(
-    logits: Tensor,
-    vocabulary: int,
-    first_row: int,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
     """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
     rows, padded = logits.shape
-    if suppress is not None:
-        logits.index_fill_(1, suppress, float("-inf"))
-    if temperature == 0:
-        return best_token(logits)
+    if sampling.suppress is not None:
+        logits.index_fill_(1, sampling.suppress, float("-inf"))
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _C.cuda.sample_rows(
-        address(logits), address(seed), address(tokens), first_row, temperature,
-        0 if top_k is None else top_k, 1.0 if top_p is None else top_p, rows, padded // GROUP,
+        address(logits), address(sampling.seed), address(tokens), first_row, sampling.temperature,
+        sampling.softcap or 0.0, sampling.top_k or 0, sampling.top_p or 1.0, rows, padded // GROUP,
         *launch_place(logits),
     )  # fmt: skip
     return tokens

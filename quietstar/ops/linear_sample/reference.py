@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quietstar.ops._precision import widen
+from quietstar.ops._vocabulary import cap_logits
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.winner import best_token
 
@@ -26,25 +28,17 @@ def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_
     return logits
 
 
-def linear_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def linear_sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
     """Token ids [rows], ``winner.NO_TOKEN`` where none can be drawn."""
-    logits = F.linear(widen(hidden), widen(weight))
-    if suppress is not None:
-        logits = logits.index_fill(-1, suppress, float("-inf"))
-    if temperature == 0:
+    logits = cap_logits(F.linear(widen(hidden), widen(weight)), sampling.softcap)
+    if sampling.suppress is not None:
+        logits = logits.index_fill(-1, sampling.suppress, float("-inf"))
+    if sampling.temperature == 0:
         return best_token(logits)
-    logits = keep_most_likely(logits, temperature, top_k, top_p)
+    logits = keep_most_likely(logits, sampling.temperature, sampling.top_k, sampling.top_p)
     vocabulary = logits.shape[1]
     groups = torch.arange(-(-vocabulary // GROUP), device=logits.device)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    first, places = first_arrivals(seed, rows, len(groups))
-    times = arrivals(seed, rows[:, None], groups.expand_as(first), first, places).flatten(1)[:, :vocabulary]
-    return best_token(logits / temperature - times.log())
+    first, places = first_arrivals(sampling.seed, rows, len(groups))
+    times = arrivals(sampling.seed, rows[:, None], groups.expand_as(first), first, places).flatten(1)[:, :vocabulary]
+    return best_token(logits / sampling.temperature - times.log())

@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar.ops._registration import register_op
 from quietstar.ops.linear_sample import library
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
+from quietstar.ops.linear_sample.inputs import Sampling
 
 
 def _sample_in(module: str, *arguments: object) -> Tensor:
@@ -17,7 +18,7 @@ def _sample_in(module: str, *arguments: object) -> Tensor:
     return import_module(f"{__package__}.{module}").sample(*arguments)
 
 
-# A backend takes the arguments of the op but its own name.
+# A backend takes hidden, weight and the Sampling.
 _SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "torch": partial(sample_in_chunks, library.sample_rows),
     "triton": partial(_sample_in, "triton_matmul"),
@@ -26,13 +27,14 @@ _SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _linear_sample(hidden, weight, seed, suppress, temperature, top_k, top_p, backend):
-    return _SAMPLERS[backend](hidden, weight, seed, suppress, temperature, top_k, top_p)
+def _linear_sample(hidden, weight, *arguments):
+    *sampling, backend = arguments
+    return _SAMPLERS[backend](hidden, weight, Sampling(*sampling))
 
 
 linear_sample_op = register_op(
-    "linear_sample(Tensor hidden, Tensor weight, Tensor seed, Tensor? suppress, float temperature, int? top_k,"
-    " float? top_p, str backend) -> Tensor",
+    "linear_sample(Tensor hidden, Tensor weight, Tensor seed, float temperature, float? softcap, Tensor? suppress,"
+    " int? top_k, float? top_p, str backend) -> Tensor",
     _linear_sample,
     lambda hidden, *_: hidden.new_empty(hidden.shape[0], dtype=torch.int64),
 )

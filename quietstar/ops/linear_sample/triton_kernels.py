@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops._triton_softcap import cap_logits_
 from quietstar.ops.linear_sample import noise
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals, first_arrivals, row_words
-from quietstar.ops.linear_sample.winner import NO_TOKEN, best_token
+from quietstar.ops.linear_sample.winner import NO_TOKEN
 
 _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
 
@@ -141,28 +143,20 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
     tl.store(tokens + row, winner)
 
 
-def sample_rows(
-    logits: Tensor,
-    vocabulary: int,
-    first_row: int,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
     """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
     rows, size = logits.shape
     groups = size // noise.GROUP
-    if suppress is not None:
-        logits.index_fill_(1, suppress, float("-inf"))
-    if temperature == 0:
-        return best_token(logits)
+    seed, temperature = sampling.seed, sampling.temperature
+    if sampling.softcap is not None:
+        cap_logits_(logits, sampling.softcap)
+    if sampling.suppress is not None:
+        logits.index_fill_(1, sampling.suppress, float("-inf"))
     thresholds = None
-    if top_k is not None or top_p is not None:
+    if sampling.filtered:
         thresholds = logits.new_empty(rows)
         threshold_kernel[(rows,)](
-            logits, thresholds, size, temperature, top_k, top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN
+            logits, thresholds, size, temperature, sampling.top_k, sampling.top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN
         )
     bounds = logits.new_empty(rows, groups)
     bounds_kernel[(rows * triton.cdiv(groups, _GROUPS_A_PROGRAM),)](

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops._triton_softcap import capped
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
+from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.triton_kernels import AS_WRITTEN, sample_rows, without_nan
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals
 from quietstar.ops.linear_sample.winner import NO_TOKEN
@@ -44,7 +46,9 @@ _TILES = {
 
 
 @triton.jit
-def _store_winners(logits, first_row, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature):
+def _store_winners(
+    logits, first_row, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature, softcap
+):  # fmt: skip
     """Best score, +∞ also for NaN, and its token for every column of ``logits`` [tokens, rows]."""
     BLOCK_V: tl.constexpr = logits.shape[0]
     BLOCK_M: tl.constexpr = logits.shape[1]
@@ -53,6 +57,8 @@ def _store_winners(logits, first_row, first_token, seed, suppressed, scores, tok
     allowed = token < vocabulary
     if suppressed is not None:
         allowed = allowed & (tl.load(suppressed + token, mask=allowed, other=1) == 0)
+    if softcap is not None:
+        logits = capped(logits, softcap)
     if temperature is not None:
         times = arrivals(tl.load(seed), row.to(tl.int64), first_token // GROUP, BLOCK_V // GROUP)
         logits = logits / temperature - tl.log(times)
@@ -73,7 +79,8 @@ def _halves(logits):
 @triton.jit(do_not_specialize=["rows"])
 def matmul_sample_kernel(
     hidden, weight, seed, suppressed, scores, tokens, hidden_strides, weight_strides, rows, vocabulary, hidden_size,
-    temperature, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_STEPS: tl.constexpr,
+    temperature, softcap, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Winner of every row among BLOCK_V tokens, greedily if ``temperature`` is None. Grid: blocks of tokens."""
     first_token = tl.program_id(0) * BLOCK_V
@@ -100,10 +107,11 @@ def matmul_sample_kernel(
         quarters = left_left, left_right, right_left, right_right
         for i in tl.static_range(4):
             _store_winners(
-                quarters[i], 32 * i, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature
+                quarters[i], 32 * i, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature,
+                softcap,
             )  # fmt: skip
     else:
-        _store_winners(acc, 0, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature)
+        _store_winners(acc, 0, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature, softcap)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -117,22 +125,15 @@ def pick_kernel(scores, candidates, tokens, blocks, rows, ALL_BLOCKS: tl.constex
     tl.store(tokens + row, tl.where((score > float("-inf")) & (score < float("inf")), token, _NO_TOKEN))
 
 
-def sample(
-    hidden: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    suppress: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
     """Token ids int64 [rows], see ``reference.linear_sample``."""
-    if not 0 < hidden.shape[0] <= MOST_ROWS or top_k is not None or top_p is not None:
-        return sample_in_chunks(sample_rows, hidden, weight, seed, suppress, temperature, top_k, top_p)
+    if not 0 < hidden.shape[0] <= MOST_ROWS or sampling.filtered:
+        return sample_in_chunks(sample_rows, hidden, weight, sampling)
     (rows, hidden_size), vocabulary = hidden.shape, weight.shape[0]
     suppressed = None
-    if suppress is not None:
-        suppressed = torch.zeros(vocabulary, dtype=torch.int8, device=hidden.device).index_fill_(0, suppress, 1)
+    if sampling.suppress is not None:
+        suppressed = torch.zeros(vocabulary, dtype=torch.int8, device=hidden.device)
+        suppressed.index_fill_(0, sampling.suppress, 1)
     block_m = max(triton.next_power_of_2(rows), 16)
     tile = _TILES[block_m]
     step = tile.step * 2 // max(hidden.element_size(), 2)
@@ -140,9 +141,10 @@ def sample(
     scores = torch.empty(blocks, rows, dtype=torch.float32, device=hidden.device)
     candidates = torch.empty(blocks, rows, dtype=torch.int32, device=hidden.device)
     matmul_sample_kernel[(blocks,)](
-        hidden, weight, seed, suppressed, scores, candidates, hidden.stride(), weight.stride(), rows, vocabulary,
-        hidden_size, temperature or None, BLOCK_V=tile.tokens, BLOCK_M=block_m, BLOCK_K=step,
-        WHOLE_STEPS=hidden_size % step == 0, num_warps=tile.num_warps, num_stages=tile.num_stages, **AS_WRITTEN,
+        hidden, weight, sampling.seed, suppressed, scores, candidates, hidden.stride(), weight.stride(), rows,
+        vocabulary, hidden_size, sampling.temperature or None, sampling.softcap, BLOCK_V=tile.tokens, BLOCK_M=block_m,
+        BLOCK_K=step, WHOLE_STEPS=hidden_size % step == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **AS_WRITTEN,
     )  # fmt: skip
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     pick_kernel[(rows,)](

@@ -10,7 +10,7 @@ from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
     check_mixing_weight,
     check_reduction,
-    mark_nll,
+    mark_rows,
     marked_target,
     row_scales,
     weighted_sum,
@@ -119,7 +119,7 @@ def mixed_cross_entropy(
             nll = reference.mixed_nll(base_logits, thought_logits, mixing_weight, target)
     else:
         nll = MixedCrossEntropy.apply(base_logits, thought_logits, mixing_weight, target.clamp_min(0), name)
-        nll = mark_nll(nll, target)
+        nll = mark_rows(nll, target)
     return nll if reduction == "none" else weighted_sum(row_scales(target, reduction, None, nll.dtype), nll)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quietstar.ops._precision import widen
-from quietstar.ops._vocabulary import mark_nll
+from quietstar.ops._vocabulary import mark_rows
 
 
 class _Zeroed(torch.autograd.Function):
@@ -48,4 +48,4 @@ def mixed_nll(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor
     base_logits, thought_logits = base_logits.masked_fill(absent, 0), thought_logits.masked_fill(absent, 0)
     log_probabilities = F.log_softmax(mixed(base_logits, thought_logits, mixing_weight), dim=-1)
     nll = -log_probabilities.gather(-1, target.clamp_min(0)[..., None]).squeeze(-1)
-    return mark_nll(nll, target)
+    return mark_rows(nll, target)
