@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from quietstar.ops._dtensor import is_dtensor
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
@@ -50,6 +52,8 @@ class Dims:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if is_dtensor(value):
+        raise TypeError(f"{name} must be a torch.Tensor of this process alone (see to_local), got a DTensor")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

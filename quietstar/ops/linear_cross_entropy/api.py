@@ -16,6 +16,7 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
+from quietstar.ops._dtensor import gathered
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
@@ -146,7 +147,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [rows, H], floating point, H ≥ 1.
-        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
+        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype). A DTensor, sharded
+            by FSDP or replicated, is gathered for the call; its gradient is the mean over the processes, as FSDP's.
         target: int [rows], token ids in [0, V) or ``ignore_index``.
         temperature: from 1e-30 to 1e30; divides the logits.
         suppress: token ids that get probability 0, as integers (a few; each is sent to a GPU by itself) or an int
@@ -175,6 +177,7 @@ def linear_cross_entropy(
             backend. Values of tensors are read on the CPU only; on CUDA, and when compiled, nll and entropy of a row
             with a wrong target are NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
     """
+    weight = gathered("weight", weight)
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
     dims.bind("weight", weight, "V H")
@@ -266,6 +269,7 @@ def mixed_linear_cross_entropy(
     Raises:
         TypeError, ValueError: as :func:`linear_cross_entropy`; also for ``base_index`` out of range.
     """
+    weight = gathered("weight", weight)
     dims = Dims()
     dims.bind("thought_hidden", thought_hidden, "rows H")
     dims.bind("base_hidden", base_hidden, "rows H" if base_index is None else "base_rows H")

@@ -8,6 +8,7 @@ from torch import Tensor
 from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import Backend, always_available, select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
+from quietstar.ops._dtensor import gathered
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
 from quietstar.ops._triton import triton_unavailable
@@ -53,7 +54,8 @@ def linear_sample(
 
     Args:
         hidden: [rows, H], floating point, H ≥ 1.
-        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype).
+        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype). A DTensor, sharded
+            by FSDP or replicated, is gathered for the call.
         temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, lowest id on ties.
         suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
             the device of ``weight``.
@@ -98,6 +100,7 @@ def draw(
     backend: str | None = None,
 ) -> Tensor:
     """As :func:`linear_sample`, but a row without a token has −1 on every device: the caller looks for NaN itself."""
+    weight = gathered("weight", weight)
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
     dims.bind("weight", weight, "V H")
