@@ -28,9 +28,9 @@ from quietstar.ops.thought_attention import backends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
 OPS = {  # and the module of each that calls the kernels
-    "linear_cross_entropy": "native_cuda",
-    "linear_sample": "native_cuda",
-    "mixing": "native",
+    "linear_cross_entropy": "backend_cuda",
+    "linear_sample": "backend_cuda",
+    "mixing": "backend_native",
     "thought_attention": "backend_cuda",
 }
 
@@ -57,8 +57,8 @@ def use_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
         if op == "thought_attention":
             monkeypatch.setattr(backends, "cuda_unavailable", always_available)
             continue
-        api = importlib.import_module(f"quietstar.ops.{op}.api")
-        monkeypatch.setitem(api._BACKENDS, "cuda", api._BACKENDS["cuda"]._replace(unavailable=always_available))
+        table = importlib.import_module(f"quietstar.ops.{op}.backends").BACKENDS
+        monkeypatch.setitem(table, "cuda", table["cuda"]._replace(unavailable=always_available))
     attention = importlib.import_module("quietstar.ops.thought_attention.backend_cuda")
     monkeypatch.setattr(attention, "processors", lambda device: 4)
     return module

@@ -15,7 +15,7 @@
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-// In place of a token where none can be drawn: see linear_sample/winner.py.
+// In place of a token where none can be drawn: see linear_sample/inputs.py.
 constexpr int64_t kNoToken = -1;
 
 // Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from quietstar.ops._triton import interpreted
+from quietstar.ops._native import cpu_unavailable, cuda_unavailable
+from quietstar.ops._triton import interpreted, triton_unavailable
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 ENVIRONMENT_VARIABLE = "QUIETSTAR_BACKEND"
@@ -25,6 +26,12 @@ class Backend(NamedTuple):
 def always_available(*_: object) -> None:
     """The availability of a backend that runs anywhere torch does."""
     return None
+
+
+def usual_backends(**load: Callable[[], Any]) -> dict[str, Backend]:
+    """Backends that can run wherever their kernels can, in order of preference; asked of the first tensor of an op."""
+    unavailable = {"triton": triton_unavailable, "cuda": cuda_unavailable, "cpu": cpu_unavailable}
+    return {name: Backend(unavailable.get(name, always_available), load[name]) for name in load}
 
 
 def select_backend(op: str, requested: str | None, candidates: Mapping[str, Backend], *inputs: object) -> str:

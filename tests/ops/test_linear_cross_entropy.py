@@ -20,7 +20,8 @@ from memory import largest_allocation, peak_bytes
 from tolerances import assert_as_accurate
 
 from quietstar.ops import _rows, linear_cross_entropy, mixed_linear_cross_entropy
-from quietstar.ops.linear_cross_entropy import autograd, chunks
+from quietstar.ops.linear_cross_entropy import chunks
+from quietstar.ops.linear_cross_entropy.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -235,20 +236,18 @@ def test_entropy_is_compiled_and_made_again_bit_by_bit(backend):
 def count_work(monkeypatch):
     """Rows whose logits, and gradients of hidden and of weight, are asked of the chunk kernel."""
     work = Counter()
-    choose = autograd._chunk_kernel
+    for name in ("torch", "cpu"):
+        module = BACKENDS[name].load()
 
-    def counting(backend):
-        def kernel(chunk, d_weight, needs_hidden, needs_weight):
-            for name, needed in (("logits", True), ("d_hidden", needs_hidden), ("d_weight", needs_weight)):
+        def solve_chunk(chunk, d_weight, needs_hidden, needs_weight, solve=module.solve_chunk):
+            for wanted, needed in (("logits", True), ("d_hidden", needs_hidden), ("d_weight", needs_weight)):
                 if needed:
-                    work[name] += chunk.hidden.shape[0]
-            result = choose(backend)(chunk, d_weight, needs_hidden, needs_weight)
+                    work[wanted] += chunk.hidden.shape[0]
+            result = solve(chunk, d_weight, needs_hidden, needs_weight)
             assert (result.d_hidden is not None) == needs_hidden
             return result
 
-        return kernel
-
-    monkeypatch.setattr(autograd, "_chunk_kernel", counting)
+        monkeypatch.setattr(module, "solve_chunk", solve_chunk)
     return work
 
 

@@ -24,7 +24,7 @@ from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy import chunks
 from quietstar.ops.linear_cross_entropy.inputs import Scales
 
-kernels = pytest.importorskip("quietstar.ops.linear_cross_entropy.triton_kernels")
+kernels = pytest.importorskip("quietstar.ops.linear_cross_entropy.backend_triton")
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     # By the interpreter, in lanes that are masked or rows that do not count.

@@ -2,7 +2,6 @@
 
 import math
 import re
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from broken_rows import assert_broken_rows_have_no_token
 from scipy import stats
 
 from quietstar.ops import _rows, linear_sample
-from quietstar.ops.linear_sample import library, noise
+from quietstar.ops.linear_sample import backend_torch, noise
+from quietstar.ops.linear_sample.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -193,8 +193,8 @@ def test_tiling_changes_nothing(options, monkeypatch):
     monkeypatch.setitem(_rows.CHUNK_BYTES, "cpu", 50 * 1024 * 4)
     monkeypatch.setitem(_rows.BLOCK_BYTES, "cpu", 7 * 1024 * 4)
     monkeypatch.setattr(noise, "_SERIAL", 1000)
-    monkeypatch.setattr(library, "_FIRST_DRAWN", 1)
-    monkeypatch.setattr(library, "_DRAWN_TOGETHER", 50)
+    monkeypatch.setattr(backend_torch, "_FIRST_DRAWN", 1)
+    monkeypatch.setattr(backend_torch, "_DRAWN_TOGETHER", 50)
     assert torch.equal(linear_sample(hidden, weight, seed=5, **options), expected)
 
 
@@ -202,14 +202,14 @@ def test_drawing_everything_changes_nothing(monkeypatch):
     """As on a GPU, where ruling groups out would wait for the device."""
     hidden, weight = torch.randn(50, 8), torch.randn(1000, 8)
     expected = linear_sample(hidden, weight, seed=5, backend="torch")
-    monkeypatch.setattr(library, "_FIRST_DRAWN", 10**6)
+    monkeypatch.setattr(backend_torch, "_FIRST_DRAWN", 10**6)
     assert torch.equal(linear_sample(hidden, weight, seed=5, backend="torch"), expected)
 
 
 def test_few_groups_are_drawn(monkeypatch):
     drawn = []
-    arrivals = library.arrivals
-    monkeypatch.setattr(library, "arrivals", lambda *args: drawn.append(args[2].numel()) or arrivals(*args))
+    arrivals = backend_torch.arrivals
+    monkeypatch.setattr(backend_torch, "arrivals", lambda *args: drawn.append(args[2].numel()) or arrivals(*args))
     linear_sample(torch.randn(64, 8), torch.randn(32002, 8) * 0.3, seed=5, backend="torch")
     assert sum(drawn) < 64 * 501 / 20
 
@@ -272,8 +272,7 @@ def test_a_lone_token_wins_however_unlikely_its_noise(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_rows_from_which_no_token_can_be_drawn(backend):
-    module = {"torch": "library", "cpu": "native_cpu"}[backend]
-    assert_broken_rows_have_no_token(import_module(f"quietstar.ops.linear_sample.{module}").sample_rows)
+    assert_broken_rows_have_no_token(BACKENDS[backend].load().sample_rows)
 
 
 @pytest.mark.parametrize("backend", ALL)

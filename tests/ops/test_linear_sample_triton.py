@@ -17,8 +17,8 @@ from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.reference import keep_most_likely
 
 triton = pytest.importorskip("triton")
-triton_kernels = pytest.importorskip("quietstar.ops.linear_sample.triton_kernels")
-triton_matmul = pytest.importorskip("quietstar.ops.linear_sample.triton_matmul")
+backend_triton = pytest.importorskip("quietstar.ops.linear_sample.backend_triton")
+triton_rows = pytest.importorskip("quietstar.ops.linear_sample.triton_rows")
 triton_noise = pytest.importorskip("quietstar.ops.linear_sample.triton_noise")
 tl = triton.language
 pytestmark = [
@@ -35,7 +35,7 @@ DTYPES = triton_dtypes()
 def kernels(request, monkeypatch):
     """Sampling in the epilogue of the matmul, or in a row kernel as for many rows, in chunks."""
     if request.param == "rows":
-        monkeypatch.setattr(triton_matmul, "MOST_ROWS", 0)
+        monkeypatch.setattr(backend_triton, "MOST_ROWS", 0)
         monkeypatch.setitem(_rows.CHUNK_BYTES, DEVICE, 5 * 128 * 4)
     return request.param
 
@@ -101,7 +101,7 @@ def test_tokens(vocabulary, scale, options, kernels):
 
 
 def test_tokens_of_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(triton_matmul, "MOST_ROWS", 0)
+    monkeypatch.setattr(backend_triton, "MOST_ROWS", 0)
     hidden, weight = torch.randn(5, 8, device=DEVICE), torch.randn(32002, 8, device=DEVICE) * 0.3
     assert_same_tokens(hidden, weight, temperature=0.8, suppress=(32000, 32001))
 
@@ -144,7 +144,7 @@ def test_who_stays_with_top_k_and_top_p(logits, top_k, top_p, kept):
     row = torch.full((64,), -INF, device=DEVICE)
     row[: len(logits)] = torch.tensor(logits)
     thresholds = torch.empty(1, device=DEVICE)
-    triton_kernels.threshold_kernel[(1,)](row, thresholds, 64, 1.0, top_k, top_p, BLOCK=32)
+    triton_rows.threshold_kernel[(1,)](row, thresholds, 64, 1.0, top_k, top_p, BLOCK=32)
     assert (row >= thresholds).nonzero()[: len(kept), 0].tolist() == kept
     assert ((row >= thresholds) & (row > -INF)).sum() == (row[kept] > -INF).sum()
 
@@ -153,7 +153,7 @@ def test_who_stays_with_top_k_and_top_p(logits, top_k, top_p, kept):
 def test_thresholds(options):
     logits = torch.randn(2, 1024, device=DEVICE) * 3
     thresholds = torch.empty(2, device=DEVICE)
-    triton_kernels.threshold_kernel[(2,)](logits, thresholds, 1024, 0.8, *options, BLOCK=512)
+    triton_rows.threshold_kernel[(2,)](logits, thresholds, 1024, 0.8, *options, BLOCK=512)
     expected = keep_most_likely(logits, 0.8, *options)
     assert torch.equal(logits >= thresholds[:, None], expected > -INF)
 
@@ -165,7 +165,7 @@ def test_a_lone_token_wins_however_unlikely_its_noise(kernels):
 
 
 def test_rows_from_which_no_token_can_be_drawn():
-    assert_broken_rows_have_no_token(triton_kernels.sample_rows, DEVICE, OPTIONS_OF_BROKEN_ROWS[:3])
+    assert_broken_rows_have_no_token(triton_rows.sample_rows, DEVICE, OPTIONS_OF_BROKEN_ROWS[:3])
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -176,14 +176,14 @@ def test_broken_rows_in_the_epilogue_of_the_matmul(temperature, softcap):
     weight[70] = -INF  # so that row 3 has +∞ too
     seed, suppress = torch.tensor(3, device=DEVICE), torch.tensor([5], device=DEVICE)
     sampling = Sampling(seed, temperature, softcap, suppress, None, None)
-    tokens = triton_matmul.sample(hidden, weight, sampling)
+    tokens = backend_triton.sample(hidden, weight, sampling)
     assert (tokens == -1).tolist() == [False, True, True, True, False, False]
     hidden[3] = -INF
     weight[70] = 1.0
-    tokens = triton_matmul.sample(hidden, weight, sampling)
+    tokens = backend_triton.sample(hidden, weight, sampling)
     assert (tokens == -1).tolist() == [False, True, True, True, False, False]
     weight[5] = math.nan
-    assert torch.equal(triton_matmul.sample(hidden, weight, sampling), tokens)
+    assert torch.equal(backend_triton.sample(hidden, weight, sampling), tokens)
 
 
 def test_seed_may_be_a_tensor(kernels):

@@ -314,7 +314,7 @@ def test_opcheck(default_backend):
     check(ops.mixed_cross_entropy.default, (base, thought, mixing, target, default_backend))
     for needs in itertools.product([True, False], repeat=2):
         check(ops.mix_logits_backward.default, (thought, base, thought, mixing, [True, *needs], default_backend))
-        arguments = grad, base, thought, mixing, target, grad, grad, list(needs), default_backend
+        arguments = grad, base, thought, mixing, target, *[grad] * 4, list(needs), default_backend
         check(ops.mixed_cross_entropy_backward.default, arguments)
 
 

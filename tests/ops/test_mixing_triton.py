@@ -182,5 +182,5 @@ def test_opcheck():
     check(ops.mixed_cross_entropy.default, (base, thought, mixing, target, "triton"))
     for needs in itertools.product([True, False], repeat=2):
         check(ops.mix_logits_backward.default, (thought, base, thought, mixing, [True, *needs], "triton"))
-        arguments = grad, base, thought, mixing, target, grad, grad, list(needs), "triton"
+        arguments = grad, base, thought, mixing, target, *[grad] * 4, list(needs), "triton"
         check(ops.mixed_cross_entropy_backward.default, arguments)

@@ -23,8 +23,9 @@ from quietstar.ops import (
     thought_attention,
 )
 from quietstar.ops._backend import select_backend
-from quietstar.ops.linear_cross_entropy import native_cpu
-from quietstar.ops.mixing.native import Native
+from quietstar.ops.linear_cross_entropy import backend_cpu
+from quietstar.ops.mixing.backend_native import Native
+from quietstar.ops.mixing.backends import BACKENDS, Mix
 
 if _native._C is None:
     pytest.skip("needs the compiled module: `pip install .` builds it", allow_module_level=True)
@@ -143,7 +144,7 @@ def test_linear_cross_entropy_keeps_to_its_room(rows, monkeypatch):
         rooms[-1][: rows * vocabulary] = torch.nan
         return rooms[-1][: rows * vocabulary].view(rows, vocabulary)
 
-    monkeypatch.setattr(native_cpu, "logits_buffer", guarded_buffer)
+    monkeypatch.setattr(backend_cpu, "logits_buffer", guarded_buffer)
     problem = Problem(rows=rows, vocabulary=384)
     assert_problem_solved(problem, problem.ours("cpu"))
     (room,) = rooms
@@ -279,12 +280,12 @@ def test_threads_change_nothing():
 
 def test_other_python_threads_run_meanwhile():
     logits, rows = torch.randn(1, 32000), 4000
-    inputs = logits.expand(rows, -1), logits.expand(rows, -1), torch.rand(rows), torch.zeros(rows, dtype=torch.int64)
+    mix = Mix(logits.expand(rows, -1), logits.expand(rows, -1), torch.rand(rows))
     started, steps = threading.Event(), 0
 
     def work():
         started.set()
-        Native("cpu").cross_entropy(*inputs)
+        Native("cpu").cross_entropy(mix, torch.zeros(rows, dtype=torch.int64))
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -297,11 +298,11 @@ def test_other_python_threads_run_meanwhile():
 
 def test_gradients_of_one_number_for_all_rows():
     """A copy that is made of it lives until the kernel has read it."""
-    inputs = *torch.randn(2, 9, 7), torch.rand(9), torch.randint(7, (9,))
+    mix, target = Mix(*torch.randn(2, 9, 7), torch.rand(9)), torch.randint(7, (9,))
     backend, scale = Native("cpu"), torch.tensor(0.5).expand(9)
-    _, _, largest, log_total = backend.cross_entropy(*inputs)
+    result = backend.cross_entropy(mix, target)
     actual, expected = (
-        backend.cross_entropy_backward(x, *inputs, largest, log_total, [True, True]) for x in (scale, scale.clone())
+        backend.cross_entropy_backward(x, mix, target, result, [True, True]) for x in (scale, scale.clone())
     )
     assert all(map(torch.equal, actual, expected))
 
@@ -423,10 +424,8 @@ def test_a_gradient_of_the_lse_may_be_absent_but_not_misaligned():
     ids=["float32", "bfloat16", "float16"],
 )
 def test_auto_takes_the_cpu_backend_where_it_can(tensor, name, monkeypatch):
-    from quietstar.ops.mixing.api import _BACKENDS
-
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
-    assert select_backend("mix_logits", None, _BACKENDS, tensor) == name
+    assert select_backend("mix_logits", None, BACKENDS, tensor) == name
 
 
 def test_other_dtypes_are_refused_with_a_sentence():

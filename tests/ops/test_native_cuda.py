@@ -175,7 +175,7 @@ def plain_rows(logits, target, scale, temperature):
 @pytest.mark.parametrize("vocabulary", [1, 7, 77, 1025, 32002, 50001])
 def test_row_kernel(vocabulary, gradient_dtype, aligned):
     """Rows in registers and longer ones, with a gradient as wide as the logits it overwrites, half as wide, or none."""
-    from quietstar.ops.linear_cross_entropy.native_cuda import cross_entropy_rows
+    from quietstar.ops.linear_cross_entropy.backend_cuda import cross_entropy_rows
 
     width = -(-vocabulary // 64) * 64
     logits = torch.full((3, width if aligned else width + 1), float("nan"), device=DEVICE)[:, :vocabulary]
@@ -226,13 +226,13 @@ def test_tokens(vocabulary, scale, options, monkeypatch):
 
 
 def test_seed_and_row_number_of_64_bits():
-    from quietstar.ops.linear_sample import library, native_cuda
+    from quietstar.ops.linear_sample import backend_cuda, backend_torch
 
     logits = torch.zeros(4, 1024, device=DEVICE)
     for seed, first_row in ((-7, 2**32 - 2), (5 << 32, 0), (2**63 - 1, 2**40)):
         arguments = first_row, Sampling(torch.tensor(seed, device=DEVICE), 1.0, None, None, None, None)
-        tokens = native_cuda.sample_rows(logits.clone(), *arguments)
-        assert torch.equal(tokens, library.sample_rows(logits.clone(), *arguments))
+        tokens = backend_cuda.sample_rows(logits.clone(), *arguments)
+        assert torch.equal(tokens, backend_torch.sample_rows(logits.clone(), *arguments))
 
 
 EDGES = [  # logits, top_k, top_p, tokens that stay
@@ -273,7 +273,7 @@ def test_a_lone_token_wins():
 
 
 def test_rows_from_which_no_token_can_be_drawn():
-    from quietstar.ops.linear_sample.native_cuda import sample_rows
+    from quietstar.ops.linear_sample.backend_cuda import sample_rows
 
     assert_broken_rows_have_no_token(sample_rows, DEVICE)
 

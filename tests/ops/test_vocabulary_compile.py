@@ -14,21 +14,22 @@ BF16, F32 = torch.bfloat16, torch.float32
 def launch_all():
     from quietstar.ops._rows import logits_buffer
     from quietstar.ops._vocabulary import Softmax
-    from quietstar.ops.linear_cross_entropy import triton_hidden
+    from quietstar.ops.linear_cross_entropy.backend_triton import MixedHidden, cross_entropy_rows
     from quietstar.ops.linear_cross_entropy.inputs import Scales
-    from quietstar.ops.linear_cross_entropy.triton_kernels import cross_entropy_rows
+    from quietstar.ops.linear_sample.backend_triton import sample
     from quietstar.ops.linear_sample.inputs import Sampling
-    from quietstar.ops.linear_sample.triton_kernels import sample_rows
-    from quietstar.ops.linear_sample.triton_matmul import sample
-    from quietstar.ops.mixing import triton_kernels as mixing
+    from quietstar.ops.linear_sample.triton_rows import sample_rows
+    from quietstar.ops.mixing import backend_triton as mixing
+    from quietstar.ops.mixing.backends import CrossEntropy, Mix
 
     row, number, seed = torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor(0)
     for vocabulary, dtype in [(32000, BF16), (32002, BF16), (32003, F32)]:
         logits = torch.zeros(2, vocabulary, dtype=dtype)
-        mixing.mix(logits, logits, row)
-        mixing.mix_backward(logits, logits, logits, row, [True] * 3)
-        mixing.cross_entropy(logits, logits, row, number)
-        mixing.cross_entropy_backward(row, logits, logits, row, number, row, row, [True] * 2)
+        mix = Mix(logits, logits, row)
+        mixing.mix(mix)
+        mixing.mix_backward(logits, mix, [True] * 3)
+        mixing.cross_entropy(mix, number)
+        mixing.cross_entropy_backward(row, mix, number, CrossEntropy(row, row, row, row), [True] * 2)
     for vocabulary, dtype in [(32002, BF16), (32002, F32), (128256, BF16)]:
         logits = logits_buffer(2, vocabulary, F32, torch.device("cpu"))
         for softcap, entropy_scale in ((None, None), (None, row), (30.0, None), (30.0, row)):
@@ -36,7 +37,7 @@ def launch_all():
             cross_entropy_rows(logits, Softmax(0.7, softcap, None), number, scales, scales.entropy is not None, dtype)
     hidden = torch.zeros(2, 4096, dtype=BF16)
     for index in (None, number):
-        mixed = triton_hidden.FusedMixedHidden(hidden, hidden, row, index, [True] * 3)
+        mixed = MixedHidden(hidden, hidden, row, index, [True] * 3)
         mixed.read(slice(0, 2))
         mixed.write_gradient(slice(0, 2), hidden.float())
     for vocabulary in (32064, 152064):

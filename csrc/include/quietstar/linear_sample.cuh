@@ -23,7 +23,7 @@ constexpr int kTeams = kSampleThreads / kTeamLanes;
 constexpr int kTeamWidth = kGroup / kTeamLanes;  // tokens of a lane
 constexpr int kMostCandidates = 3072;
 
-// In place of a token where none can be drawn: see linear_sample/winner.py.
+// In place of a token where none can be drawn: see linear_sample/inputs.py.
 constexpr std::int64_t kNoToken = -1;
 
 // Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.

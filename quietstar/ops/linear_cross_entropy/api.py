@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._backend import Backend, always_available, select_backend
+from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import (
     Dims,
     check_floating,
@@ -17,9 +17,7 @@ from quietstar.ops._checks import (
     check_same_dtype,
 )
 from quietstar.ops._dtensor import gathered
-from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
-from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
     Softmax,
     check_head,
@@ -35,95 +33,47 @@ from quietstar.ops._vocabulary import (
 )
 from quietstar.ops.linear_cross_entropy import reference
 from quietstar.ops.linear_cross_entropy.autograd import ReducedCrossEntropy, RowCrossEntropy, link_to
+from quietstar.ops.linear_cross_entropy.backends import BACKENDS
 from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, Scales
 
-_BACKENDS = {
-    name: Backend(unavailable, lambda: None)
-    for name, unavailable in {
-        "triton": triton_unavailable,
-        "cuda": cuda_unavailable,
-        "cpu": cpu_unavailable,
-        "torch": always_available,
-        "reference": always_available,
-    }.items()
-}
+TokenIds = Iterable[int] | Tensor | None
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = ...,
-    suppress: Iterable[int] | Tensor | None = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    entropy_weight: float | Tensor | None = ...,
-    return_nll: Literal[False] = False,
-    return_entropy: Literal[False] = False,
-    backend: str | None = ...,
-) -> Tensor: ...
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = ..., suppress: TokenIds = ...,
+    softcap: float | None = ..., ignore_index: int = ..., reduction: str = ..., row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ..., return_nll: Literal[False] = False,
+    return_entropy: Literal[False] = False, backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = ...,
-    suppress: Iterable[int] | Tensor | None = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    entropy_weight: float | Tensor | None = ...,
-    return_nll: Literal[True],
-    return_entropy: Literal[False] = False,
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = ..., suppress: TokenIds = ...,
+    softcap: float | None = ..., ignore_index: int = ..., reduction: str = ..., row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ..., return_nll: Literal[True],
+    return_entropy: Literal[False] = False, backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = ...,
-    suppress: Iterable[int] | Tensor | None = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    entropy_weight: float | Tensor | None = ...,
-    return_nll: Literal[False] = False,
-    return_entropy: Literal[True],
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = ..., suppress: TokenIds = ...,
+    softcap: float | None = ..., ignore_index: int = ..., reduction: str = ..., row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ..., return_nll: Literal[False] = False,
+    return_entropy: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = ...,
-    suppress: Iterable[int] | Tensor | None = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    entropy_weight: float | Tensor | None = ...,
-    return_nll: Literal[True],
-    return_entropy: Literal[True],
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    hidden: Tensor, weight: Tensor, target: Tensor, *, temperature: float = ..., suppress: TokenIds = ...,
+    softcap: float | None = ..., ignore_index: int = ..., reduction: str = ..., row_weight: Tensor | None = ...,
+    entropy_weight: float | Tensor | None = ..., return_nll: Literal[True],
+    return_entropy: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     *,
     temperature: float = 1.0,
-    suppress: Iterable[int] | Tensor | None = None,
+    suppress: TokenIds = None,
     softcap: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -198,38 +148,17 @@ def linear_cross_entropy(
 
 @overload
 def mixed_linear_cross_entropy(
-    base_hidden: Tensor,
-    thought_hidden: Tensor,
-    mixing_weight: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    base_index: Tensor | None = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    return_nll: Literal[False] = False,
+    base_hidden: Tensor, thought_hidden: Tensor, mixing_weight: Tensor, weight: Tensor, target: Tensor, *,
+    base_index: Tensor | None = ..., temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
+    reduction: str = ..., row_weight: Tensor | None = ..., return_nll: Literal[False] = False,
     backend: str | None = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 @overload
 def mixed_linear_cross_entropy(
-    base_hidden: Tensor,
-    thought_hidden: Tensor,
-    mixing_weight: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    base_index: Tensor | None = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    row_weight: Tensor | None = ...,
-    return_nll: Literal[True],
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+    base_hidden: Tensor, thought_hidden: Tensor, mixing_weight: Tensor, weight: Tensor, target: Tensor, *,
+    base_index: Tensor | None = ..., temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
+    reduction: str = ..., row_weight: Tensor | None = ..., return_nll: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def mixed_linear_cross_entropy(
     base_hidden: Tensor,
     thought_hidden: Tensor,
@@ -333,7 +262,7 @@ def _cross_entropy(
         every_row=scales is None or reduce.return_nll or reduce.return_entropy,
         needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves[:4]],
     )  # fmt: skip
-    name = select_backend(op, backend, _BACKENDS, hidden.hidden)
+    name = select_backend(op, backend, BACKENDS, hidden.hidden)
 
     if name == "reference":
         with autocast_off(weight.device):

@@ -1,12 +1,8 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes nll and entropy and, if asked, all gradients at once. A backend is a kernel for chunks of rows
-(:class:`.chunks.ChunkKernel`), made of a row kernel and library matmuls if it has none of its own, and a way to mix
-hidden states (:class:`.hidden.MixedHidden`).
+The op computes nll and entropy and, if asked, all gradients at once. It takes the parts of a :class:`.inputs.Call` one
+by one, and the name of the backend.
 """
-
-from functools import partial
-from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -16,34 +12,14 @@ from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, counted, weighted_sum
-from quietstar.ops.linear_cross_entropy.chunks import ChunkKernel, cross_entropy_in_chunks
+from quietstar.ops.linear_cross_entropy.backends import BACKENDS
+from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
 from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
 from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, Scales
-from quietstar.ops.linear_cross_entropy.matmuls import cross_entropy_chunk
-
-# Imported when they are first used: triton may be missing, and takes its time.
-_ROW_KERNELS = {
-    "torch": "library:cross_entropy_rows",
-    "triton": "triton_kernels:cross_entropy_rows",
-    "cuda": "native_cuda:cross_entropy_rows",
-}
-_CHUNK_KERNELS = {"cpu": "native_cpu:cross_entropy_chunk"}
-_MIXED_HIDDEN = {
-    "torch": "hidden:MixedHidden",
-    "triton": "triton_hidden:FusedMixedHidden",
-    "cuda": "hidden:MixedHidden",
-    "cpu": "hidden:MixedHidden",
-}
-
-
-def _chunk_kernel(backend: str) -> ChunkKernel:
-    if backend in _CHUNK_KERNELS:
-        return resolve_name(f"{__package__}.{_CHUNK_KERNELS[backend]}")
-    return partial(cross_entropy_chunk, resolve_name(f"{__package__}.{_ROW_KERNELS[backend]}"))
 
 
 def _cross_entropy(*arguments):
-    call, backend = Call.of(*arguments[:-1]), arguments[-1]
+    call, module = Call.of(*arguments[:-1]), BACKENDS[arguments[-1]].load()
     contributing = call.target >= 0
     if call.scales is not None:
         contributing &= call.scales.contributing
@@ -51,9 +27,8 @@ def _cross_entropy(*arguments):
     if call.hidden.thought is None:
         source = PlainHidden(call.hidden.hidden, needs_hidden[0])
     else:
-        mixed = resolve_name(f"{__package__}.{_MIXED_HIDDEN[backend]}")
-        source = mixed(*call.hidden, needs_hidden, ~contributing)
-    nll, entropy, d_weight = cross_entropy_in_chunks(_chunk_kernel(backend), source, call, contributing)
+        source = module.MixedHidden(*call.hidden, needs_hidden, ~contributing)
+    nll, entropy, d_weight = cross_entropy_in_chunks(module.solve_chunk, source, call, contributing)
     return nll, *(nll.new_empty(0) if x is None else x for x in (entropy, *source.gradients(), d_weight))
 
 

@@ -43,13 +43,13 @@ class MixedHidden:
         mixing_weight: Tensor,
         index: Tensor | None,
         needs: list[bool],
-        others: Tensor | None = None,
+        not_counted: Tensor | None = None,
     ):
-        """Rows marked in ``others``, bool [rows], have no gradient, whatever they hold: 0 times it might be NaN."""
-        self.base, self.thought, self.index, self.others = base, thought, index, others
+        """Rows of ``not_counted``, bool [rows], have no gradient, whatever they hold: 0 times it might be NaN."""
+        self.base, self.thought, self.index, self.not_counted = base, thought, index, not_counted
         self.weight = self.gradient_weight = widen(mixing_weight)[:, None]
-        if others is not None:
-            self.gradient_weight = self.weight.masked_fill(others[:, None], 0)
+        if not_counted is not None:
+            self.gradient_weight = self.weight.masked_fill(not_counted[:, None], 0)
         self.needs_gradient = any(needs)
         wide = compute_dtype(base.dtype)
         needs_base, needs_thought, needs_weight = needs
@@ -90,6 +90,6 @@ class MixedHidden:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_base = None if self.d_base is None else self.d_base.to(self.base.dtype)
-        if self.d_weight is not None and self.others is not None:
-            self.d_weight.masked_fill_(self.others, 0)
+        if self.d_weight is not None and self.not_counted is not None:
+            self.d_weight.masked_fill_(self.not_counted, 0)
         return d_base, self.d_thought, self.d_weight

@@ -1,4 +1,4 @@
-"""The public function: checks, choice of backend, dispatch."""
+"""The public function, and the registered op, which has no gradient: checks, choice of backend, dispatch."""
 
 from collections.abc import Iterable
 
@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._backend import Backend, always_available, select_backend
+from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
 from quietstar.ops._dtensor import gathered
-from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
-from quietstar.ops._triton import triton_unavailable
+from quietstar.ops._registration import register_op
 from quietstar.ops._vocabulary import check_head, checked_number, checked_softcap, checked_temperature, suppressed_ids
 from quietstar.ops.linear_sample import reference
-from quietstar.ops.linear_sample.inputs import Sampling
-from quietstar.ops.linear_sample.registration import linear_sample_op
-from quietstar.ops.linear_sample.winner import check_drawn
+from quietstar.ops.linear_sample.backends import BACKENDS
+from quietstar.ops.linear_sample.inputs import Sampling, check_drawn
 
-_BACKENDS = {
-    name: Backend(unavailable, lambda: None)
-    for name, unavailable in {
-        "triton": triton_unavailable,
-        "cuda": cuda_unavailable,
-        "cpu": cpu_unavailable,
-        "torch": always_available,
-        "reference": always_available,
-    }.items()
-}
+
+def _linear_sample(hidden, weight, *arguments):
+    *sampling, backend = arguments
+    return BACKENDS[backend].load().sample(hidden, weight, Sampling(*sampling))
+
+
+_linear_sample_op = register_op(
+    "linear_sample(Tensor hidden, Tensor weight, Tensor seed, float temperature, float? softcap, Tensor? suppress,"
+    " int? top_k, float? top_p, str backend) -> Tensor",
+    _linear_sample,
+    lambda hidden, *_: hidden.new_empty(hidden.shape[0], dtype=torch.int64),
+)
 
 
 @torch.no_grad()
@@ -128,11 +128,11 @@ def draw(
         suppressed_ids(suppress, dims["V"], weight.device), top_k, top_p,
     )  # fmt: skip
 
-    name = select_backend("linear_sample", backend, _BACKENDS, hidden)
+    name = select_backend("linear_sample", backend, BACKENDS, hidden)
     if name == "reference":
         with autocast_off(weight.device):
             return reference.linear_sample(hidden, weight, sampling)
-    return linear_sample_op(hidden, weight, *sampling, name)
+    return _linear_sample_op(hidden, weight, *sampling, name)
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -9,16 +9,15 @@ from quietstar.ops._head_matmuls import logits_into
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import cap_logits_
-from quietstar.ops.linear_sample.inputs import Sampling
+from quietstar.ops.linear_sample.inputs import Sampling, best_token
 from quietstar.ops.linear_sample.noise import GROUP
-from quietstar.ops.linear_sample.winner import best_token
 
 
 class SampleKernel(Protocol):
     """What a backend provides: one token for every row of a chunk of logits."""
 
     def __call__(self, logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-        """Token ids [n], int64; ``winner.NO_TOKEN`` where none can be drawn.
+        """Token ids [n], int64; ``inputs.NO_TOKEN`` where none can be drawn.
 
         Args:
             logits: contiguous [n, V rounded up to whole groups of the noise] in float32 (float64), −∞ from V on.

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from quietstar.ops._precision import widen
 from quietstar.ops._vocabulary import cap_logits
-from quietstar.ops.linear_sample.inputs import Sampling
+from quietstar.ops.linear_sample.inputs import Sampling, best_token
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
-from quietstar.ops.linear_sample.winner import best_token
 
 
 def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -29,7 +28,7 @@ def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids [rows], ``winner.NO_TOKEN`` where none can be drawn."""
+    """Token ids [rows], ``inputs.NO_TOKEN`` where none can be drawn."""
     logits = cap_logits(F.linear(widen(hidden), widen(weight)), sampling.softcap)
     if sampling.suppress is not None:
         logits = logits.index_fill(-1, sampling.suppress, float("-inf"))

@@ -2,11 +2,9 @@
 
 from torch import Tensor
 
-from quietstar.ops._backend import Backend, always_available, select_backend
+from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import check_floating, check_integer, check_same_device, check_same_dtype, check_tensor
-from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 from quietstar.ops._precision import autocast_off
-from quietstar.ops._triton import triton_unavailable
 from quietstar.ops._vocabulary import (
     check_mixing_weight,
     check_reduction,
@@ -17,17 +15,7 @@ from quietstar.ops._vocabulary import (
 )
 from quietstar.ops.mixing import reference
 from quietstar.ops.mixing.autograd import MixedCrossEntropy, MixLogits
-
-_BACKENDS = {
-    name: Backend(unavailable, lambda: None)
-    for name, unavailable in {
-        "triton": triton_unavailable,
-        "cuda": cuda_unavailable,
-        "cpu": cpu_unavailable,
-        "torch": always_available,
-        "reference": always_available,
-    }.items()
-}
+from quietstar.ops.mixing.backends import BACKENDS
 
 
 def mix_logits(
@@ -56,7 +44,7 @@ def mix_logits(
         ValueError: shapes or devices that disagree, an unknown or unavailable backend.
     """
     _check_logits(base_logits, thought_logits, mixing_weight)
-    name = select_backend("mix_logits", backend, _BACKENDS, base_logits)
+    name = select_backend("mix_logits", backend, BACKENDS, base_logits)
     if name == "reference":
         with autocast_off(base_logits.device):
             return reference.mixed(base_logits, thought_logits, mixing_weight).to(base_logits.dtype)
@@ -113,7 +101,7 @@ def mixed_cross_entropy(
     target = marked_target(target, base_logits.shape[-1], ignore_index)
     # Rows without a target pass no gradient on, but a gradient of 0 times a weight of NaN is NaN.
     mixing_weight = mixing_weight.masked_fill(target < 0, 0)
-    name = select_backend("mixed_cross_entropy", backend, _BACKENDS, base_logits)
+    name = select_backend("mixed_cross_entropy", backend, BACKENDS, base_logits)
     if name == "reference":
         with autocast_off(base_logits.device):
             nll = reference.mixed_nll(base_logits, thought_logits, mixing_weight, target)

@@ -1,11 +1,7 @@
-"""The registered ops of mixing and the autograd functions around them.
+"""The registered ops of mixing and the autograd functions around them; a gradient nobody asked for is an empty tensor.
 
-The ops take the backend's name; a backend has the four functions of ``library.py``. A gradient nobody asked for is an
-empty tensor.
+They take the tensors of a :class:`.backends.Mix` one by one, and the name of the backend.
 """
-
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,106 +9,106 @@ from torch import Tensor
 from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import register_op
-from quietstar.ops.mixing import library
-from quietstar.ops.mixing.native import Native
+from quietstar.ops.mixing.backends import BACKENDS, CrossEntropy, Mix
 
-_BACKENDS = {"torch": library, "cuda": Native("cuda"), "cpu": Native("cpu")}
-
-_LOGITS = "Tensor base_logits, Tensor thought_logits, Tensor mixing_weight"
-
-
-def _named(backend: str) -> ModuleType | Native:
-    """The backend; triton is imported when it is first used: it may be missing, and takes its time."""
-    return import_module(f"{__package__}.triton_kernels") if backend == "triton" else _BACKENDS[backend]
+_MIX = "Tensor base_logits, Tensor thought_logits, Tensor mixing_weight"
 
 
 def _present(gradients: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _fake_gradients(base: Tensor, thought: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    shapes = base.shape, thought.shape, base.shape[:-1]
-    dtypes = base.dtype, base.dtype, compute_dtype(base.dtype)
+def _fake_gradients(mix: Mix, needs: list[bool]) -> tuple[Tensor, ...]:
+    dtypes = mix.base.dtype, mix.base.dtype, compute_dtype(mix.base.dtype)
     return tuple(
-        base.new_empty(shape, dtype=dtype) if needed else base.new_empty(0)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=False)
+        mix.base.new_empty(x.shape, dtype=dtype) if needed else mix.base.new_empty(0)
+        for x, dtype, needed in zip(mix, dtypes, needs, strict=False)
     )
 
 
 _mix = register_op(
-    f"mix_logits({_LOGITS}, str backend) -> Tensor",
-    lambda base, thought, weight, backend: _named(backend).mix(base, thought, weight),
-    lambda base, thought, weight, backend: base.new_empty(base.shape),
+    f"mix_logits({_MIX}, str backend) -> Tensor",
+    lambda *mix_and_backend: BACKENDS[mix_and_backend[-1]].load().mix(Mix(*mix_and_backend[:-1])),
+    lambda base, *_: base.new_empty(base.shape),
 )
 
+
+def _run_mix_backward(grad, base, thought, weight, needs, backend):
+    return _present(BACKENDS[backend].load().mix_backward(grad, Mix(base, thought, weight), needs), base)
+
+
 _mix_backward = register_op(
-    f"mix_logits_backward(Tensor grad, {_LOGITS}, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda grad, base, thought, weight, needs, backend: _present(
-        _named(backend).mix_backward(grad, base, thought, weight, needs), base
-    ),
-    lambda grad, base, thought, weight, needs, backend: _fake_gradients(base, thought, needs),
+    f"mix_logits_backward(Tensor grad, {_MIX}, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _run_mix_backward,
+    lambda grad, base, thought, weight, needs, backend: _fake_gradients(Mix(base, thought, weight), needs),
 )
 
 _cross_entropy = register_op(
-    f"mixed_cross_entropy({_LOGITS}, Tensor target, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda base, thought, weight, target, backend: _named(backend).cross_entropy(base, thought, weight, target),
+    f"mixed_cross_entropy({_MIX}, Tensor target, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda base, thought, weight, target, backend: tuple(
-        base.new_empty(target.shape, dtype=compute_dtype(base.dtype)) for _ in range(4)
+        BACKENDS[backend].load().cross_entropy(Mix(base, thought, weight), target)
+    ),
+    lambda base, thought, weight, target, backend: tuple(
+        base.new_empty(target.shape, dtype=compute_dtype(base.dtype)) for _ in CrossEntropy._fields
     ),
 )
 
+
+def _run_cross_entropy_backward(scale, base, thought, weight, target, *others):
+    *result, needs, backend = others
+    run = BACKENDS[backend].load().cross_entropy_backward
+    return _present(run(scale, Mix(base, thought, weight), target, CrossEntropy(*result), needs), base)
+
+
 _cross_entropy_backward = register_op(
-    f"mixed_cross_entropy_backward(Tensor scale, {_LOGITS}, Tensor target, Tensor largest, Tensor log_total,"
-    " bool[2] needs, str backend) -> (Tensor, Tensor)",
-    lambda scale, base, *others: _present(_named(others[-1]).cross_entropy_backward(scale, base, *others[:-1]), base),
-    lambda scale, base, thought, weight, target, largest, log_total, needs, backend: _fake_gradients(
-        base, thought, needs
-    ),
+    f"mixed_cross_entropy_backward(Tensor scale, {_MIX}, Tensor target, Tensor nll, Tensor slope, Tensor largest,"
+    " Tensor log_total, bool[2] needs, str backend) -> (Tensor, Tensor)",
+    _run_cross_entropy_backward,
+    lambda scale, base, thought, weight, *others: _fake_gradients(Mix(base, thought, weight), others[-2]),
 )
 
 
 class MixLogits(torch.autograd.Function):
-    """(1 − w) · base + w · thought by a named backend."""
+    """(1 − w) · base + w · thought: ``apply(*mix, backend)``."""
 
     @staticmethod
-    def forward(ctx, base_logits, thought_logits, mixing_weight, backend):
-        ctx.save_for_backward(base_logits, thought_logits, mixing_weight)
-        ctx.backend = backend
-        return _mix(base_logits, thought_logits, mixing_weight, backend)
+    def forward(ctx, *mix_and_backend):
+        *mix, ctx.backend = mix_and_backend
+        ctx.save_for_backward(*mix)
+        return _mix(*mix_and_backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        inputs = ctx.saved_tensors
+        mix = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        gradients = _mix_backward(grad, *inputs, needs, ctx.backend)
+        gradients = _mix_backward(grad, *mix, needs, ctx.backend)
         wanted = (
-            gradient.to(x.dtype) if needed else None
-            for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
+            gradient.to(x.dtype) if needed else None for gradient, x, needed in zip(gradients, mix, needs, strict=True)
         )
         return *wanted, None
 
 
 class MixedCrossEntropy(torch.autograd.Function):
-    """Per-row nll of the mix by a named backend; ``target`` all in [0, V)."""
+    """Per-row nll of the mix: ``apply(*mix, target, backend)``, with all of ``target`` in [0, V)."""
 
     @staticmethod
-    def forward(ctx, base_logits, thought_logits, mixing_weight, target, backend):
-        nll, slope, largest, log_total = _cross_entropy(base_logits, thought_logits, mixing_weight, target, backend)
-        ctx.save_for_backward(base_logits, thought_logits, mixing_weight, target, slope, largest, log_total)
-        ctx.backend = backend
-        return nll
+    def forward(ctx, *arguments):
+        *inputs, ctx.backend = arguments
+        result = _cross_entropy(*arguments)
+        ctx.save_for_backward(*inputs, *result)
+        return result[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_nll):
-        base, thought, mixing_weight, target, slope, largest, log_total = ctx.saved_tensors
+        *mix, target, nll, slope, largest, log_total = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:3]
         gradients = (None, None)
         if any(needs):
             gradients = _cross_entropy_backward(
-                grad_nll, base, thought, mixing_weight, target, largest, log_total, needs, ctx.backend
+                grad_nll, *mix, target, nll, slope, largest, log_total, needs, ctx.backend
             )
         wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-        d_weight = (grad_nll * slope).to(mixing_weight.dtype) if needs_weight else None
+        d_weight = (grad_nll * slope).to(mix[2].dtype) if needs_weight else None
         return *wanted, d_weight, None, None

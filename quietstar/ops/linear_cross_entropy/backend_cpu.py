@@ -1,17 +1,20 @@
-"""Chunk kernel of the ``cpu`` backend: logits become nll in the caches; they are written once and read once."""
+"""The ``cpu`` backend: logits become nll in the caches; they are written once and read once."""
 
 import torch
 from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
 from quietstar.ops._rows import logits_buffer
+from quietstar.ops.linear_cross_entropy.hidden import MixedHidden
 from quietstar.ops.linear_cross_entropy.inputs import Chunk, ChunkResult
+
+__all__ = ["MixedHidden", "solve_chunk"]
 
 # Rows of the largest tile of the kernels.
 _TILE_ROWS = 12
 
 
-def cross_entropy_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
+def solve_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
     """Nll, entropy and gradients of one chunk: see :class:`.chunks.ChunkKernel`."""
     (rows, size), vocabulary = chunk.hidden.shape, chunk.weight.shape[0]
     hidden, weight, target = unit_columns(chunk.hidden), unit_columns(chunk.weight), chunk.target.contiguous()

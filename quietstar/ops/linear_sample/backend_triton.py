@@ -16,10 +16,9 @@ from torch import Tensor
 
 from quietstar.ops._triton_softcap import capped
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
-from quietstar.ops.linear_sample.inputs import Sampling
-from quietstar.ops.linear_sample.triton_kernels import AS_WRITTEN, sample_rows, without_nan
+from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals
-from quietstar.ops.linear_sample.winner import NO_TOKEN
+from quietstar.ops.linear_sample.triton_rows import AS_WRITTEN, sample_rows, without_nan
 
 MOST_ROWS = 128
 

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, cap_logits_
+from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
+from quietstar.ops.linear_cross_entropy.hidden import MixedHidden
 from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
+
+__all__ = ["MixedHidden", "solve_chunk"]
 
 
 def cross_entropy_rows(
@@ -25,7 +29,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
+    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
     rows = len(logits)
@@ -71,3 +75,6 @@ def _solve(
     logits.scatter_add_(1, target, -scale)  # p − 1, formed before any rounding to a narrower dtype
     if slope is not None:
         logits.mul_(slope)
+
+
+solve_chunk = chunk_solver(cross_entropy_rows)

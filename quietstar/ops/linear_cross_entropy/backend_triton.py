@@ -1,4 +1,6 @@
-"""The ``triton`` backend: the row kernel, which turns a chunk of logits into nll, entropy and gradient.
+"""The ``triton`` backend: the row kernel, and mixing of hidden states.
+
+The row kernel turns a chunk of logits into nll, entropy and gradient.
 
 Bytes per logit: the matmul writes 4 of float32, the row kernel reads them, and writes 2 of gradient in half precision
 (4 in float32) into the same memory, so that nothing but the one chunk is held. The gradient keeps the rows' pitch: row
@@ -8,6 +10,10 @@ A row of up to 32,768 logits stays in the registers of its program, at most 32 a
 once. Longer rows are read twice, for the sum and for the gradient: 10 bytes. At V = 32,002 the second read would mostly
 hit the L2 cache (132 rows of 125 KiB are in flight), but still cost about a quarter more time there. With a cap,
 or the gradient of an entropy, up to 8,192 stay.
+
+Hidden states are mixed, and their gradient split, in one pass over rows x H each. Bytes per element in half precision:
+6 to mix (two reads, one write); 14 to split the gradient (reads float32 dX, base and thought, writes two gradients; 2
+more where base rows repeat). Library calls move about 34 and 60.
 """
 
 import torch
@@ -17,6 +23,8 @@ from torch import Tensor
 
 from quietstar.ops._triton_softcap import capped
 from quietstar.ops._vocabulary import Softmax
+from quietstar.ops.linear_cross_entropy import hidden
+from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
 from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
 
 _LONGEST_RESIDENT = 32768
@@ -30,6 +38,9 @@ _LOWEST = tl.constexpr(-3.4e38)
 
 # Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
 _FAR_BELOW = tl.constexpr(-1e4)
+
+# Fused multiply-adds by name, since Triton's default is to change.
+_HIDDEN_OPTIONS = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -179,7 +190,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
+    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
     rows, vocabulary = logits.shape
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
@@ -200,3 +211,99 @@ def cross_entropy_rows(
         BLOCK=block, num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=True,  # whatever Triton's default is
     )  # fmt: skip
     return RowResult(nll, entropies, None if scales is None else gradient)
+
+
+solve_chunk = chunk_solver(cross_entropy_rows)
+
+
+@triton.jit
+def _load_pair(base, thought, index, row, columns, inside, base_strides, thought_strides):
+    """Elements of a row of thought, and of the row of base it is mixed with, in float32."""
+    base_row = row
+    if index is not None:
+        base_row = tl.load(index + row).to(tl.int64)
+    columns = columns.to(tl.int64)
+    b = tl.load(base + base_row * base_strides[0] + columns * base_strides[1], mask=inside, other=0.0)
+    t = tl.load(thought + row * thought_strides[0] + columns * thought_strides[1], mask=inside, other=0.0)
+    return b.to(tl.float32), t.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def mix_hidden_kernel(
+    base, thought, mixing_weight, index, mixed, first_row, base_strides, thought_strides, hidden_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of a row of the mix, [rows, H] contiguous, of the rows from ``first_row`` on. Grid: rows, blocks."""
+    place = tl.program_id(0).to(tl.int64)
+    row = first_row + place
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < hidden_size
+    b, t = _load_pair(base, thought, index, row, columns, inside, base_strides, thought_strides)
+    mix = b + tl.load(mixing_weight + row) * (t - b)
+    tl.store(mixed + place * hidden_size + columns, mix, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def split_gradient_kernel(
+    d_mixed, base, thought, mixing_weight, index, d_base, d_thought, d_weight, first_row, base_strides,
+    thought_strides, hidden_size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of base, thought and weight, those that are not None, from that of a row of the mix. Grid: rows.
+
+    All are contiguous and begin at ``first_row``, like ``d_mixed``, which may be ``d_base``.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    row = first_row + place
+    weight = tl.load(mixing_weight + row)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, hidden_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < hidden_size
+        offsets = place * hidden_size + columns
+        g = tl.load(d_mixed + offsets, mask=inside, other=0.0)
+        if d_weight is not None:
+            b, t = _load_pair(base, thought, index, row, columns, inside, base_strides, thought_strides)
+            products += g * (t - b)
+        if d_thought is not None:
+            tl.store(d_thought + offsets, g * weight, mask=inside)
+        if d_base is not None:
+            tl.store(d_base + offsets, g * (1 - weight), mask=inside)
+    if d_weight is not None:
+        tl.store(d_weight + place, tl.sum(products, 0))
+
+
+class MixedHidden(hidden.MixedHidden):
+    """As in ``hidden.py``, in Triton kernels; rows picked by number, as only a CPU does, are left to the library."""
+
+    def __init__(self, *arguments: object):
+        super().__init__(*arguments)
+        self.weight, self.gradient_weight = self.weight.contiguous(), self.gradient_weight.contiguous()
+        self.index = None if self.index is None else self.index.contiguous()
+
+    def read(self, rows: hidden.Rows) -> Tensor:
+        if isinstance(rows, Tensor):
+            return super().read(rows)
+        count, hidden_size = rows.stop - rows.start, self.thought.shape[1]
+        mixed = self.thought.new_empty(count, hidden_size)
+        mix_hidden_kernel[(count, triton.cdiv(hidden_size, _HIDDEN_OPTIONS["BLOCK"]))](
+            self.base, self.thought, self.weight, self.index, mixed, rows.start,
+            self.base.stride(), self.thought.stride(), hidden_size, **_HIDDEN_OPTIONS,
+        )  # fmt: skip
+        return mixed
+
+    def write_gradient(self, rows: hidden.Rows, d_mixed: Tensor) -> None:
+        if isinstance(rows, Tensor):
+            super().write_gradient(rows, d_mixed)
+            return
+        d_base, d_thought, d_weight = (
+            None if gradient is None else gradient[rows] for gradient in (self.d_base, self.d_thought, self.d_weight)
+        )
+        repeats = d_base is not None and self.index is not None
+        if repeats:
+            d_base = d_mixed
+        split_gradient_kernel[(d_mixed.shape[0],)](
+            d_mixed, self.base, self.thought, self.gradient_weight, self.index, d_base, d_thought, d_weight, rows.start,
+            self.base.stride(), self.thought.stride(), d_mixed.shape[1], **_HIDDEN_OPTIONS,
+        )  # fmt: skip
+        if repeats:
+            self._add_to_base(rows, d_mixed)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops.mixing.backends import CrossEntropy, Mix
+
 # Enough bytes in flight: 16 a thread from each of two tensors, and as many of each of the next STAGES - 1 blocks.
 _BLOCK_BYTES, _WARPS = 4096, 8
 _STAGES = tl.constexpr(3)
@@ -116,7 +118,7 @@ def cross_entropy_kernel(
     base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
     units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What ``library.cross_entropy`` returns, for one row. Grid: rows.
+    """A :class:`.backends.CrossEntropy`, for one row. Grid: rows.
 
     Each of BLOCK places keeps its own running maximum of the mix z, Σ exp(z − maximum) and
     Σ exp(z − maximum)·(t − b): threads wait for each other once a row, not once a block. Whichever of maximum and z is
@@ -177,57 +179,46 @@ def cross_entropy_backward_kernel(
     _store_split(d_base, d_thought, row * units * ALIGN, columns, gradient, weight, inside)
 
 
-def mix(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
-    """See ``library.mix``."""
-    mixed = torch.empty_like(base, memory_format=torch.contiguous_format)
-    rows = _Rows(base, thought)
-    mix_kernel[rows.blocks](*rows.tensors, mixing_weight.contiguous(), mixed, *rows.layout, **rows.options)
+def mix(mix: Mix) -> Tensor:
+    """See ``backends.py``."""
+    mixed = torch.empty_like(mix.base, memory_format=torch.contiguous_format)
+    rows = _Rows(mix.base, mix.thought)
+    mix_kernel[rows.blocks](*rows.tensors, mix.weight.contiguous(), mixed, *rows.layout, **rows.options)
     return mixed
 
 
-def mix_backward(
-    grad: Tensor, base: Tensor, thought: Tensor, mixing_weight: Tensor, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``library.mix_backward``."""
-    d_base, d_thought = _gradients(base, needs[:2])
-    d_weight = base.new_empty(base.shape[:-1], dtype=torch.float32) if needs[2] else None
-    rows = _Rows(grad, base, thought)
+def mix_backward(grad: Tensor, mix: Mix, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """See ``backends.py``."""
+    d_base, d_thought = _gradients(mix.base, needs[:2])
+    d_weight = mix.base.new_empty(mix.weight.shape, dtype=torch.float32) if needs[2] else None
+    rows = _Rows(grad, mix.base, mix.thought)
     mix_backward_kernel[rows.whole](
-        *rows.tensors, mixing_weight.contiguous(), d_base, d_thought, d_weight, *rows.layout, **rows.options
+        *rows.tensors, mix.weight.contiguous(), d_base, d_thought, d_weight, *rows.layout, **rows.options
     )
     return d_base, d_thought, d_weight
 
 
-def cross_entropy(
-    base: Tensor, thought: Tensor, mixing_weight: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``library.cross_entropy``."""
-    results = tuple(torch.empty(target.shape, dtype=torch.float32, device=base.device) for _ in range(4))
-    rows = _Rows(base, thought)
+def cross_entropy(mix: Mix, target: Tensor) -> CrossEntropy:
+    """See ``backends.py``."""
+    result = CrossEntropy(*(mix.base.new_empty(target.shape, dtype=torch.float32) for _ in CrossEntropy._fields))
+    rows = _Rows(mix.base, mix.thought)
     cross_entropy_kernel[rows.whole](
-        *rows.tensors, mixing_weight.contiguous(), target.contiguous(), *results, *rows.layout, **rows.options
+        *rows.tensors, mix.weight.contiguous(), target.contiguous(), *result, *rows.layout, **rows.options
     )
-    return results
+    return result
 
 
 def cross_entropy_backward(
-    scale: Tensor,
-    base: Tensor,
-    thought: Tensor,
-    mixing_weight: Tensor,
-    target: Tensor,
-    largest: Tensor,
-    log_total: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """See ``library.cross_entropy_backward``."""
-    d_base, d_thought = _gradients(base, needs)
-    rows = _Rows(base, thought)
+    scale: Tensor, mix: Mix, target: Tensor, result: CrossEntropy, needs: list[bool]
+) -> list[Tensor | None]:
+    """See ``backends.py``."""
+    gradients = _gradients(mix.base, needs)
+    rows = _Rows(mix.base, mix.thought)
     cross_entropy_backward_kernel[rows.blocks](
-        scale.contiguous(), *rows.tensors, mixing_weight.contiguous(), target.contiguous(), largest, log_total,
-        d_base, d_thought, *rows.layout, **rows.options,
+        scale.contiguous(), *rows.tensors, mix.weight.contiguous(), target.contiguous(), result.largest,
+        result.log_total, *gradients, *rows.layout, **rows.options,
     )  # fmt: skip
-    return d_base, d_thought
+    return gradients
 
 
 def _gradients(logits: Tensor, needs: list[bool]) -> list[Tensor | None]:

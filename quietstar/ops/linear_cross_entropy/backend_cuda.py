@@ -6,7 +6,11 @@ from torch import Tensor
 from quietstar.ops._cuda import launch_place
 from quietstar.ops._native import _C, DTYPE_CODES, address
 from quietstar.ops._vocabulary import Softmax
+from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
+from quietstar.ops.linear_cross_entropy.hidden import MixedHidden
 from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
+
+__all__ = ["MixedHidden", "solve_chunk"]
 
 
 def cross_entropy_rows(
@@ -17,7 +21,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.matmuls.RowKernel`."""
+    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
     rows, vocabulary = logits.shape
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
@@ -31,3 +35,6 @@ def cross_entropy_rows(
     )  # fmt: skip
     gradient = None if scales is None else logits.view(gradient_dtype)[:, :vocabulary]
     return RowResult(nll, entropies, gradient)
+
+
+solve_chunk = chunk_solver(cross_entropy_rows)

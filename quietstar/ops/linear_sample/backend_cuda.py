@@ -1,4 +1,4 @@
-"""Row kernel of the ``cuda`` backend: logits are read from memory once, and only what can win is drawn."""
+"""The ``cuda`` backend: its row kernel. logits are read from memory once, and only what can win is drawn."""
 
 from functools import partial
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from quietstar.ops._triton_softcap import cap_logits_
 from quietstar.ops.linear_sample import noise
-from quietstar.ops.linear_sample.inputs import Sampling
+from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals, first_arrivals, row_words
-from quietstar.ops.linear_sample.winner import NO_TOKEN
 
 _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
 

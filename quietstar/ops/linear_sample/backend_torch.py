@@ -1,4 +1,4 @@
-"""Row kernel of the ``torch`` backend.
+"""The ``torch`` backend: its row kernel.
 
 Drawing noise for every token costs several times the matmul at hidden size 256. So the noise of a token is drawn only
 if it can matter: the largest logit of a group and the first arrival in it bound what any of its tokens can score. The
@@ -6,15 +6,16 @@ groups with the largest bounds are drawn first, then those whose bound reaches t
 exactly those that drawing everything would give.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
-from quietstar.ops.linear_sample.chunks import cap_and_suppress_
-from quietstar.ops.linear_sample.inputs import Sampling
+from quietstar.ops.linear_sample.chunks import cap_and_suppress_, sample_in_chunks
+from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling, best_token
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
-from quietstar.ops.linear_sample.winner import NO_TOKEN, best_token
 
 # Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
 _FIRST_DRAWN = 4
@@ -75,3 +76,6 @@ class _Race:
             times = arrivals(self.seed, self.rows[row], group, self.first[row, group], self.places[row, group])
             scores = self.logits.index_select(0, some).div_(self.temperature).sub_(times.log_())
             self.score[row, group], self.place[row, group] = scores.max(dim=1)
+
+
+sample = partial(sample_in_chunks, sample_rows)
