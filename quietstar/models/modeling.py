@@ -28,8 +28,8 @@ from quietstar.models.text import Text
 from quietstar.models.thoughts import HiddenStates, Thinker, run_layers
 from quietstar.models.transformers_names import CACHE, LeftByQuantisers, base_mask, only_cache
 from quietstar.models.weights import weight_of
-from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._checks import check_integer, check_range, check_tensor
+from quietstar.ops._precision import autocast_inputs
 
 
 @dataclass

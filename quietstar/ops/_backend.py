@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from quietstar.ops._availability import interpreted, triton_unavailable
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
-from quietstar.ops._triton import interpreted, triton_unavailable
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 ENVIRONMENT_VARIABLE = "QUIETSTAR_BACKEND"

@@ -1,14 +1,16 @@
-"""The compiled module ``quietstar._C``: whether it is there, and how tensors are handed to it.
+"""The compiled module ``quietstar._C``: whether it is there, how tensors are handed to it, and where it runs.
 
 Its functions take addresses, sizes and strides as plain integers and know no torch, so that one build serves every
 version of torch. What the integers stand for is checked here and in the ops; the functions themselves refuse null,
 negative and misaligned ones.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from quietstar.ops._capability import not_built_for, too_old
+from quietstar.ops._availability import not_built_for, too_old
 
 try:  # after torch: the module then shares torch's OpenMP threads instead of starting its own
     from quietstar import _C
@@ -69,3 +71,14 @@ def unit_columns(tensor: Tensor) -> Tensor:
 def as_rows(tensor: Tensor) -> Tensor:
     """``tensor`` [..., n] as [rows, n] with neighbouring elements in a row; copied only if its strides demand it."""
     return unit_columns(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def launch_place(tensor: Tensor) -> tuple[int, int]:
+    """Number of the tensor's device, and the address of the CUDA stream that is current there."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from quietstar.ops._autocast import autocast_inputs
-from quietstar.ops._precision import autocast_off
+from quietstar.ops._precision import autocast_inputs, autocast_off
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64
 

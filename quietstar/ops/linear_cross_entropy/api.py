@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import (
     Dims,
@@ -17,7 +16,7 @@ from quietstar.ops._checks import (
     check_same_dtype,
 )
 from quietstar.ops._dtensor import gathered
-from quietstar.ops._precision import autocast_off
+from quietstar.ops._precision import autocast_inputs, autocast_off
 from quietstar.ops._vocabulary import (
     Softmax,
     check_head,

@@ -7,9 +7,8 @@ by one, and the name of the backend.
 import torch
 from torch import Tensor
 
-from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
-from quietstar.ops._registration import register_op
+from quietstar.ops._registration import once_differentiable, register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, counted, weighted_sum
 from quietstar.ops.linear_cross_entropy.backends import BACKENDS

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from quietstar.ops._cuda import launch_place
-from quietstar.ops._native import _C, DTYPE_CODES, address
+from quietstar.ops._native import _C, DTYPE_CODES, address, launch_place
 from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
 from quietstar.ops.linear_cross_entropy.hidden import MixedHidden

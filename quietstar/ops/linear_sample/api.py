@@ -5,11 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import Dims, check_floating, check_same_device, check_same_dtype
 from quietstar.ops._dtensor import gathered
-from quietstar.ops._precision import autocast_off
+from quietstar.ops._precision import autocast_inputs, autocast_off
 from quietstar.ops._registration import register_op
 from quietstar.ops._vocabulary import check_head, checked_number, checked_softcap, checked_temperature, suppressed_ids
 from quietstar.ops.linear_sample import reference

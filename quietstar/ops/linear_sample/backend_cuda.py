@@ -5,8 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quietstar.ops._cuda import launch_place
-from quietstar.ops._native import _C, address
+from quietstar.ops._native import _C, address, launch_place
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP

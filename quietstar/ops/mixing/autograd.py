@@ -6,9 +6,8 @@ They take the tensors of a :class:`.backends.Mix` one by one, and the name of th
 import torch
 from torch import Tensor
 
-from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
-from quietstar.ops._registration import register_op
+from quietstar.ops._registration import once_differentiable, register_op
 from quietstar.ops.mixing.backends import BACKENDS, CrossEntropy, Mix
 
 _MIX = "Tensor base_logits, Tensor thought_logits, Tensor mixing_weight"

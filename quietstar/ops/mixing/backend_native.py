@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from quietstar.ops._cuda import launch_place
-from quietstar.ops._native import _C, DTYPE_CODES, address, as_rows
+from quietstar.ops._native import _C, DTYPE_CODES, address, as_rows, launch_place
 from quietstar.ops.mixing.backends import CrossEntropy, Mix
 
 

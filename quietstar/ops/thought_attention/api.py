@@ -5,7 +5,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from quietstar.ops._autocast import autocast_inputs
 from quietstar.ops._backend import select_backend
 from quietstar.ops._checks import (
     Dims,
@@ -16,7 +15,7 @@ from quietstar.ops._checks import (
     check_same_device,
     check_same_dtype,
 )
-from quietstar.ops._precision import autocast_off, compute_dtype
+from quietstar.ops._precision import autocast_inputs, autocast_off, compute_dtype
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
 from quietstar.ops.thought_attention.backends import BACKENDS

@@ -6,9 +6,8 @@ Ops take tensors and numbers: ``Inputs`` and ``Mask`` one by one, and the name o
 import torch
 from torch import Tensor
 
-from quietstar.ops._differentiable import once_differentiable
 from quietstar.ops._precision import compute_dtype
-from quietstar.ops._registration import register_op
+from quietstar.ops._registration import once_differentiable, register_op
 from quietstar.ops.thought_attention.backends import BACKENDS
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
 

@@ -6,8 +6,7 @@ With few query rows the keys are split over blocks, whose results a second kerne
 import torch
 from torch import Tensor
 
-from quietstar.ops._cuda import launch_place, processors
-from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
+from quietstar.ops._native import _C, DTYPE_CODES, address, launch_place, processors, unit_columns
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
 
 # A block takes at least this many keys: for fewer, starting it and adding up its result cost more.

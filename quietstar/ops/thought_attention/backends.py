@@ -11,9 +11,9 @@ gradients are made by autograd.
 
 from types import ModuleType
 
+from quietstar.ops._availability import triton_unavailable
 from quietstar.ops._backend import Backend, always_available
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
-from quietstar.ops._triton import triton_unavailable
 from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 

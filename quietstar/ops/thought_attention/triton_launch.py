@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from quietstar.ops._triton import interpreted
+from quietstar.ops._availability import interpreted
 
 
 class Tile(NamedTuple):

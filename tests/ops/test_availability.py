@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quietstar.ops import _native, _triton, mix_logits
+from quietstar.ops import _availability, _native, mix_logits
+from quietstar.ops._availability import not_built_for, runs_on, too_old, triton_unavailable
 from quietstar.ops._backend import Backend, select_backend
-from quietstar.ops._capability import not_built_for, runs_on, too_old
 from quietstar.ops._native import cuda_unavailable
-from quietstar.ops._triton import triton_unavailable
 
 TURING, AMPERE, GEFORCE, ORIN, ADA, HOPPER = (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0)
 BLACKWELL, ULTRA, THOR, RTX, SPARK = (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)
@@ -52,7 +51,7 @@ def test_code_runs_on_what_it_was_compiled_for_and_what_is_compatible(architectu
 @pytest.fixture
 def machine(monkeypatch):
     """Stands in for a machine with GPUs of the given capabilities; returns a tensor on one of them, without memory."""
-    monkeypatch.setattr(_triton, "_INSTALLED", True)
+    monkeypatch.setattr(_availability, "_TRITON_INSTALLED", True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.version, "hip", None)
     capabilities = []
@@ -101,7 +100,7 @@ def test_the_module_must_be_built_for_the_gpu_of_the_tensor(machine, built_for, 
         "`pip install . -C cmake.define.CMAKE_CUDA_ARCHITECTURES=120-real` builds it for that "
         "(so does the environment variable CUDAARCHS)"
     )
-    monkeypatch.setattr(_triton, "_INSTALLED", False)
+    monkeypatch.setattr(_availability, "_TRITON_INSTALLED", False)
     assert (auto(machine(RTX, HOPPER)), auto(machine(RTX, HOPPER, device=1))) == ("torch", "cuda")
 
 

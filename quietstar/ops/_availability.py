@@ -1,9 +1,17 @@
-"""Which GPUs compiled code runs on, by compute capability."""
+"""Whether kernels can run here: Triton's at all, and compiled code on a GPU, by its compute capability.
+
+Nothing here imports triton: that waits for the first kernel.
+"""
 
 import functools
+import importlib.util
+import os
 import re
 
 import torch
+from torch import Tensor
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 Capability = tuple[int, int]
 """Major and minor number, as PyTorch reports them."""
@@ -12,6 +20,24 @@ Capability = tuple[int, int]
 _LEAST = 8, 0
 # GPUs beside a CPU on one chip. Machine code is exchanged neither with the others of their generation nor among them.
 _INTEGRATED = {(8, 7), (10, 1), (11, 0)}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device. It is for tests: correct, and very slow."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_unavailable(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot run on ``tensor``, in one clause; None if they can."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "its kernels compute in float32, which is too little for float64 inputs"
+    if interpreted():
+        return "Triton's interpreter does not round to bfloat16" if tensor.dtype == torch.bfloat16 else None
+    if tensor.device.type != "cuda":
+        return f"its kernels need a GPU and the inputs are on {tensor.device.type} (to test them: TRITON_INTERPRET=1)"
+    return too_old(tensor.device)
 
 
 def too_old(device: torch.device) -> str | None:
