@@ -13,8 +13,7 @@ from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within,
 from quietstar.ops._vocabulary import Softmax, counted, weighted_sum
 from quietstar.ops.linear_cross_entropy.backends import BACKENDS
 from quietstar.ops.linear_cross_entropy.chunks import cross_entropy_in_chunks
-from quietstar.ops.linear_cross_entropy.hidden import PlainHidden
-from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, Scales
+from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden, PlainHidden, Scales
 
 
 def _cross_entropy(*arguments):

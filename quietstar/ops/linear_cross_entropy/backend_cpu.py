@@ -5,8 +5,7 @@ from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, unit_columns
 from quietstar.ops._rows import logits_buffer
-from quietstar.ops.linear_cross_entropy.hidden import MixedHidden
-from quietstar.ops.linear_cross_entropy.inputs import Chunk, ChunkResult
+from quietstar.ops.linear_cross_entropy.inputs import Chunk, ChunkResult, MixedHidden
 
 __all__ = ["MixedHidden", "solve_chunk"]
 

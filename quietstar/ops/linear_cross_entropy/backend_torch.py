@@ -15,8 +15,7 @@ from torch import Tensor
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, cap_logits_
 from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
-from quietstar.ops.linear_cross_entropy.hidden import MixedHidden
-from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
+from quietstar.ops.linear_cross_entropy.inputs import MixedHidden, RowResult, Scales
 
 __all__ = ["MixedHidden", "solve_chunk"]
 

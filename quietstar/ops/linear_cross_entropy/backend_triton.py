@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quietstar.ops._triton_softcap import capped
 from quietstar.ops._vocabulary import Softmax
-from quietstar.ops.linear_cross_entropy import hidden
+from quietstar.ops.linear_cross_entropy import inputs
 from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
 from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
 
@@ -272,15 +272,15 @@ def split_gradient_kernel(
         tl.store(d_weight + place, tl.sum(products, 0))
 
 
-class MixedHidden(hidden.MixedHidden):
-    """As in ``hidden.py``, in Triton kernels; rows picked by number, as only a CPU does, are left to the library."""
+class MixedHidden(inputs.MixedHidden):
+    """As in ``inputs.py``, in Triton kernels; rows picked by number, as only a CPU does, are left to the library."""
 
     def __init__(self, *arguments: object):
         super().__init__(*arguments)
         self.weight, self.gradient_weight = self.weight.contiguous(), self.gradient_weight.contiguous()
         self.index = None if self.index is None else self.index.contiguous()
 
-    def read(self, rows: hidden.Rows) -> Tensor:
+    def read(self, rows: inputs.Rows) -> Tensor:
         if isinstance(rows, Tensor):
             return super().read(rows)
         count, hidden_size = rows.stop - rows.start, self.thought.shape[1]
@@ -291,7 +291,7 @@ class MixedHidden(hidden.MixedHidden):
         )  # fmt: skip
         return mixed
 
-    def write_gradient(self, rows: hidden.Rows, d_mixed: Tensor) -> None:
+    def write_gradient(self, rows: inputs.Rows, d_mixed: Tensor) -> None:
         if isinstance(rows, Tensor):
             super().write_gradient(rows, d_mixed)
             return

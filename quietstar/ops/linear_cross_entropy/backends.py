@@ -3,7 +3,7 @@
 Each is a module with
 
     solve_chunk(chunk, d_weight, needs_hidden, needs_weight) -> ChunkResult    (``chunks.ChunkKernel``)
-    MixedHidden                                                                (``hidden.MixedHidden``)
+    MixedHidden                                                                (``inputs.MixedHidden``)
 
 The reference is called by itself: its gradients are made by autograd.
 """

@@ -10,8 +10,16 @@ from quietstar.ops._head_matmuls import add_weight_gradient, hidden_gradient, lo
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, mark_rows
-from quietstar.ops.linear_cross_entropy.hidden import MixedHidden, PlainHidden, Rows
-from quietstar.ops.linear_cross_entropy.inputs import Call, Chunk, ChunkResult, RowResult, Scales
+from quietstar.ops.linear_cross_entropy.inputs import (
+    Call,
+    Chunk,
+    ChunkResult,
+    MixedHidden,
+    PlainHidden,
+    RowResult,
+    Rows,
+    Scales,
+)
 
 
 class ChunkKernel(Protocol):
