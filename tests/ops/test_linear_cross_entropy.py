@@ -449,9 +449,12 @@ def test_compile(backend, reduction, mixed):
 def test_compiled_wrong_target_gives_nan():
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    loss, nll = compiled(hidden, weight, torch.tensor([0, 5, -100]), return_nll=True)
+    loss, nll, entropy = compiled(
+        hidden, weight, torch.tensor([0, 5, -100]), return_nll=True, return_entropy=True
+    )  # fmt: skip
     assert loss.isnan()
-    assert nll.isnan().tolist() == [False, True, False]
+    assert nll.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+    assert entropy[2] == nll[2] == 0
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [False] * 4, [True, False, False, True]])
