@@ -161,7 +161,9 @@ def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None
         _check_of_rows("row_weight", row_weight, reduction, target)
 
 
-def checked_entropy_weight(entropy_weight: float | Tensor | None, reduction: str, target: Tensor) -> Tensor | None:
+def checked_entropy_weight(
+    entropy_weight: float | Tensor | None, reduction: str, target: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """What the entropy of every row of ``target`` weighs in a loss, as a tensor; None if it has no part in it."""
     if entropy_weight is None:
         return None
@@ -169,7 +171,7 @@ def checked_entropy_weight(entropy_weight: float | Tensor | None, reduction: str
         number = checked_number("entropy_weight", entropy_weight, "None, a number or a torch.Tensor")
         if not math.isfinite(number):
             raise ValueError(f"entropy_weight must be finite, got {number}")
-        entropy_weight = torch.full(target.shape, number, dtype=torch.float64, device=target.device)
+        entropy_weight = torch.full(target.shape, number, dtype=compute_dtype(dtype), device=target.device)
     _check_of_rows("entropy_weight", entropy_weight, reduction, target)
     return entropy_weight
 

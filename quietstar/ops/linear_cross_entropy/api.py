@@ -246,7 +246,7 @@ def _cross_entropy(
     """What both functions share, from the checks of the rows on."""
     check_integer("target", target)
     check_reduction(reduce.reduction, reduce.ignore_index, reduce.row_weight, target)
-    entropy_weight = checked_entropy_weight(reduce.entropy_weight, reduce.reduction, target)
+    entropy_weight = checked_entropy_weight(reduce.entropy_weight, reduce.reduction, target, weight.dtype)
     check_head(*weight.shape, "hidden" if hidden.thought is None else "base_hidden")
     target = marked_target(target, weight.shape[0], reduce.ignore_index, softmax.suppress)
     scales = entropy_scale = None
