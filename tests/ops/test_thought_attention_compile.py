@@ -167,7 +167,7 @@ def test_options_fit(architecture):
 @pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
 def test_values_of_another_size_fit(architecture):
     kernels = compiled(__file__, "launch_value_heads", (architecture,))[architecture]
-    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=8)
+    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=24)
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)
