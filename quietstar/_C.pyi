@@ -1,6 +1,6 @@
 from types import ModuleType
 
-# Called by quietstar/ops/*/native*.py and backend_*.py only; the signatures are in csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp.
+# Called by quietstar/ops/*/backend_*.py only; the signatures are in csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp.
 cpu: ModuleType
 cuda: ModuleType  # only in builds with CUDA
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quietstar.ops import _native
-from quietstar.ops._triton import interpreted
+from quietstar.ops._availability import interpreted
 
 _COMPILED = pytest.mark.skipif(_native._C is None, reason="needs the compiled module: `pip install .` builds it")
 _CPU = pytest.param("cpu", marks=_COMPILED)

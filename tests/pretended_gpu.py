@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waiting import without_waiting
 
-from quietstar.ops import _cuda
+from quietstar.ops import _native
 
 
 class Gpu(NamedTuple):
@@ -113,7 +113,7 @@ def nothing_waits() -> Iterator[None]:
 
 
 def _cached_processors() -> list:
-    found = [_cuda.processors]
+    found = [_native.processors]
     with contextlib.suppress(ImportError):
         found.append(importlib.import_module("quietstar.ops.thought_attention.triton_launch").processors)
     return found

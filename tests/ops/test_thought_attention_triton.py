@@ -13,7 +13,7 @@ from thought_attention_cases import CASES, GPU_CASES, INPUTS, case, make_inputs,
 from tolerances import assert_as_accurate
 
 from quietstar.ops import thought_attention
-from quietstar.ops._triton import interpreted
+from quietstar.ops._availability import interpreted
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -16,7 +16,7 @@ def start(target: str) -> None:
     """Emulate the kernels of Triton and CUDA in this process."""
     import simt
 
-    from quietstar.ops import _triton
+    from quietstar.ops._availability import triton_unavailable
 
     from . import cuda_launches, triton_launches
 
@@ -24,7 +24,7 @@ def start(target: str) -> None:
 
     architecture = TRITON[target]
     triton_launches.emulate(architecture)
-    _let_triton_run_on_the_cpu(_triton.triton_unavailable)
+    _let_triton_run_on_the_cpu(triton_unavailable)
     launch = importlib.import_module("quietstar.ops.thought_attention.triton_launch")
     launch.processors = lambda device: PROCESSORS[architecture]
 
@@ -36,10 +36,10 @@ def _let_triton_run_on_the_cpu(unavailable: Callable) -> None:
         return unavailable(tensor) if tensor.dtype == torch.float64 else None
 
     for op in OPS:
-        api = importlib.import_module(f"quietstar.ops.{op}.api")
-        api.triton_unavailable = emulated
-        if api._BACKENDS["triton"] is unavailable:
-            api._BACKENDS["triton"] = emulated
+        backends = importlib.import_module(f"quietstar.ops.{op}.backends")
+        backends.triton_unavailable = emulated
+        if backends.BACKENDS["triton"].unavailable is unavailable:
+            backends.BACKENDS["triton"] = backends.BACKENDS["triton"]._replace(unavailable=emulated)
 
 
 class Plugin:

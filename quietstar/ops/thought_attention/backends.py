@@ -68,20 +68,6 @@ def _head_too_large(inputs: Inputs, largest: int) -> str | None:
     return None
 
 
-def _lacks(inputs: Inputs, mask: Mask) -> str | None:
-    if mask.thought_lengths is not None:
-        return "its kernels have no thought_lengths"
-    if not mask.causal:
-        return "its kernels have no causal=False"
-    if mask.softcap is not None:
-        return "its kernels have no softcap"
-    if mask.window is not None and mask.window_from_step:
-        return "its kernels have no window_from='step'"
-    if inputs.value.shape[-1] != inputs.query.shape[-1]:
-        return "its kernels take values of the size of keys"
-    return None
-
-
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(_triton_unavailable, _triton),
