@@ -113,22 +113,29 @@ def test_a_wrong_pointer_contract_raises(change, message, shim):
 
 def test_wrong_contracts_of_the_other_functions(shim):
     at = ROW.data_ptr()
-    tensor, base = (at, [8, 8, 8, 8]), (at, [8, 8, 8])
-    sizes = [1, 1, 1, 1, 1, 1, 1, 8]
+    thought, base, rows = (at, [8, 8, 8, 8]), (at, [8, 8, 8]), (at, [8, 8, 8])
+    tensors = {
+        "query": thought, "key": base, "value": base, "thought_key": thought, "thought_value": thought,
+        "output": thought, "lse": rows,
+    }  # fmt: skip
+    sizes = [1, 1, 1, 1, 1, 1, 1, 8, 8, 1]  # B, Hq, Hkv, P, S, T, L, D, Dv, splits
+    nothing = 0, [0, 0]
 
-    def attend(sizes=sizes, query=tensor, splits=1, key_start=(0, [0, 0])):
-        shim.cuda.thought_attention(
-            0, sizes, query, base, base, tensor, tensor, (at, [1, 1]), key_start, 1, 1.0, at, at, 0, 0, splits, 0, 0
-        )
+    def attend(place=None, size=None, key_start=nothing, **changed):
+        given = sizes[:place] if size is None else [size if i == place else x for i, x in enumerate(sizes)]
+        mask = ((at, [1, 1]), key_start, nothing, 0, False, True, 1.0, 0.0)
+        shim.cuda.thought_attention(0, given, mask, tensors | changed, 0, 0)
 
-    with pytest.raises(ValueError, match="sizes must be B, Hq, Hkv, P, S, T, L, D, got 7"):
-        attend(sizes[:7])
+    with pytest.raises(ValueError, match="sizes must be B, Hq, Hkv, P, S, T, L, D, Dv, splits, got 9"):
+        attend(9)
     with pytest.raises(ValueError, match="Hq must be a multiple of Hkv, got 1"):
-        attend([1, 1, 2, 1, 1, 1, 1, 8])
+        attend(2, 2)
     with pytest.raises(ValueError, match="D must be at most 128, got 129"):
-        attend([*sizes[:7], 129])
+        attend(7, 129)
+    with pytest.raises(ValueError, match="Dv must be at most 128, got 129"):
+        attend(8, 129)
     with pytest.raises(ValueError, match="T must be at least 2, got 1"):
-        attend([1, 1, 1, 1, 2, 1, 1, 8])
+        attend(4, 2)
     with pytest.raises(ValueError, match="query must come with 4 strides, got 3"):
         attend(query=base)
     with pytest.raises(ValueError, match="key_start must come with 2 strides, got 1"):
@@ -137,8 +144,8 @@ def test_wrong_contracts_of_the_other_functions(shim):
         attend(key_start=(at, [1, 2]))
     with pytest.raises(ValueError, match="key_start must be aligned to 8 bytes"):
         attend(key_start=(at + 4, [1, 1]))
-    with pytest.raises(ValueError, match="split_output must not be null"):
-        attend(splits=2)
+    with pytest.raises(ValueError, match="split_output must be among the tensors"):
+        attend(9, 2)
     with pytest.raises(ValueError, match="logits must be aligned to 16 bytes"):
         shim.cuda.sample_rows(at + 4, at, at, 0, 1.0, 0.0, 0, 1.0, 1, 1, 0, 0)
     with pytest.raises(ValueError, match="temperature must be positive"):
