@@ -2,7 +2,8 @@
 
 ``compiled(script, function)`` runs ``function`` of a Python file in a process of its own for every architecture. There,
 kernels are compiled as they are launched, with the very arguments and options of the launch, on CPU tensors; none is
-run. The function calls what launches the kernels and ignores the results, which are garbage.
+run. The function calls what launches the kernels and ignores the results, which are garbage. ``"function:64"`` hands
+the number to it.
 
 ``launched(script, *functions)`` does the same in a tenth of the time, up to Triton's own intermediate code.
 """
@@ -56,6 +57,22 @@ def spill_limit(dtype: torch.dtype = torch.bfloat16) -> int:
     if dtype == torch.float32:
         return 288 if version == ("3", "6") else 256
     return {("3", "6"): 16, ("3", "7"): 24}.get(version, 0)
+
+
+def is_serialised(kernel: Kernel) -> bool:
+    """Whether ptxas makes each wgmma of a kernel wait for the one before: it says so by a warning, C7510 to C7519."""
+    if "wgmma" not in kernel.ptx:
+        return False
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.ptx)
+        target = re.search(r"^\.target (\w+)", kernel.ptx, re.M)[1]
+        command = [get_ptxas(kernel.architecture).path, "-v", f"--gpu-name={target}", source, "-o", f"{folder}/cubin"]
+        said = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
+    assert kernel.name in said, said  # -v was understood, so that silence means something
+    return re.search(r"\bC75\d\d\b", said) is not None
 
 
 class Launch(NamedTuple):
@@ -155,8 +172,9 @@ def _compile_launches(script: str, function: str, architecture: int, stage: str)
     if stage == "ttir":
         _stop_behind_ttir()
     pretend_gpu(architecture)
-    for name in function.split(","):
-        functions[name]()
+    for call in function.split(","):
+        name, *numbers = call.split(":")
+        functions[name](*map(int, numbers))
     return launches if stage == "ttir" else [_kernel(kernel) for kernel in found.values()]
 
 

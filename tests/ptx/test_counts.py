@@ -1,0 +1,102 @@
+"""What our launches would have a GPU do stays within 5 % of counts.json: bank conflicts, FLOPs, traffic."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptx.counts import KEPT, Row, compilers, differences
+from ptx.emulated import needs_compiler
+from ptx.units import Work
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+COUNTS = json.loads(KEPT.read_text())
+
+
+def counts(*options):
+    """The command, in a process without Triton's interpreter."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-P", "-m", "ptx.counts", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def assert_as_kept(*options):
+    done = counts("--check", *options)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nif meant: python -m tests.ptx.counts --write"
+    print(done.stdout)
+
+
+def skip_with_others(**versions):
+    kept = {name: COUNTS["compilers"][name] for name in versions}
+    if versions != kept:
+        pytest.skip(f"{KEPT.name} is of {kept}, this is {versions}")
+
+
+@needs_compiler
+def test_quick_ones():
+    skip_with_others(**compilers(cuda=False))
+    assert_as_kept("--quick")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_all():
+    versions = compilers()
+    if "nvcc" not in versions:
+        pytest.skip("nvcc is not on PATH")
+    skip_with_others(**versions)
+    assert_as_kept()
+
+
+WORK = Work(launches=1, blocks=8, matrix_flop=4096_000, exp=16_000, wavefronts=1200, least_wavefronts=1000, sectors=500)
+
+
+def row(**changed):
+    return Row("sm_90", "a call", "a_kernel", WORK._replace(**changed), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, None),
+        ({"wavefronts": 1259}, None),
+        ({"wavefronts": 2400}, "wavefronts 2400, 2.00 times the 1200"),
+        ({"wavefronts": 1000}, "wavefronts 1000, 0.83 times the 1200"),  # better: to be written
+        ({"matrix_flop": 4400_000}, "matrix_flop 4400000"),
+        ({"barriers": 1}, "barriers 1, not the 0"),
+    ],
+)
+def test_what_differs_is_named(changed, expected):
+    kept = {row().key: WORK._asdict()}
+    found = differences([row(**changed)], kept)
+    assert len(found) == (expected is not None)
+    assert all(expected in text and "sm_90 | a call | a_kernel" in text for text in found)
+
+
+def test_kernels_that_come_and_go_are_named():
+    kept = {row().key.replace("a_kernel", "another_kernel"): WORK._asdict(), "sm_80 | a call | a_kernel": {}}
+    assert [text.split(" | ")[2] for text in differences([row()], kept)] == [
+        "a_kernel: launched, but not in counts.json",
+        "another_kernel: in counts.json, but not launched",
+    ]
+
+
+def test_cycles_of_units():
+    cycles = WORK._replace(operand_bytes=1280, instructions=400).cycles("sm_90")
+    assert cycles == {"matrix": 1000, "exp": 1000, "fp32": 0, "int": 0, "shared": 1210, "global": 250, "issue": 100}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--call", "nothing"], "--call must be part of a name of "), (["--write", "--quick"], "--write must be given")],
+)
+def test_bad_arguments(options, message):
+    done = counts(*options)
+    assert done.returncode == 2
+    assert message in done.stderr
