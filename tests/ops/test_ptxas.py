@@ -55,6 +55,7 @@ def nvcc(source, *options):
 
 def usages(source, architecture, folder):
     report = nvcc(source, f"-arch={architecture}", "-Xptxas=-v", "-cubin", "-o", str(folder / "kernels.cubin"))
+    assert not re.search(r"\bC75\d\d\b", report), report  # ptxas lets each wgmma wait for the one before
     entries = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",

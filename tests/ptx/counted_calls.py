@@ -159,9 +159,10 @@ def _calls() -> dict[str, Call]:
     return calls | {f"CUDA: {name}": Call(run, cuda=True) for name, run in in_cuda.items()}
 
 
-# Counted by default: each in a second or two.
+CALLS = _calls()
+# Counted by default: every Triton kernel, in a second or less.
 QUICK = (
     "training, S = T = 14, D = 64", "sampling step, S = 1, T = 12, D = 128", "decoding, D = 128", "mixing",
-    "cross-entropy rows", "mixed hidden states",
+    "cross-entropy rows", "cross-entropy rows, V = 128256", "mixed hidden states", "sampling in the matmul",
+    "sampling, top_k",
 )  # fmt: skip
-CALLS = _calls()

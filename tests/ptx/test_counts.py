@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ptx.counts import KEPT, Row, compilers, differences
-from ptx.emulated import needs_compiler
+from ptx.emulated import every_target, kernels_of, needs_compiler
+from ptx.plugin import OPS
 from ptx.units import Work
 
 pytest.importorskip("triton")
@@ -51,6 +52,12 @@ def test_all():
         pytest.skip("nvcc is not on PATH")
     skip_with_others(**versions)
     assert_as_kept()
+
+
+@every_target
+def test_every_triton_kernel_is_counted(target):
+    counted = {key.split(" | ")[2] for key in COUNTS["counts"] if key.startswith(target)}
+    assert set.union(*map(kernels_of, OPS)) - counted == set()
 
 
 WORK = Work(launches=1, blocks=8, matrix_flop=4096_000, exp=16_000, wavefronts=1200, least_wavefronts=1000, sectors=500)

@@ -13,7 +13,7 @@ LANES = 32
 #   Native Arithmetic Instructions", compute capability 8.0 and 9.0.
 # - wavefronts: one of 32 banks of 4 bytes, the same guide, "Shared Memory".
 # - sectors: 64 bytes, the width of the way from the L2 cache to one multiprocessor. All of them together get less (the
-#   white paper on the A100: 5120 bytes, 47 a multiprocessor), so this bound is a generous one.
+#   white paper on the A100: 5120 bytes, 47 a multiprocessor). What the L1 cache holds does not come that way.
 # - instructions of warps: four schedulers, one each; the same guide, sections on 8.x and 9.0.
 RATES = {
     "sm_80": {"matrix": 2048, "exp": 16, "fp32": 64, "int": 64, "shared": 1, "global": 2, "issue": 4},
@@ -41,7 +41,7 @@ class Work(NamedTuple):
     operand_bytes: int = 0
     """Of shared memory, read by matrix units on their own (wgmma) and written by TMA: these meet no conflicts."""
     sectors: int = 0
-    """Of 32 bytes of global memory, read and written."""
+    """Of 32 bytes of global memory that instructions read and write, as if the L1 cache held none."""
     barriers: int = 0
     """Of a warp."""
     instructions: int = 0
