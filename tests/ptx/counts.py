@@ -145,8 +145,6 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    os.environ.pop("TRITON_INTERPRET", None)  # before anything imports Triton
-    sys.path.insert(0, str(TESTS))
     from .counted_calls import CALLS, QUICK
 
     parser = argparse.ArgumentParser("python -m tests.ptx.counts", description=__doc__.splitlines()[0])
@@ -174,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     everything = [row for each in rows.values() for row in each]
     if options.check:
         wrong = differences(everything, kept["counts"])
-        print(*wrong, sep="\n")
+        for difference in wrong:
+            print(difference)
         print(f"{len(everything)} kernels counted, {len(wrong)} counts differ by more than {TOLERANCE:.0%}")
         return 1 if wrong else 0
     tables = "\n\n".join(f"## {target}\n\n{table(each)}" for target, each in rows.items())
@@ -189,4 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before anything imports Triton
+    sys.path.insert(0, str(TESTS))
     sys.exit(main())

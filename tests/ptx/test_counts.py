@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ptx.counts import KEPT, Row, compilers, differences
+from ptx.counts import KEPT, Row, compilers, differences, main
 from ptx.emulated import every_target, kernels_of, needs_compiler
 from ptx.plugin import OPS
 from ptx.units import Work
@@ -18,18 +19,14 @@ ROOT = Path(__file__).parents[2]
 COUNTS = json.loads(KEPT.read_text())
 
 
-def counts(*options):
-    """The command, in a process without Triton's interpreter."""
+def assert_as_kept(*options):
+    """By the command, in a process without Triton's interpreter."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-P", "-m", "ptx.counts", *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def assert_as_kept(*options):
-    done = counts("--check", *options)
+    command = [sys.executable, "-P", "-m", "ptx.counts", "--check", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nif meant: python -m tests.ptx.counts --write"
-    print(done.stdout)
+    assert re.search(r"^[1-9]\d* kernels counted, 0 counts differ", done.stdout, re.M), done.stdout
 
 
 def skip_with_others(**versions):
@@ -98,12 +95,24 @@ def test_cycles_of_units():
     assert cycles == {"matrix": 1000, "exp": 1000, "fp32": 0, "int": 0, "shared": 1210, "global": 250, "issue": 100}
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--call", "nothing"], "--call must be part of a name of "), (["--write", "--quick"], "--write must be given")],
+    [
+        (["--call", "nothing"], "--call must be part of a name of "),
+        (["--write", "--quick"], "--write must be given alone"),
+        (["--write", "--target", "sm_80"], "--write must be given alone"),
+        (["--target", "sm_100"], "invalid choice: 'sm_100'"),
+    ],
 )
-def test_bad_arguments(options, message):
-    done = counts(*options)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_arguments(options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_counts_of_other_compilers_are_not_compared(monkeypatch, capsys):
+    monkeypatch.setattr("ptx.counts.compilers", lambda cuda: {"triton": "0.1"})
+    with pytest.raises(SystemExit):
+        main(["--check", "--quick"])
+    assert "compilers must be" in capsys.readouterr().err
