@@ -10,7 +10,10 @@ from torch import Tensor
 
 from quietstar.ops import linear_sample, mix_logits, mixed_cross_entropy, thought_attention
 from quietstar.ops._rows import logits_buffer
-from quietstar.ops.thought_attention import native_cuda
+from quietstar.ops._vocabulary import Softmax
+from quietstar.ops.linear_cross_entropy import backends as linear_cross_entropy_backends
+from quietstar.ops.linear_cross_entropy.inputs import Scales
+from quietstar.ops.thought_attention import backend_cuda
 from quietstar.ops.thought_attention.cost import thought_attention_cost
 
 BF16 = torch.bfloat16
@@ -53,7 +56,7 @@ def _attention(
     options = {"anchors": torch.arange(length - anchors, length)}
     from quietstar.ops.thought_attention import triton_launch
 
-    module = triton_launch if backend == "triton" else native_cuda
+    module = triton_launch if backend == "triton" else backend_cuda
     chosen = module.processors if processors is None else lambda device: processors
     with mock.patch.object(module, "processors", chosen):
         output = thought_attention(*inputs, **options, backend=backend)
@@ -92,23 +95,20 @@ def _mixing(backend: str) -> dict[str, Need]:
 
 def _cross_entropy_rows(backend: str, vocabulary: int = VOCABULARY) -> dict[str, Need]:
     """Float32 logits, and over them their gradient in half precision."""
-    if backend == "triton":
-        from quietstar.ops.linear_cross_entropy.triton_kernels import cross_entropy_rows
-    else:
-        from quietstar.ops.linear_cross_entropy.native_cuda import cross_entropy_rows
+    kernels = linear_cross_entropy_backends.BACKENDS[backend].load()
     rows = 4
     logits = logits_buffer(rows, vocabulary, torch.float32, torch.device("cpu"))
     logits.copy_(_normal(*logits.shape))
-    cross_entropy_rows(logits, torch.arange(rows), torch.ones(rows), 1.0, None, BF16)
+    scales = Scales(torch.ones(rows), None)
+    kernels.cross_entropy_rows(logits, Softmax(1.0, None, None), torch.arange(rows), scales, False, BF16)
     need = Need(bytes=6 * rows * vocabulary)
     return dict.fromkeys(("resident_kernel", "streaming_kernel", "cross_entropy_row_kernel"), need)
 
 
 def _mixed_hidden() -> dict[str, Need]:
-    from quietstar.ops.linear_cross_entropy.triton_hidden import FusedMixedHidden
-
     rows, size = 16, 4096
-    mixed = FusedMixedHidden(_normal(rows, size), _normal(rows, size), torch.rand(rows), None, [True] * 3)
+    kernels = linear_cross_entropy_backends.BACKENDS["triton"].load()
+    mixed = kernels.MixedHidden(_normal(rows, size), _normal(rows, size), torch.rand(rows), None, [True] * 3)
     mixed.read(slice(0, rows))
     mixed.write_gradient(slice(0, rows), torch.randn(rows, size))
     return {"mix_hidden_kernel": Need(bytes=6 * rows * size), "split_gradient_kernel": Need(bytes=12 * rows * size)}

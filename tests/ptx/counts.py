@@ -86,13 +86,13 @@ def _cuda_kernels(target: str) -> Iterator[None]:
     import pytest
     from simt import use_cuda_kernels
 
-    from quietstar.ops.thought_attention import native_cuda
+    from quietstar.ops.thought_attention import backend_cuda
 
     from .plugin import PROCESSORS, TRITON
 
     with pytest.MonkeyPatch.context() as patch:
         use_cuda_kernels(patch)
-        patch.setattr(native_cuda, "processors", lambda device: PROCESSORS[TRITON[target]])
+        patch.setattr(backend_cuda, "processors", lambda device: PROCESSORS[TRITON[target]])
         yield
 
 
