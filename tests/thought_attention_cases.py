@@ -1,5 +1,7 @@
 """Calls of thought attention that the tests of all backends share."""
 
+import random
+
 import torch
 
 INPUTS = ("query", "key", "value", "thought_key", "thought_value")
@@ -142,6 +144,40 @@ GPU_CASES = {
         {"anchors": [299]},
     ),
 }  # fmt: skip
+
+
+def combination(seed):
+    """A case with options drawn at random: any of them beside any other."""
+    draw = random.Random(seed)
+    length, steps, batch = draw.randint(1, 10), draw.randint(1, 4), draw.choice([1, 2])
+    every = draw.random() < 0.3
+    num_anchors, thought_steps = length if every else draw.randint(1, 7), steps + draw.randint(0, 3)
+    query_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1), (2, 2)])
+
+    def numbers(low, high, whole_batch=True):
+        rows = [[draw.randint(low, high) for _ in range(num_anchors)] for _ in range(batch)]
+        return rows[0] if whole_batch and draw.random() < 0.5 else rows
+
+    options = {} if every else {"anchors": numbers(-1, length - 1)}
+    possible = {
+        "key_start": draw.choice([[draw.randint(0, length) for _ in range(batch)], numbers(0, length, False)]),
+        "thought_lengths": numbers(0, thought_steps),
+        "window": draw.randint(1, length + thought_steps),
+        "causal": False,
+        "scale": draw.choice([-1, 1]) * draw.uniform(0.1, 1.5),
+        "softcap": draw.uniform(0.3, 5),
+    }
+    options |= {name: value for name, value in possible.items() if draw.random() < 0.5}
+    if "window" in options:
+        options["window_from"] = draw.choice(["anchor", "step"])
+    shapes = {
+        "batch": batch, "query_heads": query_heads, "kv_heads": kv_heads, "length": length, "num_anchors": num_anchors,
+        "steps": steps, "thought_steps": thought_steps, "head": draw.randint(1, 9), "value_head": draw.randint(1, 9),
+    }  # fmt: skip
+    return shapes, options
+
+
+CASES |= {f"combination {seed}": combination(seed) for seed in range(24)}
 
 
 def case(name, dtype=torch.float32, device="cpu", cases=CASES):
