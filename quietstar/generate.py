@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--stream", action="store_true", help="print as it comes")
     parser.add_argument("--json", action="store_true", help="print JSON: one object, or with --stream one per line")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(attach_texts(arguments, "--prompt", "--thoughts"))
     logging.disable_progress_bar()
     try:
         _generate(options)

@@ -7,6 +7,9 @@ import pytest
 import torch
 from backends import FAST
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported; "auto" still passes Triton over
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -15,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """How Triton's kernels run, before any is imported."""
+    """Kernels that are emulated are not interpreted."""
     target = config.getoption("--emulate")
     if target is not None:
         from ptx import plugin
@@ -23,8 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("TRITON_INTERPRET", None)
         plugin.start(target)
         config.pluginmanager.register(plugin.Plugin(target))
-    elif not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # "auto" still passes Triton over
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarConfig
 from quietstar.models.configuration import INTERVALS
@@ -186,8 +187,9 @@ class TrainParser(HfArgumentParser):
     def parse(self, argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PaperTrainingArguments]:
         """Parsed ``argv``; bad usage exits with code 2, as argparse does."""
         try:
+            arguments = attach_texts(argv, "--initial_text", "--initial-text")
             *groups, unknown = self.parse_args_into_dataclasses(
-                list(argv), return_remaining_strings=True, look_for_args_file=False
+                arguments, return_remaining_strings=True, look_for_args_file=False
             )
         except (
             TypeError,
