@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from itertools import islice
@@ -26,7 +27,7 @@ class Question(NamedTuple):
     place: str  # where it stands, for messages
 
 
-class Task:
+class Task(ABC):
     """Questions of one kind.
 
     Attributes:
@@ -59,17 +60,17 @@ class Task:
                 raise ValueError(f"{name} must be text that is not empty, got {row[name]!r} in {place}")
         return self.read(row, place)
 
+    @abstractmethod
     def read(self, row: dict, place: str) -> Question:
         """The question of a row, whose columns are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extract(self, text: str) -> str | None:
         """The answer at the beginning of what was said behind the prompt; None where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def valid_tokens(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Tokens that answers are made of, and the newline where it ends them."""
-        raise NotImplementedError
 
     def may_skip(self, token: str) -> bool:
         """Whether a token that is not valid may be part of an answer; it is not counted."""
