@@ -29,3 +29,11 @@ def with_dtypes(dtypes: Sequence[torch.dtype], backends: Sequence[str] = ("refer
 def triton_dtypes() -> list[torch.dtype]:
     """What Triton's kernels can be tested with; its interpreter cannot round to bfloat16."""
     return [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted())
+
+
+def with_triton_dtypes(names: Sequence[str]) -> list:
+    """The pairs (name of a case, dtype): all in bfloat16, interpreted in float32; in each other dtype its own third."""
+    all_of_them, *others = sorted(triton_dtypes(), key=[torch.bfloat16, torch.float32, torch.float16].index)
+    pairs = [(name, all_of_them) for name in names]
+    pairs += [(name, dtype) for third, dtype in enumerate(others) for name in names[third::3]]
+    return [pytest.param(name, dtype, id=f"{name}-{dtype}") for name, dtype in pairs]

@@ -32,12 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other workers
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    skips = {
+        "gpu": (not torch.cuda.is_available(), "needs a CUDA device"),
+        "interpreted": (os.environ.get("TRITON_INTERPRET") != "1", "kernels are not interpreted"),
+    }
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for marker, (skipped, reason) in skips.items():
+            if skipped and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

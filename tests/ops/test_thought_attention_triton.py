@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import triton_dtypes
+from backends import with_triton_dtypes
 from thought_attention_cases import CASES, GPU_CASES, INPUTS, case, make_inputs, weighted_sum
 from tolerances import assert_as_accurate
 
@@ -28,7 +28,6 @@ from quietstar.ops.thought_attention import (  # noqa: E402 (import triton)
 from quietstar.ops.thought_attention.inputs import Inputs, Mask  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = triton_dtypes()
 NAMES = "output", "lse", *(f"d_{name}" for name in INPUTS)
 
 
@@ -155,15 +154,13 @@ def assert_right(inputs, options):
     return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*CASES, *LARGE])
+@pytest.mark.parametrize(("name", "dtype"), with_triton_dtypes([*CASES, *LARGE]))
 def test_values_and_gradients(name, dtype):
     assert_right(*case(name, dtype, DEVICE, CASES | LARGE))
 
 
 @pytest.mark.skipif(interpreted(), reason="for the tiles of GPUs; the interpreter would take minutes")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize(("name", "dtype"), with_triton_dtypes([*GPU_CASES]))
 def test_values_and_gradients_over_tiles(name, dtype):
     assert_right(*case(name, dtype, DEVICE, GPU_CASES))
 
@@ -319,9 +316,6 @@ def test_order_of_anchors_changes_nothing():
     assert torch.equal(thought_attention(*permuted, anchors=sorted_anchors, backend="triton"), output[:, :, order])
 
 
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
-
-
 @pytest.fixture
 def blocks_read(monkeypatch):
     """How often interpreted kernels read a block of base keys, thought keys, or rows for the gradients of keys."""
@@ -350,7 +344,7 @@ def reads(blocks_read, lengths, **sizes):
     return dict(blocks_read)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_steps_that_do_not_exist_are_skipped(blocks_read):
     """Anchors with 2 tiles of rows each: without the second ones kernels read half of the blocks or less."""
     all_steps, half_of_them = (
@@ -360,7 +354,7 @@ def test_steps_that_do_not_exist_are_skipped(blocks_read):
     assert all(half_of_them[name] <= count / 2 for name, count in all_steps.items())
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("length", [0, 2])
 def test_thoughts_without_a_query_are_skipped(length, blocks_read):
     assert reads(blocks_read, [length] * 40, length=40, steps=2, thought_steps=4) == {}
@@ -450,6 +444,7 @@ def test_what_it_cannot_do_names_who_can(name):
         thought_attention(*inputs, backend="triton")
 
 
+@pytest.mark.interpreted
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"need a GPU.*usable here: .*torch, reference"):

@@ -19,8 +19,6 @@ TARGETS = ("sm_80", "sm_90")
 every_target = pytest.mark.parametrize("target", TARGETS)
 CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} is not on PATH")
-# Of what happens where kernels cannot run: here they can.
-NOT_EMULATED = "not test_cpu_tensors_need_the_interpreter"
 
 
 def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set[str]:
@@ -42,7 +40,7 @@ def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set
         report = Path(folder) / "report.xml"
         command = [
             sys.executable, "-P", "-m", "pytest", f"--emulate={target}", *(f"tests/{file}" for file in tests),
-            "-k", f"{NOT_EMULATED} and ({chosen})", "-q", "--tb=short", "-p", "no:cacheprovider",
+            "-k", chosen, "-m", "not slow and not interpreted", "-q", "--tb=short", "-p", "no:cacheprovider",
             f"--junitxml={report}",
         ]  # fmt: skip
         if workers:

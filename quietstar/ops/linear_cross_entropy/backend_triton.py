@@ -202,13 +202,14 @@ def cross_entropy_rows(
     # Both logits and exponentials are needed for the gradient then: of more, some would not fit the registers.
     longest = _LONGEST_RESIDENT if softmax.softcap is None and entropy_scale is None else _LONGEST_RESIDENT // 4
     if vocabulary <= longest:
-        kernel, block = resident_kernel, max(triton.next_power_of_2(vocabulary), 512)
-    else:
-        kernel, block = streaming_kernel, 8192
+        block = max(triton.next_power_of_2(vocabulary), 512)
+        kernel, num_warps = resident_kernel, min(max(block // 512, 4), 32)
+    else:  # with an entropy there is one number more a place
+        kernel, num_warps, block = streaming_kernel, 16, 4096 if entropy else 8192
     kernel[(rows,)](
         logits, target, nll_scale, entropy_scale, nll, entropies, gradient, logits.stride(0), gradient.stride(0),
         vocabulary, limit, 1 / softmax.temperature, softmax.softcap,
-        BLOCK=block, num_warps=min(max(block // 512, 4), 32), enable_fp_fusion=True,  # whatever Triton's default is
+        BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,  # whatever Triton's default is
     )  # fmt: skip
     return RowResult(nll, entropies, None if scales is None else gradient)
 
