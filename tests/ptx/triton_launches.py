@@ -64,7 +64,7 @@ def _leaves(value, type_name) -> list[tuple]:
     return [] if type_name == "constexpr" else [(value, type_name)]
 
 
-@functools.cache
+@functools.lru_cache(64)  # megabytes each
 def _decoded(ptx: str) -> Kernel:
     module = Module(ptx)
     (name,) = module.entries

@@ -1,0 +1,158 @@
+"""A warp-specialised kernel, right and broken; for `pytest --emulate` alone, which test_emulated_gluon.py starts."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from tolerances import assert_as_accurate
+
+from ptx import gluon_forward, triton_launches
+from ptx.gluon_forward import forward
+from ptx.kernel import EmulationError
+from ptx.launches import schedule
+from quietstar.ops import thought_attention
+
+
+def made(batches, length, steps, thought_steps, heads, kv_heads, dim, anchors=None):
+    """Tensors as the kernel takes them, and anchors as a tensor or None."""
+    num_anchors = length if anchors is None else len(anchors)
+    query = torch.randn(batches, num_anchors * steps, heads, dim, dtype=torch.bfloat16)
+    query = query.transpose(1, 2).unflatten(2, (num_anchors, steps))
+    base = [torch.randn(batches, length, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2)]
+    thoughts = [torch.randn(batches, num_anchors, thought_steps, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2)]
+    anchors = anchors and torch.tensor([anchors]).expand(batches, -1).contiguous()
+    return (query, *base, *thoughts), anchors
+
+
+def references(tensors, anchors):
+    """Output and lse in bfloat16 and in float64."""
+    query, *rest = tensors
+    for dtype in (torch.bfloat16, torch.float64):
+        keys = [x.movedim(-2, 1).to(dtype) for x in rest]
+        with torch.no_grad():
+            yield thought_attention(query.to(dtype), *keys, anchors=anchors, return_lse=True, backend="reference")
+
+
+def assert_right(actual, expected):
+    for name, *values in zip(("output", "lse"), actual, *expected, strict=True):
+        assert_as_accurate(*values, unit=torch.bfloat16, name=name)
+
+
+# Four tiles of up to five blocks of 128 base keys, masked and full, so that the rings turn several times.
+SPREAD = [10 + 55 * i for i in range(8)] + [400 + 28 * i for i in range(8)] + [608 + 2 * i for i in range(16)]
+SMALL = (1, 320, 4, 4, 4, 1, 64, [anchor // 2 for anchor in SPREAD])  # the same in blocks of 64
+CASES = {
+    "small": (SMALL, {"block_n": 64}),
+    "D 64, group of 4": ((1, 150, 4, 4, 8, 2, 64), {}),
+    "S 2, T 3, group of 2": ((1, 200, 2, 3, 4, 2, 128), {}),
+    "two batches": ((2, 200, 4, 4, 4, 1, 128), {}),
+    "spread": ((1, 640, 4, 4, 4, 1, 128, SPREAD), {}),
+    "spread, three stages": ((1, 640, 4, 4, 4, 1, 128, SPREAD), {"stages": 3}),
+}
+CASES |= {f"L {length}, S = T = 4": ((1, length, 4, 4, 4, 1, 128), {}) for length in (1, 128, 129, 256, 300)}
+CASES |= {f"L {length}, S = T = 14": ((1, length, 14, 14, 4, 1, 128), {}) for length in (7, 128, 300)}
+CASES |= {f"L 300, S = T = {steps}, three stages": ((1, 300, steps, steps, 4, 1, 128), {"stages": 3}) for steps in (4, 14)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_right(name, emulated_launches):
+    sizes, options = CASES[name]
+    tensors, anchors = made(*sizes)
+    expected = list(references(tensors, anchors))
+    for schedule.order in range(7) if name == "small" else (3, 4, 5):
+        assert_right(forward(*tensors, anchors, **options), expected)
+
+
+def test_too_many_thoughts_for_a_block():
+    tensors, _ = made(1, 20, 1, 12, 4, 1, 64)
+    with pytest.raises(ValueError, match="must fit into block_n"):
+        forward(*tensors)
+
+
+def each(pattern: str, replacement: str | None = ""):
+    """Of every occurrence of a pattern in PTX: where it is, and the text with that one replaced."""
+
+    def broken(ptx: str):
+        for match in re.finditer(pattern, ptx, re.M):
+            new = replacement(match) if callable(replacement) else match.expand(replacement)
+            yield match.start(), ptx[: match.start()] + new + ptx[match.end() :]
+
+    return broken
+
+
+WAIT = r"^\s*mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[(%r\d+)\], (%r\d+);"
+OTHER_PARITY = r".reg .b32 flipped; xor.b32 flipped, \2, 1; mbarrier.try_wait.parity.shared::cta.b64 complete, [\1], flipped;"
+EXPECT = r"mbarrier\.arrive\.expect_tx(\.shared::cta\.b64 _, \[%r\d+\]), (\d+);"
+LOAD = r"cp\.async\.bulk\.tensor[^;]*"
+MISSED = {}
+BROKEN = {
+    "wait dropped": each(WAIT, "mov.pred complete, -1;"),
+    "wait for the other parity": each(WAIT, OTHER_PARITY),
+    "bytes not expected": each(EXPECT, r"mbarrier.arrive\1;"),
+    "half of the bytes expected": each(
+        EXPECT, lambda match: f"mbarrier.arrive.expect_tx{match[1]}, {int(match[2]) // 2};"
+    ),
+    "arrival dropped": each(r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"),
+    "arrival that expects bytes dropped": each(r"@%p\d+ " + EXPECT),
+    "load dropped": each(rf"@%p\d+ {LOAD};"),
+    "load of the wrong rows": each(rf"({LOAD}\{{%r\d+, )(%r\d+)(\}}\][^;]*;)", r"\1%r1\3"),
+    "mbarrier of another count": each(
+        r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\]), (\d);", lambda match: f"{match[1]}, {3 - int(match[2])};"
+    ),
+    "mbarrier not initialised": each(r"@%p\d+ mbarrier\.init\.shared::cta\.b64 \[%r\d+\], \d;"),
+    "barrier of a group dropped": each(r"^\s*bar\.sync\s+\d+, 128;"),
+    "barrier of all dropped": each(r"^\s*barrier\.sync\s+1;"),
+    "shared memory not fenced": each(r"^\s*fence\.proxy\.async\.shared::cta;"),
+    "product not waited for": each(r"^\s*wgmma\.wait_group\.sync\.aligned \d+;"),
+    "one product too many in flight": each(r"^(\s*wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;"),
+    "product not fenced": each(r"^\s*wgmma\.fence\.sync\.aligned;"),
+    "registers of another number": each(
+        r"(setmaxnreg\.\w+\.sync\.aligned\.u32 )\t?(\d+);", lambda match: f"{match[1]}{int(match[2]) - 8 or 32};"
+    ),
+}
+
+
+class Small:
+    """The small case, and what becomes of it when its PTX is broken."""
+
+    ORDERS = (3, 4, 5)
+
+    def __init__(self, launches: list) -> None:
+        self.launches = launches
+        self.tensors, self.anchors = made(*SMALL)
+        self.expected = list(references(self.tensors, self.anchors))
+        assert_right(forward(*self.tensors, self.anchors, block_n=64), self.expected)
+        self.ptx = launches.pop().kernel.module.text
+        self.source = gluon_forward.__loader__.get_source(gluon_forward.__name__).splitlines()
+
+    def is_caught(self, ptx: str) -> bool:
+        """Whether anything shows that it is broken, in one of the orders."""
+        triton_launches.state.edit = lambda kernel, original: ptx
+        try:
+            for schedule.order in self.ORDERS:
+                self.launches.clear()
+                assert_right(forward(*self.tensors, self.anchors, block_n=64), self.expected)
+                if any(launch.faults() for launch in self.launches):
+                    return True
+        except (AssertionError, EmulationError):
+            return True
+        finally:
+            triton_launches.state.edit = None
+            self.launches.clear()
+        return False
+
+    def line(self, place: int) -> str:
+        """The line of gluon_forward.py that a place in the PTX comes from."""
+        lines = re.findall(r"^\s*\.loc.*gluon_forward\.py:([1-9]\d*)", self.ptx[:place], re.M)
+        return self.source[int(lines[-1]) - 1].strip()
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_caught(what, emulated_launches):
+    small = Small(emulated_launches)
+    broken = list(BROKEN[what](small.ptx))
+    assert broken, "nothing to break"
+    missed = Counter(small.line(place) for place, ptx in broken if not small.is_caught(ptx))
+    print(f"{what}: {len(broken) - missed.total()} of {len(broken)} caught, not", dict(missed))
+    assert missed <= Counter(MISSED.get(what, {}))
