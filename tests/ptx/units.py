@@ -39,7 +39,7 @@ class Work(NamedTuple):
     least_wavefronts: int = 0
     """How many there would be without bank conflicts."""
     operand_bytes: int = 0
-    """Of shared memory, read by matrix units on their own (wgmma) and written by TMA: these meet no conflicts."""
+    """Of shared memory, read by matrix units on their own (wgmma, TMA) and written by TMA: these meet no conflicts."""
     sectors: int = 0
     """Of 32 bytes of global memory that instructions read and write, as if the L1 cache held none."""
     barriers: int = 0
@@ -65,8 +65,8 @@ class Work(NamedTuple):
             shuffles=counts["SHUFFLES"],
             wavefronts=total("_WAVEFRONTS"),
             least_wavefronts=total("_LEAST"),
-            operand_bytes=counts["WGMMA_SHARED_BYTES"] + counts["TMA_BYTES"],
-            sectors=total("_SECTORS") + -(-counts["TMA_BYTES"] // SECTOR),
+            operand_bytes=counts["WGMMA_SHARED_BYTES"] + counts["TMA_BYTES"] + counts["TMA_STORE_BYTES"],
+            sectors=total("_SECTORS") + -(-(counts["TMA_BYTES"] + counts["TMA_STORE_BYTES"]) // SECTOR),
             barriers=counts["BARRIERS"],
             instructions=counts["WARP_INSTRUCTIONS"],
         )

@@ -9,15 +9,20 @@ _TENSOR_LOAD = re.compile(
     r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::(cta|cluster)\.global(\.tile)?"
     r"\.mbarrier::complete_tx::bytes(\.L2::cache_hint)?"
 )
+_TENSOR_STORE = re.compile(
+    r"cp(\.reduce)?\.async\.bulk\.tensor\.([1-5])d\.global\.shared::cta(?:\.(add|min|max))?(?:\.tile)?"
+    r"\.bulk_group(?:\.L2::cache_hint)?"
+)
+_REDUCTIONS = (None, "add", "min", "max")  # as tma_stores.cpp numbers them
 
 
 @encodes("cp")
 def _copy(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
-    what = parts[2]
-    if parts[1] != "async":
+    what = "bulk" if "bulk" in parts else parts[2]
+    if "async" not in parts[1:3]:
         raise encoder.unknown()
     if what == "bulk":
-        _tensor_load(encoder, ".".join(parts), operands)
+        _bulk(encoder, parts, operands)
     elif what == "commit_group":
         encoder.emit("cp.async.commit_group", [], 0)
     elif what == "wait_group":
@@ -36,21 +41,42 @@ def _copy(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
         raise encoder.unknown()
 
 
-def _tensor_load(encoder: Encoder, name: str, operands: list[str]) -> None:
-    match = _TENSOR_LOAD.fullmatch(name)
-    if not match:
+def _bulk(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
+    name = ".".join(parts)
+    if load := _TENSOR_LOAD.fullmatch(name):
+        descriptor, descriptor_offset, coordinates = _tensor(encoder, operands[1], int(load[1]))
+        to, offset, width = encoder.address(operands[0])
+        mbarrier, mbarrier_offset, mbarrier_width = encoder.address(operands[2])
+        encoder.emit(
+            "tma.load", [to, descriptor, *coordinates, mbarrier], 0,
+            offset, width, len(coordinates), mbarrier_offset, mbarrier_width, descriptor_offset,
+        )  # fmt: skip
+    elif store := _TENSOR_STORE.fullmatch(name):
+        descriptor, descriptor_offset, coordinates = _tensor(encoder, operands[0], int(store[2]))
+        source, offset, width = encoder.address(operands[1])
+        if bool(store[1]) != bool(store[3]):
+            raise encoder.unknown()
+        reduction = _REDUCTIONS.index(store[3])
+        encoder.emit(
+            "tma.store", [source, descriptor, *coordinates], 0,
+            offset, width, len(coordinates), 0, 0, descriptor_offset, reduction,
+        )  # fmt: skip
+    elif name == "cp.async.bulk.commit_group":
+        encoder.emit("tma.commit_group", [], 0)
+    elif name in ("cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read"):
+        encoder.emit("tma.wait_group", [], 0, number(operands[0]), parts[-1] == "read")
+    else:
         raise encoder.unknown()
-    to, offset, width = encoder.address(operands[0])
-    tensor, coordinates = split_operands(operands[1].strip()[1:-1])
-    descriptor, descriptor_offset, descriptor_width = encoder.address(f"[{tensor}]")
+
+
+def _tensor(encoder: Encoder, operand: str, rank: int) -> tuple[int, int, list[int]]:
+    """``[descriptor, {coordinates}]``: place and offset of the first, places of the others."""
+    tensor, coordinates = split_operands(operand.strip()[1:-1])
+    descriptor, offset, width = encoder.address(f"[{tensor}]")
     coordinates = [encoder.source(text, "s32") for text in encoder.group(coordinates)]
-    if len(coordinates) != int(match[1]) or descriptor_width != 8:
+    if len(coordinates) != rank or width != 8:
         raise encoder.unknown()
-    mbarrier, mbarrier_offset, mbarrier_width = encoder.address(operands[2])
-    encoder.emit(
-        "tma.load", [to, descriptor, *coordinates, mbarrier], 0,
-        offset, width, len(coordinates), mbarrier_offset, mbarrier_width, descriptor_offset,
-    )  # fmt: skip
+    return descriptor, offset, coordinates
 
 
 @encodes("mbarrier")

@@ -106,8 +106,7 @@ MEANING("mbarrier.init") {
     check_shared(machine, warp, in, lane, address, 8, Access::kMbarrier);
     const s64 count = warp.values<u32>(in, 1)[lane];
     if (count < 1 || count > kMostExpected) return machine.fail("mbarrier count", warp, in, lane, address);
-    machine.mbarriers[address] = {u32(address),         count, count, 0, 0, {}, {}, warp.id, warp.proxy_fences,
-                                  warp.mbarrier_fences, -1,    in.pc};
+    machine.mbarriers[address] = {u32(address), count, count, 0, 0, {}, {}, warp.id, warp.mbarrier_fences, -1, in.pc};
     mark_mbarrier(machine, address, true);
   }
 }
@@ -188,7 +187,8 @@ MEANING("mbarrier.wait") {
 }
 
 MEANING("fence.proxy.async") {
-  ++warp.proxy_fences;
+  std::copy(std::begin(warp.clock.at), std::end(warp.clock.at), warp.clock.fenced);
+  ++warp.clock.at[warp.id];  // what it writes from now on is not fenced
   ++warp.mbarrier_fences;
 }
 MEANING("fence.mbarrier_init") { ++warp.mbarrier_fences; }

@@ -100,6 +100,9 @@ void check_global(Machine& machine, const Warp& warp, const Instruction& in, int
   if (!machine.check_global) return;
   for (u32 k = 0; k < bytes; k += 2) {
     Shadow& shadow = *machine.global_shadow(address + k);
+    if (shadow.tma_stores && !(access == Access::kAtomic && shadow.written_atomically)) {
+      machine.report("global access where a TMA store in flight writes", warp, in, lane, address + k);
+    }
     if (access == Access::kRead) {
       check_global_read(machine, warp, in, lane, address + k, shadow);
     } else {
@@ -144,13 +147,8 @@ static void check_shared_read(Machine& machine, Warp& warp, const Instruction& i
     machine.note("lane reads what another lane of its warp wrote, no bar.warp.sync between", warp, in, lane, address);
   }
   if (by_async_proxy && written && shadow.writer < machine.warp_count &&
-      machine.warps[shadow.writer].proxy_fences <= shadow.write_proxy) {
-    if (warp.proxy_fences <= 1 || shadow.write_epoch == machine.epoch) {
-      machine.report("wgmma reads what was written without fence.proxy.async", warp, in, lane, address);
-    } else {
-      machine.note("wgmma reads what another warp wrote; fence.proxy.async only by the reader", warp, in, lane,
-                   address);
-    }
+      shadow.write_clock > warp.clock.fenced[shadow.writer]) {
+    machine.report("the asynchronous proxy reads what was written without fence.proxy.async", warp, in, lane, address);
   }
 }
 
@@ -161,6 +159,9 @@ static void check_shared_write(Machine& machine, Warp& warp, const Instruction& 
   }
   if (shadow.wgmma_reads) {
     machine.report("shared write over an operand of a wgmma in flight", warp, in, lane, address);
+  }
+  if (shadow.tma_stores) {
+    machine.report("shared write over the source of a TMA store that was not waited for", warp, in, lane, address);
   }
   const bool atomic = access == Access::kAtomic;
   if (shadow.write_epoch >= machine.cta_epoch && !happened_before(shadow, warp) && wide &&
@@ -187,7 +188,6 @@ static void check_shared_write(Machine& machine, Warp& warp, const Instruction& 
   shadow.writer_lane = lane;
   shadow.write_sync = warp.syncs;
   shadow.written_atomically = atomic;
-  shadow.write_proxy = warp.proxy_fences;
   shadow.write_clock = warp.clock.at[warp.id];
 }
 

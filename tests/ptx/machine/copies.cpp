@@ -60,7 +60,6 @@ void complete_copies(Machine& machine, Warp& warp, u32 active, s64 pending, bool
       shadow.writer = warp.id;
       shadow.writer_lane = copy.lane;
       shadow.write_sync = warp.syncs;
-      shadow.write_proxy = warp.proxy_fences;
       shadow.write_clock = warp.clock.at[warp.id];
     }
   }

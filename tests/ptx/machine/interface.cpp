@@ -57,6 +57,7 @@ int ptx_launch(Machine* machine, const u32* grid, const u32* block, u32 register
                const u8* parameters, u32 parameter_bytes, const u64* buffers, int buffer_count, int order,
                int check_global, u64 instruction_limit, const u32* ctas, int cta_count) {
   for (std::size_t k = 0; k < machine->code.size(); ++k) machine->code[k].operand = machine->operands[k].data();
+  find_wgmma_registers(*machine);
   std::copy(grid, grid + 3, machine->grid);
   std::copy(block, block + 3, machine->block);
   machine->shared_bytes = shared_bytes;

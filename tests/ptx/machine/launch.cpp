@@ -63,12 +63,13 @@ class Block {
     std::fill(machine.shared.begin(), machine.shared.end(), 0xFF);  // NaN, until it is written
     for (Shadow& shadow : machine.shared_shadow) {
       shadow.copy_in_flight = shadow.mbarrier = false;
-      shadow.wgmma_reads = shadow.writer = 0;
+      shadow.wgmma_reads = shadow.tma_stores = shadow.writer = 0;
       shadow.write_clock = 0;
     }
     std::fill(machine.last_read.begin(), machine.last_read.end(), 0);
     machine.mbarriers.clear();
     machine.tma.clear();
+    machine.tma_stores.clear();
     machine.copy_clocks_used = 0;
     std::fill(std::begin(machine.copy_clocks), std::end(machine.copy_clocks), 0);
     for (NamedBarrier& barrier : machine.barriers) barrier = NamedBarrier();
@@ -111,8 +112,9 @@ class Block {
     warp.registers = reinterpret_cast<u8*>((reinterpret_cast<u64>(registers) + 63) & ~63ull);
     std::copy(machine_.register_image.begin(), machine_.register_image.end(), warp.registers);
     warp.register_state.assign(machine_.register_image.size() / kRegisterBytes + 2, kFree);
-    warp.register_written.assign(warp.register_state.size(), 0);
+    warp.register_use.assign(warp.register_state.size(), RegisterUse());
     std::fill(std::begin(warp.copy_group), std::end(warp.copy_group), 0);
+    std::fill(std::begin(warp.store_group), std::end(warp.store_group), 0);
     const int threads = machine_.block[0] * machine_.block[1] * machine_.block[2];
     const int lanes = std::min(kWarp, threads - kWarp * id);
     warp.alive = lanes == kWarp ? kAllLanes : (1u << lanes) - 1;
@@ -140,6 +142,7 @@ class Block {
     for (int k = 0; k < count && !machine_.failed(); ++k) {
       const int id = machine_.order == 1 ? count - 1 - k : machine_.order == 2 ? (k + first) % count : turns_[k];
       deliver_tma(machine_);
+      deliver_tma_stores(machine_);
       release_barriers(machine_);
       Warp& warp = machine_.warps[id];
       if (!warp.done && !warp.at_barrier && !machine_.failed()) run_warp(machine_, warp);
@@ -185,6 +188,7 @@ class Block {
   }
 
   void check_end() {
+    end_tma_stores(machine_);
     for (const PendingTma& copy : machine_.tma) {
       machine_.report("block ends with a TMA load in flight", machine_.warps[copy.warp], machine_.code[copy.pc],
                       copy.lane, copy.shared);
@@ -239,6 +243,7 @@ int launch(Machine& machine, u32 register_limit, const u32* ctas, int cta_count)
     machine.cta[2] = cta / machine.grid[0] / machine.grid[1];
     Block(machine, register_files, register_limit).run();
   }
+  end_tma_stores(machine);  // of a block that failed
   return machine.failed();
 }
 

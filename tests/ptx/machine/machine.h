@@ -55,6 +55,7 @@ struct Instruction {
   const s32* operand = nullptr;        // registers; -1: thrown away
   s64 immediate[8] = {};
   s32 pc = 0;
+  bool near_wgmma = false;  // none itself, but with a register that is an accumulator or of A in some wgmma
 };
 
 // What is counted. Per thread: F32 to F16 and OTHER. WAVEFRONTS and LEAST: passes through shared memory's banks, and
@@ -66,6 +67,7 @@ struct Instruction {
   X(GLOBAL_LOADS) X(GLOBAL_LOAD_BYTES) X(GLOBAL_LOAD_SECTORS) \
   X(GLOBAL_STORES) X(GLOBAL_STORE_BYTES) X(GLOBAL_STORE_SECTORS) \
   X(COPIES) X(COPY_BYTES) X(COPY_SECTORS) X(COPY_WAVEFRONTS) X(COPY_LEAST) X(TMA_LOADS) X(TMA_BYTES) \
+  X(TMA_STORES) X(TMA_STORE_BYTES) \
   X(SHARED_LOADS) X(SHARED_LOAD_BYTES) X(SHARED_LOAD_WAVEFRONTS) X(SHARED_LOAD_LEAST) \
   X(SHARED_STORES) X(SHARED_STORE_BYTES) X(SHARED_STORE_WAVEFRONTS) X(SHARED_STORE_LEAST) \
   X(LDMATRIX_WAVEFRONTS) X(LDMATRIX_LEAST) X(STMATRIX_WAVEFRONTS) X(STMATRIX_LEAST) \
@@ -83,12 +85,12 @@ struct Shadow {
   u32 write_epoch = 0, read_epoch = 0, first_read_epoch = 0;
   u32 readers = 0;      // warps, in read_epoch (global memory)
   u32 write_sync = 0;   // the writer's count of bar.warp.sync
-  u32 write_proxy = 0;  // the writer's count of proxy fences
   u32 write_clock = 0;  // the writer's clock (shared memory)
   u8 writer = 0, writer_lane = 0;
   bool written_atomically = false, mbarrier = false;
   bool copy_in_flight = false;  // bytes that cp.async or TMA has yet to write
   u8 wgmma_reads = 0;           // by wgmma in flight
+  u8 tma_stores = 0;            // not waited for: that read it (shared memory), that write it (global memory)
 };
 
 struct Finding {
@@ -103,8 +105,13 @@ struct Finding {
 constexpr int kMostCopyClocks = 32;
 struct Clock {
   u32 at[kMostWarps + kMostCopyClocks] = {};
+  u32 fenced[kMostWarps + kMostCopyClocks] =
+      {};  // the same, of what the asynchronous proxy may see: a fence is between
   void join(const Clock& other) {
-    for (int k = 0; k < kMostWarps + kMostCopyClocks; ++k) at[k] = std::max(at[k], other.at[k]);
+    for (int k = 0; k < kMostWarps + kMostCopyClocks; ++k) {
+      at[k] = std::max(at[k], other.at[k]);
+      fenced[k] = std::max(fenced[k], other.fenced[k]);
+    }
   }
 };
 
@@ -138,6 +145,12 @@ struct LaneGroup {
 
 enum RegisterState : u8 { kFree, kAccumulatorInFlight, kOperandInFlight };
 
+// When (Warp::step) a register of wgmma was last used: by other instructions, and by wgmma as what.
+struct RegisterUse {
+  u32 read = 0, written = 0, by_wgmma = 0;
+  s64 columns = 0;  // of the wgmma of which it was an accumulator; 0: it was of A
+};
+
 struct Warp {
   u8* registers = nullptr;
   std::vector<LaneGroup> groups;
@@ -154,10 +167,12 @@ struct Warp {
   std::vector<PendingWgmma> wgmmas;
   u64 wgmma_group = 0;
   bool wgmma_in_flight = false;
-  std::vector<u8> register_state;     // RegisterState of each 32-bit register
-  std::vector<u32> register_written;  // step
-  u32 step = 1, fence_step = 0;       // now; at the last wgmma.fence
-  u32 proxy_fences = 1, mbarrier_fences = 1;
+  std::vector<u8> register_state;  // RegisterState of each 32-bit register
+  std::vector<RegisterUse> register_use;
+  u32 step = 1, fence_step = 0;  // now; at the last wgmma.fence
+  u32 mbarrier_fences = 1;
+
+  u64 store_group[kWarp];  // of TMA
 
   bool yields = false, repeats = false;  // asked for by an instruction: give others a turn; execute it again
   u32 wait_address = 0;
@@ -197,16 +212,18 @@ struct Mbarrier {
   s64 expected, pending, bytes;  // arrivals of a phase; arrivals and bytes that are missing
   u64 phase;
   Clock arriving, completed;
-  int warp;          // that initialised it
-  u32 proxy, fence;  // its fences then
-  int copy_clock;    // entry of Clock, or -1
+  int warp;        // that initialised it
+  u32 fence;       // its fences then
+  int copy_clock;  // entry of Clock, or -1
   s32 pc;
 };
 
 // What a parameter of 128 bytes holds in the place of CUDA's opaque descriptor; packed by triton_launches.py.
 struct TensorMap {
   u64 magic, base, size[5], stride[5];
-  u32 box[5], rank, element_bytes, swizzle;
+  u32 box[5];
+  u16 rank, swizzle;
+  u32 element_bytes, type;
 };
 static_assert(sizeof(TensorMap) == 128, "a descriptor has 128 bytes");
 constexpr u64 kTensorMapMagic = 0x50414d5254584d54ull;
@@ -218,6 +235,13 @@ struct PendingTma {
   u32 shared, mbarrier, bytes;
   int warp, lane;
   s32 pc;
+};
+
+struct PendingTmaStore : PendingTma {
+  u64 group;
+  s64 reduction;
+  bool read_waited, written;
+  std::vector<u8> data;  // as it lies in shared memory, once it is read
 };
 
 struct NamedBarrier {
@@ -255,6 +279,7 @@ struct Machine {
   std::vector<u32> last_read;  // of each two bytes of shared memory and each warp: clock
   std::map<u32, Mbarrier> mbarriers;
   std::vector<PendingTma> tma;
+  std::vector<PendingTmaStore> tma_stores;
   u32 copy_clocks[kMostCopyClocks] = {};
   int copy_clocks_used = 0;
   NamedBarrier barriers[16];
@@ -305,8 +330,11 @@ bool arrive_at_barrier(Machine&, Warp&, const Instruction&);
 void release_barriers(Machine&);
 void complete_tma(Machine&, std::size_t which);
 void deliver_tma(Machine&);
+void deliver_tma_stores(Machine&);
+void end_tma_stores(Machine&);
 void complete_copies(Machine&, Warp&, u32 active, s64 pending, bool all);
 void end_wgmmas(Machine&, Warp&);
-bool is_wgmma(const Instruction&);
+void find_wgmma_registers(Machine&);
+void note_registers(Warp&, const Instruction&);
 
 }  // namespace ptx

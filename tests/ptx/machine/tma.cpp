@@ -1,16 +1,10 @@
-// cp.async.bulk.tensor [9.7.9, Asynchronous copy: Tensor copy]: tiles of 1 to 5 dimensions to the block's own
-// shared memory. A copy lands at some later time, and tells its mbarrier.
+// cp.async.bulk.tensor to shared memory: a copy lands at some later time, and tells its mbarrier.
 
-#include "checks.h"
+#include "tma.h"
+
 #include "mbarriers.h"
-#include "meaning.h"
-#include "swizzle.h"
 
 namespace ptx {
-
-// Operands: destination, descriptor, coordinates (innermost first), mbarrier. Immediates: offset and width of the
-// destination's address, dimensions, offset and width of the mbarrier's, offset of the descriptor's.
-enum Immediate { kOffset, kAddressWidth, kRank, kMbarrierOffset, kMbarrierWidth, kDescriptorOffset };
 
 // What the descriptor is, or false.
 static bool read_descriptor(Machine& machine, const Warp& warp, const Instruction& in, int lane, u64 address,
@@ -21,7 +15,7 @@ static bool read_descriptor(Machine& machine, const Warp& warp, const Instructio
     return false;
   }
   std::memcpy(&map, machine.parameters.data() + at, sizeof map);
-  if (map.magic != kTensorMapMagic || map.rank != in.immediate[kRank]) {
+  if (map.magic != kTensorMapMagic || map.rank != in.immediate[kTmaRank]) {
     machine.fail("TMA descriptor of another kind or rank", warp, in, lane, address);
     return false;
   }
@@ -41,26 +35,33 @@ static bool read_descriptor(Machine& machine, const Warp& warp, const Instructio
   return true;
 }
 
+bool read_tma(Machine& machine, Warp& warp, const Instruction& in, int lane, PendingTma& copy) {
+  copy.shared = warp.address(in, 0, lane);
+  copy.warp = warp.id;
+  copy.lane = lane;
+  copy.pc = in.pc;
+  const u64 descriptor = warp.values<u64>(in, 1)[lane] + in.immediate[kTmaDescriptorOffset];
+  if (!read_descriptor(machine, warp, in, lane, descriptor, copy.map)) return false;
+  copy.bytes = copy.map.element_bytes;
+  for (int k = 0; k < in.immediate[kTmaRank]; ++k) {
+    copy.bytes *= copy.map.box[k];
+    copy.at[k] = warp.values<s32>(in, 2 + k)[lane];
+  }
+  if (copy.shared % 128 || copy.shared < kSharedBase ||
+      copy.shared + copy.bytes > kSharedBase + u64{machine.shared_bytes}) {
+    machine.fail("TMA outside of shared memory or not aligned to 128 bytes", warp, in, lane, copy.shared);
+    return false;
+  }
+  copy.due = machine.instructions_done + machine.random() % machine.tma_delay;
+  return true;
+}
+
 MEANING("tma.load") {
-  const int rank = in.immediate[kRank];
   for (int lane : Lanes(active)) {
     PendingTma copy{};
-    copy.shared = warp.address(in, 0, lane);
-    copy.mbarrier = warp.address(in, 2 + rank, lane, in.immediate[kMbarrierOffset], in.immediate[kMbarrierWidth]);
-    copy.warp = warp.id;
-    copy.lane = lane;
-    copy.pc = in.pc;
-    const u64 descriptor = warp.values<u64>(in, 1)[lane] + in.immediate[kDescriptorOffset];
-    if (!read_descriptor(machine, warp, in, lane, descriptor, copy.map)) return;
-    copy.bytes = copy.map.element_bytes;
-    for (int k = 0; k < rank; ++k) {
-      copy.bytes *= copy.map.box[k];
-      copy.at[k] = warp.values<s32>(in, 2 + k)[lane];
-    }
-    if (copy.shared % 128 || copy.shared < kSharedBase ||
-        copy.shared + copy.bytes > kSharedBase + u64{machine.shared_bytes}) {
-      return machine.fail("TMA destination out of bounds or not aligned to 128 bytes", warp, in, lane, copy.shared);
-    }
+    if (!read_tma(machine, warp, in, lane, copy)) return;
+    copy.mbarrier = warp.address(in, 2 + in.immediate[kTmaRank], lane, in.immediate[kTmaMbarrierOffset],
+                                 in.immediate[kTmaMbarrierWidth]);
     Mbarrier* mbarrier = find_mbarrier(machine, warp, in, lane, copy.mbarrier);
     if (!mbarrier || !find_mbarrier(machine, warp, in, lane, copy.mbarrier, true)) return;
     if (mbarrier->copy_clock < 0) {
@@ -70,30 +71,24 @@ MEANING("tma.load") {
       mbarrier->copy_clock = machine.copy_clocks_used++;
     }
     begin_copy_to_shared(machine, warp, in, lane, copy.shared, copy.bytes);
-    copy.due = machine.instructions_done + machine.random() % machine.tma_delay;
     machine.tma.push_back(copy);
     machine.counts[kTMA_LOADS] += 1;
   }
 }
 
-// Copies 16 bytes of a row of the box; what lies outside the tensor is zero.
-static bool copy_piece(Machine& machine, Warp& warp, const PendingTma& copy, u64 row, bool inside, u32 column,
-                       u8* piece) {
-  const TensorMap& map = copy.map;
-  std::memset(piece, 0, 16);
-  if (!inside) return true;
+// Copies 16 bytes; what lies outside the tensor is zero.
+static bool load_piece(Machine& machine, Warp& warp, const PendingTma& copy, u32 column, u64 row, u8* piece) {
   const Instruction& in = machine.code[copy.pc];
-  for (u32 byte = 0; byte < 16; byte += map.element_bytes) {
-    const s64 x = s64{copy.at[0]} + (column + byte) / map.element_bytes;
-    if (x < 0 || x >= static_cast<s64>(map.size[0])) continue;
-    const u64 address = row + x * map.element_bytes;
-    const u8* place = global_place(machine, warp, in, copy.lane, address, map.element_bytes, false);
+  const u32 bytes = copy.map.element_bytes;
+  std::memset(piece, 0, 16);
+  return for_each_element(copy, column, row, [&](u64 address, u32 byte) {
+    const u8* place = global_place(machine, warp, in, copy.lane, address, bytes, false);
     if (!place) return false;
-    if (map.element_bytes > 1) check_global(machine, warp, in, copy.lane, address, map.element_bytes, Access::kRead);
-    std::memcpy(piece + byte, place, map.element_bytes);
-    machine.counts[kTMA_BYTES] += map.element_bytes;
-  }
-  return true;
+    if (bytes > 1) check_global(machine, warp, in, copy.lane, address, bytes, Access::kRead);
+    std::memcpy(piece + byte, place, bytes);
+    machine.counts[kTMA_BYTES] += bytes;
+    return true;
+  });
 }
 
 void complete_tma(Machine& machine, std::size_t which) {
@@ -103,26 +98,10 @@ void complete_tma(Machine& machine, std::size_t which) {
   const Instruction& in = machine.code[copy.pc];
   Mbarrier* mbarrier = find_mbarrier(machine, warp, in, copy.lane, copy.mbarrier, true);
   if (!mbarrier) return;
-  const TensorMap& map = copy.map;
-  static constexpr int kSwizzles[] = {kNoSwizzle, kSwizzle32, kSwizzle64, kSwizzle128};  // as descriptors number them
-  const u32 row_bytes = map.box[0] * map.element_bytes;
-  for (u32 r = 0; r < copy.bytes / row_bytes; ++r) {
-    u64 row = map.base;
-    bool inside = true;
-    u32 rest = r;
-    for (u32 k = 1; k < map.rank; ++k) {
-      const s64 place = s64{copy.at[k]} + rest % map.box[k];
-      rest /= map.box[k];
-      inside &= place >= 0 && place < static_cast<s64>(map.size[k]);
-      row += place * map.stride[k];
-    }
-    for (u32 column = 0; column < row_bytes; column += 16) {
-      u8 piece[16];
-      if (!copy_piece(machine, warp, copy, row, inside, column, piece)) return;
-      const u64 to = swizzled(copy.shared + r * row_bytes + column, kSwizzles[map.swizzle]);
-      std::memcpy(machine.shared_at(to), piece, 16);
-    }
-  }
+  const bool done = for_each_piece(copy, [&](u64 shared, u32 column, u64 row) {
+    return load_piece(machine, warp, copy, column, row, machine.shared_at(shared));
+  });
+  if (!done) return;
   const u32 clock = ++machine.copy_clocks[mbarrier->copy_clock];
   for (u32 k = 0; k < copy.bytes; k += 2) {
     Shadow& shadow = machine.shadow(copy.shared + k);

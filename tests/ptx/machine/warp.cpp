@@ -189,12 +189,11 @@ class Turn {
   }
 
   void execute(const Instruction& in, u32 active) {
-    const bool is_wgmma_ = is_wgmma(in);
-    if (warp_.wgmma_in_flight && !is_wgmma_) check_registers(in);
-    in.meaning(machine_, warp_, in, active);
-    for (int k = 0; k < in.destinations; ++k) {
-      if (in.operand[k] >= 0) warp_.register_written[in.operand[k] / kRegisterBytes] = is_wgmma_ ? 0 : warp_.step;
+    if (in.near_wgmma) {
+      if (warp_.wgmma_in_flight) check_registers(in);
+      note_registers(warp_, in);
     }
+    in.meaning(machine_, warp_, in, active);
     machine_.counts[in.unit] += count_lanes(active);
   }
 

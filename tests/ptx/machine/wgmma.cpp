@@ -47,19 +47,39 @@ static void mark_reads(Machine& machine, const WgmmaOperands& operands, int by) 
   }
 }
 
+// [wgmma.fence] It stands in front of a warp's first wgmma, and between any other access to a register and a wgmma that
+// has it as accumulator or of A; wgmma itself may go on with its accumulators if the shape is the same. Of A's
+// registers only writes count here: nothing can be wrong with two reads.
 static void check_fences(Machine& machine, Warp& warp, const Instruction& in, bool chained, bool sums) {
-  const int accumulators = in.immediate[kN] / 2;
-  const auto late = [&](int k) { return warp.register_written[in.operand[k] / kRegisterBytes] > warp.fence_step; };
+  if (warp.fence_step == 0) machine.report("wgmma before the first wgmma.fence", warp, in, 0, 0);
+  const s64 columns = in.immediate[kN];
+  const int accumulators = columns / 2, operands = accumulators + (in.immediate[kAInRegisters] ? 4 : 0);
+  const auto use = [&](int k) -> RegisterUse& { return warp.register_use[in.operand[k] / kRegisterBytes]; };
+  const char* const more = sums ? "" : "(not read: scale-d is 0)";
   for (int k = 0; k < accumulators && !chained; ++k) {
-    if (!late(k)) continue;
-    machine.report("accumulator written after the last wgmma.fence", warp, in, 0, in.operand[k],
-                   sums ? "" : "(not read: scale-d is 0)");
+    const char* kind = nullptr;
+    if (use(k).written > warp.fence_step) {
+      kind = "accumulator written after the last wgmma.fence";
+    } else if (use(k).read > warp.fence_step) {
+      kind = "accumulator read after the last wgmma.fence";
+    } else if (use(k).by_wgmma > warp.fence_step && use(k).columns != columns) {
+      kind = "accumulator of a wgmma of another shape after the last wgmma.fence";
+    }
+    if (!kind) continue;
+    machine.report(kind, warp, in, 0, in.operand[k], more);
     break;
   }
-  for (int k = accumulators; in.immediate[kAInRegisters] && k < accumulators + 4; ++k) {
-    if (!late(k)) continue;
-    machine.report("A register written after the last wgmma.fence", warp, in, 0, in.operand[k]);
+  for (int k = accumulators; k < operands; ++k) {
+    const bool written = use(k).written > warp.fence_step;
+    if (!written && !(use(k).by_wgmma > warp.fence_step && use(k).columns)) continue;
+    machine.report(written ? "A register written after the last wgmma.fence"
+                           : "A register that was an accumulator after the last wgmma.fence",
+                   warp, in, 0, in.operand[k]);
     break;
+  }
+  for (int k = 0; k < operands; ++k) {
+    use(k).by_wgmma = warp.step;
+    use(k).columns = k < accumulators ? columns : 0;
   }
 }
 
@@ -185,7 +205,27 @@ static void wgmma(Machine& machine, Warp& warp, const Instruction& in, u32 activ
   machine.counts[kWGMMA_FLOP] += 2ull * 16 * columns * kDepth;
 }
 static const Registration wgmma_registered("wgmma", wgmma);
-bool is_wgmma(const Instruction& in) { return in.meaning == wgmma; }
+
+void find_wgmma_registers(Machine& machine) {
+  std::vector<bool> used(machine.register_image.size() / kRegisterBytes + 1);
+  for (const Instruction& in : machine.code) {
+    const int operands = in.immediate[kN] / 2 + (in.immediate[kAInRegisters] ? 4 : 0);
+    for (int k = 0; in.meaning == wgmma && k < operands; ++k) used[in.operand[k] / kRegisterBytes] = true;
+  }
+  for (Instruction& in : machine.code) {
+    in.near_wgmma = in.meaning && in.meaning != wgmma &&
+                    std::any_of(in.operand, in.operand + in.operands,
+                                [&](s32 place) { return place >= 0 && used[place / kRegisterBytes]; });
+  }
+}
+
+void note_registers(Warp& warp, const Instruction& in) {
+  for (int k = 0; k < in.operands; ++k) {
+    if (in.operand[k] < 0) continue;
+    RegisterUse& use = warp.register_use[in.operand[k] / kRegisterBytes];
+    (k < in.destinations ? use.written : use.read) = warp.step;
+  }
+}
 
 MEANING("wgmma.fence") {
   if (active != kAllLanes) return machine.fail("wgmma.fence by part of a warp", warp, in, 0, 0);
@@ -224,7 +264,6 @@ MEANING("wgmma.wait_group") {
       const s32 place = pending.registers[q];
       std::memcpy(warp.registers + place, &pending.values[q * kWarp], kRegisterBytes);
       warp.register_state[place / kRegisterBytes] = kFree;
-      warp.register_written[place / kRegisterBytes] = 0;
     }
   }
   warp.wgmmas.resize(kept);
