@@ -111,6 +111,9 @@ class Entry:
         header = text[close:body]
         required = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
         self.required_block = required and tuple(int(size or 1) for size in required.groups())
+        clusters = re.search(r"\.(reqnctapercluster|explicitcluster|maxclusterrank)\b", header)
+        if clusters:
+            raise UnknownPtxError(f"clusters of blocks: {clusters[0]} of {name}")
         registers = re.search(r"\.maxnreg\s+(\d+)", header)
         self.register_limit = int(registers[1]) if registers else 0
         self.statements = list(_statements(text[body:], text.count("\n", 0, body) + 1))

@@ -7,25 +7,11 @@ import pytest
 import torch
 
 from ptx.emulated import needs_compiler
-from ptx.kernel import Buffer, Kernel, Launch, Module
+from ptx.hand_written import ORDERS, START, by_warps, launched, swizzled_pieces
 from ptx.syntax import PtxError, UnknownPtxError
 from ptx.tensor_map import SWIZZLES, tensor_map
 
 pytestmark = needs_compiler
-
-HEAD = ".version 8.6\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
-REGISTERS = ".reg .pred %p<20>; .reg .b16 %h<20>; .reg .b32 %r<40>; .reg .b64 %rd<40>; .reg .f32 %f<20>;"
-ORDERS = range(7)
-
-
-def launched(
-    body, parameters=".param .u32 unused", data=bytes(4), threads=32, order=0, bounds="", tensors=()
-) -> Launch:
-    text = f"{HEAD}.visible .entry k({parameters})\n{bounds}\n{{\n{REGISTERS}\n{body}\nret;\n}}\n"
-    buffers = [Buffer(*(t.data_ptr(), t.data_ptr() + t.nbytes) * 2) for t in tensors]
-    kernel = Kernel(Module(text), "k")
-    return kernel.launch((1, 1, 1), (threads, 1, 1), 65536, data, buffers, order=order, limit=1 << 16)
-
 
 # A box of 16 rows is loaded to shared memory and copied out from there as it lies.
 LOAD_BOX = """
@@ -67,23 +53,13 @@ def test_boxes_of_tensors(swizzle, place):
             y, x = place[0] + row, place[1] + column
             if 0 <= y < 40 and 0 <= x < 72:
                 expected[row, column] = tensor[y, x]
-    piece = torch.arange(len(out))
-    swizzled = piece ^ (piece // 8 & {0: 0, 1: 1, 2: 3, 3: 7}[mode])
-    assert torch.equal(out[swizzled].view(rows, columns), expected)
+    assert torch.equal(out[swizzled_pieces(len(out), mode)].view(rows, columns), expected)
 
 
-START = """
-mov.b32 %r1, smem; mov.u32 %r3, %tid.x; shr.u32 %r4, %r3, 5; setp.eq.b32 %p1, %r3, 0; setp.eq.b32 %p2, %r4, 0;
-setp.ne.b32 %p3, %r4, 0; and.b32 %r5, %r3, 31; shl.b32 %r6, %r5, 2; add.s32 %r7, %r1, %r6;
-"""  # %p1: thread 0; %p2: warp 0; %p3: the other; %r5: lane; %r7: a word of shared memory a lane
 INIT = "@%p1 mbarrier.init.shared::cta.b64 [%r1+1024], 32; bar.sync 0;"
 ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r1+1024];"
 WAIT = """mov.b32 %r9, 0; W: mbarrier.try_wait.parity.shared::cta.b64 %p5, [%r1+1024], %r9; @!%p5 bra W;"""
 STORE, LOAD = "st.shared.b32 [%r7], %r5;", "ld.shared.b32 %r8, [%r7];"
-
-
-def by_warps(first, second):
-    return f"@%p3 bra C; {first} bra E; C: {second} E:"
 
 
 RIGHT = {
@@ -169,12 +145,36 @@ def test_registers_of_warp_groups(order):
 
 UNKNOWN = ["tanh.approx.bf16 %h1, %h2;", "add.cc.u32 %r1, %r2, %r3;", "mma.sync.aligned.m8n8k4.row.col.f64 x;",
            "tcgen05.fence::before_thread_sync;", "ld.local.b32 %r1, [%r2];", "frobnicate.b32 %r1;"]  # fmt: skip
+LOAD_TILE = "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+OF_CLUSTERS = [
+    f"{LOAD_TILE}.multicast::cluster [%r1], [%rd1, {{%r2}}], [%r3], %h1;",
+    "barrier.cluster.arrive.aligned;",
+    "barrier.cluster.wait.aligned;",
+    "mapa.shared::cluster.u32 %r1, %r2, 1;",
+    "mov.u32 %r1, %cluster_ctarank;",
+    "ld.shared::cluster.b32 %r1, [%r2];",
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r1], %r2, [%r3];",
+    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r1], [%r2], 16, [%r3];",
+    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1];",
+]
 
 
 @pytest.mark.parametrize("instruction", UNKNOWN)
 def test_unknown_instructions_are_named(instruction):
     with pytest.raises(UnknownPtxError, match=re.escape(re.split(r"[ :]", instruction)[0])):
         launched(instruction)
+
+
+@pytest.mark.parametrize("instruction", OF_CLUSTERS)
+def test_instructions_of_clusters_are_named(instruction):
+    with pytest.raises(UnknownPtxError, match="cluster"):
+        launched(instruction)
+
+
+@pytest.mark.parametrize("directive", [".reqnctapercluster 2, 1, 1", ".explicitcluster"])
+def test_kernels_of_clusters_are_refused(directive):
+    with pytest.raises(UnknownPtxError, match=directive.split()[0]):
+        launched("", bounds=directive)
 
 
 def test_registers_have_types():

@@ -83,6 +83,16 @@ static void check_fences(Machine& machine, Warp& warp, const Instruction& in, bo
   }
 }
 
+// A thread has at least the accumulators in flight and the fragment of A; how many more a kernel needs only ptxas
+// knows.
+static void check_register_count(Machine& machine, Warp& warp, const Instruction& in) {
+  s64 count = in.immediate[kAInRegisters] ? 4 : 0;
+  for (const PendingWgmma& pending : warp.wgmmas) count += pending.registers.size();
+  if (!machine.register_limit || count <= warp.register_limit) return;
+  const std::string more = std::to_string(count) + " of " + std::to_string(warp.register_limit);
+  machine.report("wgmma with more registers in flight than the warp has", warp, in, 0, 0, more.c_str());
+}
+
 static int row_of(int q, int lane) { return lane / 4 + 8 * (q >> 1 & 1); }
 static int column_of(int q, int lane) { return lane % 4 * 2 + (q & 1) + 8 * (q >> 2); }
 
@@ -183,6 +193,7 @@ static void wgmma(Machine& machine, Warp& warp, const Instruction& in, u32 activ
       std::memset(warp.registers + place, 0xFF, kRegisterBytes);
     }
   }
+  check_register_count(machine, warp, in);
   pending->group = warp.wgmma_group;
   for (int q = 0; q < accumulators; ++q) {
     for (int lane = 0; lane < kWarp; ++lane) {
