@@ -51,8 +51,8 @@ CASES = {
     "spread, three stages": ((1, 640, 4, 4, 4, 1, 128, SPREAD), {"stages": 3}),
 }
 CASES |= {f"L {length}, S = T = 4": ((1, length, 4, 4, 4, 1, 128), {}) for length in (1, 128, 129, 256, 300)}
-CASES |= {f"L {length}, S = T = 14": ((1, length, 14, 14, 4, 1, 128), {}) for length in (7, 128, 300)}
-CASES |= {f"L 300, S = T = {steps}, three stages": ((1, 300, steps, steps, 4, 1, 128), {"stages": 3}) for steps in (4, 14)}
+CASES |= {f"L {length}, S = T = 14": ((1, length, 14, 14, 4, 1, 128), {}) for length in (7, 128)}
+CASES["L 300, S = T = 14, three stages"] = ((1, 300, 14, 14, 4, 1, 128), {"stages": 3})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,14 +81,13 @@ def each(pattern: str, replacement: str | None = ""):
     return broken
 
 
-WAIT = r"^\s*mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[(%r\d+)\], (%r\d+);"
-OTHER_PARITY = r".reg .b32 flipped; xor.b32 flipped, \2, 1; mbarrier.try_wait.parity.shared::cta.b64 complete, [\1], flipped;"
+TRY = "mbarrier.try_wait.parity.shared::cta.b64 complete,"
+WAIT = rf"^\s*{re.escape(TRY)} \[(%r\d+)\], (%r\d+);"
 EXPECT = r"mbarrier\.arrive\.expect_tx(\.shared::cta\.b64 _, \[%r\d+\]), (\d+);"
 LOAD = r"cp\.async\.bulk\.tensor[^;]*"
-MISSED = {}
 BROKEN = {
     "wait dropped": each(WAIT, "mov.pred complete, -1;"),
-    "wait for the other parity": each(WAIT, OTHER_PARITY),
+    "wait for the other parity": each(WAIT, rf".reg .b32 flipped; xor.b32 flipped, \2, 1; {TRY} [\1], flipped;"),
     "bytes not expected": each(EXPECT, r"mbarrier.arrive\1;"),
     "half of the bytes expected": each(
         EXPECT, lambda match: f"mbarrier.arrive.expect_tx{match[1]}, {int(match[2]) // 2};"
@@ -110,6 +109,38 @@ BROKEN = {
     "registers of another number": each(
         r"(setmaxnreg\.\w+\.sync\.aligned\.u32 )\t?(\d+);", lambda match: f"{match[1]}{int(match[2]) - 8 or 32};"
     ),
+}
+
+
+# Nothing is wrong without these: by line of the kernel, how many of those that it became.
+HARMLESS = {
+    "wait dropped": {
+        # Turns decide which group is first, and the first at that is never late for its own.
+        "mbarrier.wait(my_turn, 0)": 1,
+        "mbarrier.wait(my_turn, i & 1)": 2,
+        # The group whose turn is second gets it from the other, which has waited for the same load.
+        "mbarrier.wait(k_full.index(0), 0)": 1,
+        "mbarrier.wait(v_full.index(0), 0)": 1,
+        "mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)": 2,
+        # The loop's first round stands in front of it, and there both pass at once.
+        "mbarrier.wait(k_empty.index(stage), phase ^ 1)": 1,
+        "mbarrier.wait(v_empty.index(stage), phase ^ 1)": 1,
+    },
+    "barrier of a group dropped": {
+        # The thread that arrives has also initialised it.
+        "mbarrier.arrive(turns.index(0), count=1)": 1,
+        # The load of K that this would let through waits for V's arrival too, which comes behind.
+        "mbarrier.arrive(k_empty.index(stage), count=1)": 4,
+        # A turn that is given early is given all the same.
+        "mbarrier.arrive(other_turn, count=1)": 3,
+    },
+    # Those of a partition that no warp runs.
+    "barrier of all dropped": {"def gluon_forward_kernel(": 2},
+    # They still suffice: wgmma's in flight are fewer. test_gluon_registers.py asks ptxas.
+    "registers of another number": {
+        "def gluon_forward_kernel(": 4,
+        "gl.store(lse + place, (peak + gl.log2(total)) * LN_2, mask=index < num_rows)": 1,
+    },
 }
 
 
@@ -144,7 +175,11 @@ class Small:
 
     def line(self, place: int) -> str:
         """The line of gluon_forward.py that a place in the PTX comes from."""
-        lines = re.findall(r"^\s*\.loc.*gluon_forward\.py:([1-9]\d*)", self.ptx[:place], re.M)
+        before = self.ptx[:place]
+        assembly = before.rfind("// begin inline asm")
+        if assembly > before.rfind("// end inline asm"):  # where .loc counts the lines of the text
+            before = before[:assembly]
+        lines = re.findall(r"^\s*\.loc.*gluon_forward\.py:([1-9]\d*)", before, re.M)
         return self.source[int(lines[-1]) - 1].strip()
 
 
@@ -155,4 +190,11 @@ def test_caught(what, emulated_launches):
     assert broken, "nothing to break"
     missed = Counter(small.line(place) for place, ptx in broken if not small.is_caught(ptx))
     print(f"{what}: {len(broken) - missed.total()} of {len(broken)} caught, not", dict(missed))
-    assert missed <= Counter(MISSED.get(what, {}))
+    assert missed <= Counter(HARMLESS.get(what, {}))
+
+
+def test_first_ones_are_caught(emulated_launches):
+    small = Small(emulated_launches)
+    for what in BROKEN.keys() - {"wait dropped", *HARMLESS}:
+        _, ptx = next(BROKEN[what](small.ptx))
+        assert small.is_caught(ptx), what

@@ -1,14 +1,14 @@
-"""Thought attention's forward in Gluon for Hopper: what the emulator is shown of warp specialisation. Not the package's.
+"""Thought attention's forward in Gluon for Hopper, a warp-specialised kernel to test the emulator; not the package's.
 
 A producer warp fills rings of STAGES blocks of K and V by TMA; two groups of four warps, 64 rows each, wait for them on
 mbarriers and hand them back. Rows are anchor-major with the heads of a key head packed, as in the package's kernels;
 block 0 are the thoughts' keys, then come the base keys, the last block first. Within a group Q K(i)^T runs under
-P V(i - 1), and the softmax of block i under that; between the groups, turns (mbarriers) let one multiply while the other
-is at its softmax.
+P V(i - 1), and the softmax of block i under that; between the groups, turns (mbarriers) let one multiply while the
+other is at its softmax.
 
-Limits: anchors are positions in ascending order, all active; no window, no padding; D is BLOCK_D; the thoughts' keys of a
-tile fit into one block (``forward`` checks that). A box that ends beyond its batch reads the next one's keys, which are
-masked: values there must be finite.
+Limits: anchors are positions in ascending order, all active; no window, no padding; D is BLOCK_D; the thoughts' keys of
+a tile fit into one block (``forward`` checks that). A box that ends beyond its batch reads the next one's keys, which
+are masked: values there must be finite.
 """
 
 import torch

@@ -63,6 +63,7 @@ WRONG = {
     "B overwritten": ("over an operand", ZEROS + FENCE + product() + "st.shared.b32 [%r5], %r3;" + WAIT),
 }  # fmt: skip
 
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(name):
     for order in ORDERS:
