@@ -112,12 +112,11 @@ BROKEN = {
 }
 
 
-# Nothing is wrong without these: by line of the kernel, how many of those that it became.
-HARMLESS = {
+# What is not caught: by line of the kernel, how many of the instructions that it became, and why.
+MISSED = {
     "wait dropped": {
-        # Turns decide which group is first, and the first at that is never late for its own.
+        # The first group's first turn, which it has from the start.
         "mbarrier.wait(my_turn, 0)": 1,
-        "mbarrier.wait(my_turn, i & 1)": 2,
         # The group whose turn is second gets it from the other, which has waited for the same load.
         "mbarrier.wait(k_full.index(0), 0)": 1,
         "mbarrier.wait(v_full.index(0), 0)": 1,
@@ -131,12 +130,12 @@ HARMLESS = {
         "mbarrier.arrive(turns.index(0), count=1)": 1,
         # The load of K that this would let through waits for V's arrival too, which comes behind.
         "mbarrier.arrive(k_empty.index(stage), count=1)": 4,
-        # A turn that is given early is given all the same.
-        "mbarrier.arrive(other_turn, count=1)": 3,
+        # Turns decide only who is first. One that is given too early shows in rare orders, as an arrival too many.
+        "mbarrier.arrive(other_turn, count=1)": 2,
     },
     # Those of a partition that no warp runs.
     "barrier of all dropped": {"def gluon_forward_kernel(": 2},
-    # They still suffice: wgmma's in flight are fewer. test_gluon_registers.py asks ptxas.
+    # There are still enough: test_gluon_registers.py.
     "registers of another number": {
         "def gluon_forward_kernel(": 4,
         "gl.store(lse + place, (peak + gl.log2(total)) * LN_2, mask=index < num_rows)": 1,
@@ -147,7 +146,7 @@ HARMLESS = {
 class Small:
     """The small case, and what becomes of it when its PTX is broken."""
 
-    ORDERS = (3, 4, 5)
+    ORDERS = (3, 4, 5, 14, 16)  # the last two for what is rare
 
     def __init__(self, launches: list) -> None:
         self.launches = launches
@@ -190,11 +189,11 @@ def test_caught(what, emulated_launches):
     assert broken, "nothing to break"
     missed = Counter(small.line(place) for place, ptx in broken if not small.is_caught(ptx))
     print(f"{what}: {len(broken) - missed.total()} of {len(broken)} caught, not", dict(missed))
-    assert missed <= Counter(HARMLESS.get(what, {}))
+    assert missed <= Counter(MISSED.get(what, {}))
 
 
 def test_first_ones_are_caught(emulated_launches):
     small = Small(emulated_launches)
-    for what in BROKEN.keys() - {"wait dropped", *HARMLESS}:
+    for what in BROKEN.keys() - MISSED.keys():
         _, ptx = next(BROKEN[what](small.ptx))
         assert small.is_caught(ptx), what
