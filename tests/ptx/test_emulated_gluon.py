@@ -1,4 +1,4 @@
-"""Warp specialisation, TMA loads and mbarriers: a kernel in Gluon, compiled and emulated, right and broken."""
+"""Warp specialisation, TMA and mbarriers: kernels in Gluon, compiled and emulated, right and broken."""
 
 from importlib import metadata
 
@@ -12,18 +12,18 @@ pytestmark = pytest.mark.skipif(
     tuple(map(int, VERSION.split(".")[:2])) < (3, 8), reason=f"Gluon for Hopper is another in Triton {VERSION}: 3.8"
 )
 
-FILE = "ptx/emulated_gluon.py"
+FORWARD, BACKWARD = "ptx/emulated_gluon_forward.py", "ptx/emulated_gluon_backward.py"
 
 
-def test_a_small_one_emulated():
-    run_emulated("sm_90", {FILE: "small or first_ones or too_many"})
+def test_small_ones_emulated():
+    run_emulated("sm_90", {FORWARD: "small or first_ones or too_many", BACKWARD: "256 or first_ones"})
 
 
 @pytest.mark.slow
 def test_all_emulated():
-    run_emulated("sm_90", {FILE: "right"}, workers=2)
+    run_emulated("sm_90", {FORWARD: "right", BACKWARD: "right"}, workers=2)
 
 
 @pytest.mark.slow
 def test_broken_ones_are_caught_emulated():
-    run_emulated("sm_90", {FILE: "test_caught"}, workers=2)
+    run_emulated("sm_90", {FORWARD: "test_caught", BACKWARD: "test_caught"}, workers=2)

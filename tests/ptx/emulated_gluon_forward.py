@@ -7,9 +7,8 @@ import pytest
 import torch
 from tolerances import assert_as_accurate
 
-from ptx import gluon_forward, triton_launches
-from ptx.gluon_forward import forward
-from ptx.kernel import EmulationError
+from ptx import gluon_forward
+from ptx.gluon_mutations import Subject, each
 from ptx.launches import schedule
 from quietstar.ops import thought_attention
 
@@ -61,24 +60,13 @@ def test_right(name, emulated_launches):
     tensors, anchors = made(*sizes)
     expected = list(references(tensors, anchors))
     for schedule.order in range(7) if name == "small" else (3, 4, 5):
-        assert_right(forward(*tensors, anchors, **options), expected)
+        assert_right(gluon_forward.forward(*tensors, anchors, **options), expected)
 
 
 def test_too_many_thoughts_for_a_block():
     tensors, _ = made(1, 20, 1, 12, 4, 1, 64)
     with pytest.raises(ValueError, match="must fit into block_n"):
-        forward(*tensors)
-
-
-def each(pattern: str, replacement: str | None = ""):
-    """Of every occurrence of a pattern in PTX: where it is, and the text with that one replaced."""
-
-    def broken(ptx: str):
-        for match in re.finditer(pattern, ptx, re.M):
-            new = replacement(match) if callable(replacement) else match.expand(replacement)
-            yield match.start(), ptx[: match.start()] + new + ptx[match.end() :]
-
-    return broken
+        gluon_forward.forward(*tensors)
 
 
 TRY = "mbarrier.try_wait.parity.shared::cta.b64 complete,"
@@ -143,57 +131,23 @@ MISSED = {
 }
 
 
-class Small:
-    """The small case, and what becomes of it when its PTX is broken."""
-
-    ORDERS = (3, 4, 5, 14, 16)  # the last two for what is rare
-
-    def __init__(self, launches: list) -> None:
-        self.launches = launches
-        self.tensors, self.anchors = made(*SMALL)
-        self.expected = list(references(self.tensors, self.anchors))
-        assert_right(forward(*self.tensors, self.anchors, block_n=64), self.expected)
-        self.ptx = launches.pop().kernel.module.text
-        self.source = gluon_forward.__loader__.get_source(gluon_forward.__name__).splitlines()
-
-    def is_caught(self, ptx: str) -> bool:
-        """Whether anything shows that it is broken, in one of the orders."""
-        triton_launches.state.edit = lambda kernel, original: ptx
-        try:
-            for schedule.order in self.ORDERS:
-                self.launches.clear()
-                assert_right(forward(*self.tensors, self.anchors, block_n=64), self.expected)
-                if any(launch.faults() for launch in self.launches):
-                    return True
-        except (AssertionError, EmulationError):
-            return True
-        finally:
-            triton_launches.state.edit = None
-            self.launches.clear()
-        return False
-
-    def line(self, place: int) -> str:
-        """The line of gluon_forward.py that a place in the PTX comes from."""
-        before = self.ptx[:place]
-        assembly = before.rfind("// begin inline asm")
-        if assembly > before.rfind("// end inline asm"):  # where .loc counts the lines of the text
-            before = before[:assembly]
-        lines = re.findall(r"^\s*\.loc.*gluon_forward\.py:([1-9]\d*)", before, re.M)
-        return self.source[int(lines[-1]) - 1].strip()
+@pytest.fixture
+def subject(emulated_launches) -> Subject:
+    tensors, anchors = made(*SMALL)
+    expected = list(references(tensors, anchors))
+    return Subject(
+        gluon_forward,
+        lambda: assert_right(gluon_forward.forward(*tensors, anchors, block_n=64), expected),
+        emulated_launches,
+    )
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_caught(what, emulated_launches):
-    small = Small(emulated_launches)
-    broken = list(BROKEN[what](small.ptx))
-    assert broken, "nothing to break"
-    missed = Counter(small.line(place) for place, ptx in broken if not small.is_caught(ptx))
-    print(f"{what}: {len(broken) - missed.total()} of {len(broken)} caught, not", dict(missed))
-    assert missed <= Counter(MISSED.get(what, {}))
+def test_caught(what, subject):
+    assert subject.missed(BROKEN[what]) <= Counter(MISSED.get(what, {}))
 
 
-def test_first_ones_are_caught(emulated_launches):
-    small = Small(emulated_launches)
+def test_first_ones_are_caught(subject):
     for what in BROKEN.keys() - MISSED.keys():
-        _, ptx = next(BROKEN[what](small.ptx))
-        assert small.is_caught(ptx), what
+        _, ptx = next(BROKEN[what](subject.ptx))
+        assert subject.is_caught(ptx), what
