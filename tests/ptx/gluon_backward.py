@@ -3,7 +3,10 @@
 A program has 128 keys, 64 for each of two groups of four warps, and goes over tiles of 64 rows that a producer warp
 brings by TMA. dK and dV stay in registers. Scores are transposed, so that P and dS are operands in registers; dS goes
 to shared memory too, where each group multiplies all of it with half of the columns of K: dQ, which TMA adds to a table
-in float32. Only rows that see all 128 keys; the order in which blocks add to dQ is open.
+in float32.
+
+Limits: only rows that see all 128 keys; the order in which blocks add to dQ is open; 240 registers do not suffice for
+the consumers (ptxas 12.9 spills 168 bytes).
 """
 
 import torch

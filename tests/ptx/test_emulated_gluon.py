@@ -8,9 +8,10 @@ from ptx.emulated import run_emulated
 
 pytest.importorskip("triton")
 VERSION = metadata.version("triton")
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, VERSION.split(".")[:2])) < (3, 8), reason=f"Gluon for Hopper is another in Triton {VERSION}: 3.8"
+needs_gluon = pytest.mark.skipif(
+    tuple(map(int, VERSION.split(".")[:2])) < (3, 8), reason=f"the kernels need Triton 3.8, got {VERSION}"
 )
+pytestmark = needs_gluon
 
 FORWARD, BACKWARD = "ptx/emulated_gluon_forward.py", "ptx/emulated_gluon_backward.py"
 
