@@ -6,7 +6,7 @@ to shared memory too, where each group multiplies all of it with half of the col
 in float32.
 
 Limits: only rows that see all 128 keys; the order in which blocks add to dQ is open; 240 registers do not suffice for
-the consumers (ptxas 12.9 spills 168 bytes).
+the consumers (ptxas 13.4 spills 168 bytes).
 """
 
 import torch
