@@ -59,6 +59,7 @@ void complete_copies(Machine& machine, Warp& warp, u32 active, s64 pending, bool
       shadow.write_epoch = machine.epoch;
       shadow.writer = warp.id;
       shadow.writer_lane = copy.lane;
+      shadow.written_by_copy = true;
       shadow.write_sync = warp.syncs;
       shadow.write_clock = warp.clock.at[warp.id];
     }

@@ -87,7 +87,7 @@ struct Shadow {
   u32 write_sync = 0;   // the writer's count of bar.warp.sync
   u32 write_clock = 0;  // the writer's clock (shared memory)
   u8 writer = 0, writer_lane = 0;
-  bool written_atomically = false, mbarrier = false;
+  bool written_atomically = false, written_by_copy = false, mbarrier = false;  // by_copy: cp.async
   bool copy_in_flight = false;  // bytes that cp.async or TMA has yet to write
   u8 wgmma_reads = 0;           // by wgmma in flight
   u8 tma_stores = 0;            // not waited for: that read it (shared memory), that write it (global memory)
