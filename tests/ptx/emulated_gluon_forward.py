@@ -131,6 +131,10 @@ MISSED = {
 }
 
 
+QUICK = ("bytes not expected", "arrival dropped", "shared memory not fenced", "product not waited for",
+         "product not fenced", "load of the wrong rows")  # fmt: skip
+
+
 @pytest.fixture
 def subject(emulated_launches) -> Subject:
     tensors, anchors = made(*SMALL)
@@ -148,6 +152,6 @@ def test_caught(what, subject):
 
 
 def test_first_ones_are_caught(subject):
-    for what in BROKEN.keys() - MISSED.keys():
+    for what in QUICK:
         _, ptx = next(BROKEN[what](subject.ptx))
         assert subject.is_caught(ptx), what
