@@ -139,6 +139,9 @@ WRONG = {
     "overwritten by others, no barrier": (
         "shared race", READY + ISSUE + COMMIT + WAIT_FOR_READ + OTHERS_OVERWRITE,
     ),
+    "overwritten by others, a barrier in front of the wait": (
+        "shared", READY + ISSUE + COMMIT + BARRIER + WAIT_FOR_READ + OTHERS_OVERWRITE,
+    ),
     "read back, not waited for": ("TMA store in flight writes", READY + ISSUE + COMMIT + READ_BACK + WAIT),
     "read back, only its reading waited for": (
         "TMA store in flight writes", READY + ISSUE + COMMIT + WAIT_FOR_READ + READ_BACK,
