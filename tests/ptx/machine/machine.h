@@ -90,7 +90,7 @@ struct Shadow {
   bool written_atomically = false, written_by_copy = false, mbarrier = false;  // by_copy: cp.async
   bool copy_in_flight = false;  // bytes that cp.async or TMA has yet to write
   u8 wgmma_reads = 0;           // by wgmma in flight
-  u8 tma_stores = 0;            // not waited for: that read it (shared memory), that write it (global memory)
+  u16 tma_stores = 0;           // not waited for: that read it (shared memory), that write it (global memory)
 };
 
 struct Finding {
@@ -223,7 +223,7 @@ struct TensorMap {
   u64 magic, base, size[5], stride[5];
   u32 box[5];
   u16 rank, swizzle;
-  u32 element_bytes, type;
+  u32 element_bytes, type;  // CUtensorMapDataType
 };
 static_assert(sizeof(TensorMap) == 128, "a descriptor has 128 bytes");
 constexpr u64 kTensorMapMagic = 0x50414d5254584d54ull;
