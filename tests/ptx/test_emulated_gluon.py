@@ -1,16 +1,9 @@
 """Warp specialisation, TMA and mbarriers: kernels in Gluon, compiled and emulated, right and broken."""
 
-from importlib import metadata
-
 import pytest
 
-from ptx.emulated import run_emulated
+from ptx.emulated import needs_gluon, run_emulated
 
-pytest.importorskip("triton")
-VERSION = metadata.version("triton")
-needs_gluon = pytest.mark.skipif(
-    tuple(map(int, VERSION.split(".")[:2])) < (3, 8), reason=f"the kernels need Triton 3.8, got {VERSION}"
-)
 pytestmark = needs_gluon
 
 FORWARD, BACKWARD = "ptx/emulated_gluon_forward.py", "ptx/emulated_gluon_backward.py"

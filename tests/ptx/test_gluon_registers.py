@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from compile_kernels import Kernel, compiled, is_serialised
 
+from ptx.emulated import needs_gluon
 from ptx.sass_registers import assembled, registers_used
-from ptx.test_emulated_gluon import needs_gluon
 
 pytestmark = [needs_gluon, pytest.mark.slow]
 
