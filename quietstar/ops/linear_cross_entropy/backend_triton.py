@@ -69,11 +69,8 @@ def _derivative(exponential, excess, logits, top, mean, factor, entropy_factor, 
 
 @triton.jit
 def _factor(scale, row, inverse_temperature, total):
-    """What makes a gradient of exponentials; None without a scale."""
-    if scale is None:
-        return None
-    else:
-        return tl.load(scale + row) * inverse_temperature / total
+    """What makes a gradient of exponentials."""
+    return tl.load(scale + row) * inverse_temperature / total
 
 
 @triton.jit
@@ -110,7 +107,9 @@ def resident_kernel(
     if scale is not None:
         gradient += row * gradient_stride
         factor = _factor(scale, row, inverse_temperature, total)
-        entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
+        entropy_factor = None
+        if entropy_scale is not None:
+            entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
         derivative = _derivative(
             exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
         )  # fmt: skip
@@ -163,7 +162,9 @@ def streaming_kernel(
     if scale is not None:
         gradient += row * gradient_stride
         factor = _factor(scale, row, inverse_temperature, total)
-        entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
+        entropy_factor = None
+        if entropy_scale is not None:
+            entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=1):
             columns = start + tl.arange(0, BLOCK)
             z = _load(logits, columns, vocabulary, limit)
