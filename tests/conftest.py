@@ -12,9 +12,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--emulate", choices=["sm_80", "sm_90"], help="emulate the kernels of this GPU: docs/testing_kernels.md"
-    )  # fmt: skip
+    targets = "sm_80", "sm_90", "sm_100"
+    parser.addoption("--emulate", choices=targets, help="emulate the kernels of this GPU: docs/testing_kernels.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:

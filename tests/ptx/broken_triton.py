@@ -22,6 +22,19 @@ ONLY = {
         "products not fenced": replaced(r"^\s*wgmma\.fence\.sync\.aligned;"),
         "shared memory not fenced": replaced(r"^\s*fence\.proxy\.async[^;]*;"),
     },
+    "sm_100": {
+        "products not waited for": replaced(r"@!complete bra\.uni waitLoop;"),
+        "products not committed": replaced(r"@%p\d+ tcgen05\.commit[^;]*;"),
+        "shared memory not fenced": replaced(r"^\s*fence\.proxy\.async[^;]*;"),
+        "loads from tensor memory not waited for": replaced(r"^\s*tcgen05\.wait::ld[^;]*;"),
+        "stores to tensor memory not waited for": replaced(r"^\s*tcgen05\.wait::st[^;]*;"),
+        "tensor memory kept": replaced(r"@%p\d+ tcgen05\.dealloc[^;]*;"),
+        "too little tensor memory": replaced(r"(tcgen05\.(?:de)?alloc[^;]*), \d+;", r"\1, 32;"),
+        "the first columns of A again and again": replaced(r"(tcgen05\.mma[^,]*, \[ %r\d+ \+) \d+", r"\1 0"),
+        "one product left out": replaced(r"@%p\d+ tcgen05\.mma[^;]*;", which=1),
+        "every product starts anew": replaced(r"(tcgen05\.mma[^;]*), %p\d+;", r"\1, 0;"),
+        "halves of 64 rows too near": replaced(r"(tcgen05\.ld\.[^;]*\]), \d+;", r"\1, 8;"),
+    },
 }
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-TRITON = {"sm_80": 80, "sm_90": 90}
-CUDA = {"sm_90": "sm_90a"}  # where nvcc's name is another
-PROCESSORS = {80: 108, 90: 132}  # of an A100, an H100
+TRITON = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+CUDA = {"sm_90": "sm_90a", "sm_100": "sm_100a"}  # where nvcc's name is another
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100, a B200
 OPS = ("linear_cross_entropy", "linear_sample", "mixing", "thought_attention")
 
 

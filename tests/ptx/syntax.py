@@ -7,7 +7,7 @@ from typing import NamedTuple
 SIZE = {"b8": 1, "u8": 1, "s8": 1}
 SIZE |= dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 2)
 SIZE |= dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2", "tf32"), 4)
-SIZE |= dict.fromkeys(("b64", "u64", "s64", "f64"), 8)
+SIZE |= dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8)
 WIDTH = {name: max(size, 2) for name, size in SIZE.items()} | {"pred": 4}
 
 

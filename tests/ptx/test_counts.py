@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ptx.counts import KEPT, Row, compilers, differences, main
-from ptx.emulated import every_target, kernels_of, needs_compiler
+from ptx.emulated import kernels_of, needs_compiler
 from ptx.plugin import OPS
-from ptx.units import Work
+from ptx.units import RATES, Work
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_all():
     assert_as_kept()
 
 
-@every_target
+@pytest.mark.parametrize("target", RATES)
 def test_every_triton_kernel_is_counted(target):
     counted = {key.split(" | ")[2] for key in COUNTS["counts"] if key.startswith(target)}
     assert set.union(*map(kernels_of, OPS)) - counted == set()

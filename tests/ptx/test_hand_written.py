@@ -146,7 +146,7 @@ def test_registers_of_warp_groups(order):
 UNKNOWN = ["tanh.approx.bf16 %h1, %h2;", "add.cc.u32 %r1, %r2, %r3;", "mma.sync.aligned.m8n8k4.row.col.f64 x;",
            "cp.reduce.async.bulk.tensor.1d.global.shared::cta.xor.bulk_group [%rd1, {%r1}], [%r2];",
            "cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], 16;", "cp.async.bulk.prefetch.L2.global x;",
-           "tcgen05.fence::before_thread_sync;", "ld.local.b32 %r1, [%r2];", "frobnicate.b32 %r1;"]  # fmt: skip
+           "tcgen05.shift.cta_group::1.down [%r1];", "ld.local.b32 %r1, [%r2];", "frobnicate.b32 %r1;"]  # fmt: skip
 LOAD_TILE = "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
 OF_CLUSTERS = [
     f"{LOAD_TILE}.multicast::cluster [%r1], [%rd1, {{%r2}}], [%r3], %h1;",

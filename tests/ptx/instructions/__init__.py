@@ -1,5 +1,5 @@
 """What each PTX instruction becomes; importing this package fills the table of ``encoder``."""
 
-from . import arithmetic, asynchronous, control, matrices, memory
+from . import arithmetic, asynchronous, control, matrices, memory, tcgen05
 
-__all__ = ["arithmetic", "asynchronous", "control", "matrices", "memory"]
+__all__ = ["arithmetic", "asynchronous", "control", "matrices", "memory", "tcgen05"]

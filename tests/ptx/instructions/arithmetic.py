@@ -9,7 +9,7 @@ _MULTIFUNCTION = ("lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div")
 
 
 def _unit(base: str, type_name: str) -> str:
-    if type_name == "f32":
+    if type_name in ("f32", "f32x2"):
         if base in ("fma", "ex2"):
             return {"fma": "FMA32", "ex2": "EX2"}[base]
         return "MUFU" if base in _MULTIFUNCTION else "F32"
@@ -18,18 +18,27 @@ def _unit(base: str, type_name: str) -> str:
     return "OTHER" if type_name == "f64" else "INT"
 
 
-@encodes(
-    "neg", "abs", "not", "popc", "clz", "brev", "bfind", "ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"
-)
-@encodes("add", "sub", "mul", "div", "rem", "min", "max", "and", "or", "xor", "shl", "shr", "copysign")
-@encodes("mad", "fma", "bfe", "shf", "prmt")
+_UNARY = ("neg", "abs", "not", "popc", "clz", "brev", "bfind")
+_UNARY += ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh")
+_BINARY = ("add", "sub", "mul", "div", "rem", "min", "max", "and", "or", "xor", "shl", "shr", "copysign")
+_TERNARY = ("mad", "fma", "bfe", "shf", "prmt")
+_SOURCES = dict.fromkeys(_UNARY, 1) | dict.fromkeys(_BINARY, 2) | dict.fromkeys(_TERNARY, 3)
+
+
+@encodes(*_SOURCES)
 def _arithmetic(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
     base, type_name = parts[0], parts[-1]
+    of_three = base in ("min", "max") and type_name == "f32" and len(operands) == 4
+    if len(operands) - 1 != _SOURCES[base] + of_three:
+        raise encoder.unknown("operands")
     if type_name == "pred":
         sources = [encoder.predicate(text, place) for place, text in enumerate(operands[1:], 1)]
         encoder.emit(f"{base}.pred", [encoder.destination(operands[0], "pred"), *sources], 1, unit="INT")
         return
     types = [type_name] * 4  # of the destination and three sources
+    mixed = parts[-2] == "f32" and type_name in ("bf16", "f16")  # factors, or what is added to, of 16 bits
+    if mixed:
+        types = ["f32", type_name, type_name if base == "fma" else "f32", "f32"]
     if "wide" in parts:
         types[0] = types[3] = _WIDER[type_name]
     if base in ("popc", "clz", "bfind"):
@@ -39,9 +48,11 @@ def _arithmetic(encoder: Encoder, parts: list[str], operands: list[str]) -> None
     if base == "bfe":
         types[2] = types[3] = "u32"
     named = type_name.replace("b", "u") if base == "shr" else type_name
-    name = ".".join([base, *(part for part in parts[1:-1] if part not in _ASSUMED), named])
+    name = ".".join([base + "3" * of_three, *(part for part in parts[1:-1] if part not in _ASSUMED), named])
     sources = [encoder.source(text, source) for text, source in zip(operands[1:], types[1:], strict=False)]
-    encoder.emit(name, [encoder.destination(operands[0], types[0]), *sources], 1, unit=_unit(base, type_name))
+    encoder.emit(
+        name, [encoder.destination(operands[0], types[0]), *sources], 1, unit=_unit(base, "f32" if mixed else type_name)
+    )
 
 
 @encodes("bfi", "lop3")

@@ -64,10 +64,9 @@ def _vote(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
 
 @encodes("redux", "match")
 def _over_the_warp(encoder: Encoder, parts: list[str], operands: list[str]) -> None:
-    base, type_name = parts[0], parts[-1]
-    mode = parts[1] if parts[1] != "sync" else parts[2]
+    name = ".".join(part for part in parts if part != "sync")
     sources = [encoder.source(text, "b32") for text in operands[1:3]]
-    encoder.emit(f"{base}.{mode}.{type_name}", [encoder.destination(operands[0], "b32"), *sources], 1, kind=COLLECTIVE)
+    encoder.emit(name, [encoder.destination(operands[0], "b32"), *sources], 1, kind=COLLECTIVE)
 
 
 @encodes("elect")

@@ -165,7 +165,10 @@ static void check_shared_write(Machine& machine, Warp& warp, const Instruction& 
     machine.report("shared write over bytes with an async copy in flight", warp, in, lane, address);
   }
   if (shadow.wgmma_reads) {
-    machine.report("shared write over an operand of a wgmma in flight", warp, in, lane, address);
+    machine.report("shared write over an operand of a wgmma or tcgen05.mma in flight", warp, in, lane, address);
+  } else if (shadow.mma_read_clock > warp.clock.at[shadow.mma_reader]) {
+    machine.report("shared race (write over an operand of a tcgen05.mma whose mbarrier was not waited for)", warp, in,
+                   lane, address);
   }
   if (shadow.tma_stores) {
     machine.report("shared write over the source of a TMA store that was not waited for", warp, in, lane, address);

@@ -40,8 +40,21 @@ FLOAT_BINARY("min.ftz", minimum(flushed(x), flushed(y)))
 FLOAT_BINARY("max.ftz", maximum(flushed(x), flushed(y)))
 FLOAT_BINARY("min.ftz.NaN", unordered(x, y) ? canonical_nan() : minimum(flushed(x), flushed(y)))
 FLOAT_BINARY("max.ftz.NaN", unordered(x, y) ? canonical_nan() : maximum(flushed(x), flushed(y)))
+TERNARY("min3.f32", float, float, float, float, minimum(minimum(x, y), z))
+TERNARY("max3.f32", float, float, float, float, maximum(maximum(x, y), z))
 TERNARY("fma.f32", float, float, float, float, __builtin_fmaf(x, y, z))
 TERNARY("fma.ftz.f32", float, float, float, float, flushed(__builtin_fmaf(flushed(x), flushed(y), flushed(z))))
+
+// Two of 32 bits in a register of 64.
+static float lower(u64 x) { return float_of(static_cast<u32>(x)); }
+static float upper(u64 x) { return float_of(static_cast<u32>(x >> 32)); }
+static u64 pair_of(float low, float high) { return u64{bits_of(low)} | u64{bits_of(high)} << 32; }
+#define PAIR_BINARY(name, op) BINARY(name ".f32x2", u64, u64, u64, pair_of(lower(x) op lower(y), upper(x) op upper(y)))
+PAIR_BINARY("add", +)
+PAIR_BINARY("sub", -)
+PAIR_BINARY("mul", *)
+TERNARY("fma.f32x2", u64, u64, u64, u64,
+        pair_of(__builtin_fmaf(lower(x), lower(y), lower(z)), __builtin_fmaf(upper(x), upper(y), upper(z))))
 
 #define FLOAT_UNARY(name, result)             \
   UNARY(name ".f32", float, float, result(x)) \
@@ -102,5 +115,13 @@ static u32 of_halves(u32 x, u32 y, u32 z, Of of) {
   UNARY("abs." type "x2", u32, u32, x & 0x7fff7fffu)
 HALVES("f16", from_f16, to_f16)
 HALVES("bf16", from_bf16, to_bf16)
+
+// 16 bits and 32 [9.7.5 Mixed Precision Floating Point Instructions].
+#define MIXED(type, from)                                 \
+  BINARY("add.f32." type, float, u16, float, from(x) + y) \
+  BINARY("sub.f32." type, float, u16, float, from(x) - y) \
+  TERNARY("fma.f32." type, float, u16, u16, float, __builtin_fmaf(from(x), from(y), z))
+MIXED("f16", from_f16)
+MIXED("bf16", from_bf16)
 
 }  // namespace ptx

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "meaning.h"
+#include "tensor_memory.h"
 
 namespace ptx {
 
@@ -64,11 +65,12 @@ class Block {
     for (Shadow& shadow : machine.shared_shadow) {
       shadow.copy_in_flight = shadow.mbarrier = false;
       shadow.wgmma_reads = shadow.tma_stores = shadow.writer = 0;
-      shadow.write_clock = 0;
+      shadow.write_clock = shadow.mma_read_clock = 0;
     }
     std::fill(machine.last_read.begin(), machine.last_read.end(), 0);
     machine.mbarriers.clear();
     machine.tma.clear();
+    machine.tensor_memory.reset();
     machine.tma_stores.clear();
     machine.copy_clocks_used = 0;
     std::fill(std::begin(machine.copy_clocks), std::end(machine.copy_clocks), 0);
@@ -91,6 +93,7 @@ class Block {
       // Nothing can go on by itself when nothing changed and everybody waited twice in vain.
       const auto waits = [](const Warp& warp) { return warp.done || warp.at_barrier || warp.failed_waits >= 2; };
       if (machine_.changes != before || !all(waits)) continue;
+      if (complete_next_commit(machine_)) continue;
       if (machine_.tma.empty()) {
         machine_.failure = deadlock();
       } else {
@@ -142,6 +145,7 @@ class Block {
     for (int k = 0; k < count && !machine_.failed(); ++k) {
       const int id = machine_.order == 1 ? count - 1 - k : machine_.order == 2 ? (k + first) % count : turns_[k];
       deliver_tma(machine_);
+      deliver_commits(machine_);
       deliver_tma_stores(machine_);
       release_barriers(machine_);
       Warp& warp = machine_.warps[id];
@@ -193,6 +197,7 @@ class Block {
       machine_.report("block ends with a TMA load in flight", machine_.warps[copy.warp], machine_.code[copy.pc],
                       copy.lane, copy.shared);
     }
+    check_tensor_memory_at_end(machine_);
     for (const auto& [address, mbarrier] : machine_.mbarriers) {
       if (!mbarrier.bytes) continue;
       machine_.report("block ends with bytes missing (or too many) on an mbarrier", machine_.warps[mbarrier.warp],

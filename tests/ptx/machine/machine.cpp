@@ -4,8 +4,11 @@
 
 #include <cstdio>
 
+#include "tensor_memory.h"
+
 namespace ptx {
 
+Machine::Machine() = default;
 Machine::~Machine() {
   for (auto& page : pages) delete[] page.second;
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -38,6 +39,7 @@ constexpr u32 kSharedBase = 1024;  // of the shared window: nothing lies at addr
 struct Machine;
 struct Warp;
 struct Instruction;
+struct TensorMemory;
 using Meaning = void (*)(Machine&, Warp&, const Instruction&, u32 active);
 
 // How the scheduler treats an instruction; numbers that Python uses too.
@@ -64,6 +66,7 @@ struct Instruction {
 #define PTX_COUNTS(X) \
   X(WARP_INSTRUCTIONS) X(F32) X(FMA32) X(F16) X(EX2) X(MUFU) X(INT) X(CVT) X(CONTROL) X(OTHER) X(SHUFFLES) X(ATOMICS) \
   X(BARRIERS) X(MMA) X(MMA_FLOP) X(WGMMA) X(WGMMA_FLOP) X(WGMMA_SHARED_BYTES) \
+  X(TCGEN05_MMA) X(TCGEN05_MMA_FLOP) X(TCGEN05_MMA_SHARED_BYTES) \
   X(GLOBAL_LOADS) X(GLOBAL_LOAD_BYTES) X(GLOBAL_LOAD_SECTORS) \
   X(GLOBAL_STORES) X(GLOBAL_STORE_BYTES) X(GLOBAL_STORE_SECTORS) \
   X(COPIES) X(COPY_BYTES) X(COPY_SECTORS) X(COPY_WAVEFRONTS) X(COPY_LEAST) X(TMA_LOADS) X(TMA_BYTES) \
@@ -89,7 +92,9 @@ struct Shadow {
   u8 writer = 0, writer_lane = 0;
   bool written_atomically = false, written_by_copy = false, mbarrier = false;  // by_copy: cp.async
   bool copy_in_flight = false;  // bytes that cp.async or TMA has yet to write
-  u8 wgmma_reads = 0;           // by wgmma in flight
+  u8 wgmma_reads = 0;           // by wgmma and tcgen05.mma in flight
+  u8 mma_reader = 0;            // tcgen05.mma that are over: their entry of Clock,
+  u32 mma_read_clock = 0;       // and its time
   u16 tma_stores = 0;           // not waited for: that read it (shared memory), that write it (global memory)
 };
 
@@ -101,7 +106,8 @@ struct Finding {
   std::string first;
 };
 
-// Vector clocks order accesses to shared memory. Entries: warps, then asynchronous copies by their mbarrier.
+// Vector clocks order accesses to shared memory. Entries: warps, then asynchronous copies by their mbarrier
+// and tcgen05.mma by the warp that issues them.
 constexpr int kMostCopyClocks = 32;
 struct Clock {
   u32 at[kMostWarps + kMostCopyClocks] = {};
@@ -143,7 +149,7 @@ struct LaneGroup {
   bool waiting;  // for other lanes, or for a barrier
 };
 
-enum RegisterState : u8 { kFree, kAccumulatorInFlight, kOperandInFlight };
+enum RegisterState : u8 { kFree, kAccumulatorInFlight, kOperandInFlight, kLoadInFlight };
 
 // When (Warp::step) a register of wgmma was last used: by other instructions, and by wgmma as what.
 struct RegisterUse {
@@ -166,8 +172,8 @@ struct Warp {
 
   std::vector<PendingWgmma> wgmmas;
   u64 wgmma_group = 0;
-  bool wgmma_in_flight = false;
-  std::vector<u8> register_state;  // RegisterState of each 32-bit register
+  bool wgmma_in_flight = false, loads_in_flight = false;  // loads: tcgen05.ld
+  std::vector<u8> register_state;                         // RegisterState of each 32-bit register
   std::vector<RegisterUse> register_use;
   u32 step = 1, fence_step = 0;  // now; at the last wgmma.fence
   u32 mbarrier_fences = 1;
@@ -279,6 +285,7 @@ struct Machine {
   std::vector<u32> last_read;  // of each two bytes of shared memory and each warp: clock
   std::map<u32, Mbarrier> mbarriers;
   std::vector<PendingTma> tma;
+  std::unique_ptr<TensorMemory> tensor_memory;  // once some is allocated
   std::vector<PendingTmaStore> tma_stores;
   u32 copy_clocks[kMostCopyClocks] = {};
   int copy_clocks_used = 0;
@@ -302,7 +309,7 @@ struct Machine {
   std::vector<Finding> findings;
   std::string failure;  // ends the launch
 
-  Machine() = default;
+  Machine();
   Machine(const Machine&) = delete;
   ~Machine();
 
@@ -330,6 +337,10 @@ bool arrive_at_barrier(Machine&, Warp&, const Instruction&);
 void release_barriers(Machine&);
 void complete_tma(Machine&, std::size_t which);
 void deliver_tma(Machine&);
+// Of tcgen05: arrivals at mbarriers that are due, or (true) the next of all; what is left when a block ends.
+void deliver_commits(Machine&);
+bool complete_next_commit(Machine&);
+void check_tensor_memory_at_end(Machine&);
 void deliver_tma_stores(Machine&);
 void end_tma_stores(Machine&);
 void complete_copies(Machine&, Warp&, u32 active, s64 pending, bool all);

@@ -189,10 +189,8 @@ class Turn {
   }
 
   void execute(const Instruction& in, u32 active) {
-    if (in.near_wgmma) {
-      if (warp_.wgmma_in_flight) check_registers(in);
-      note_registers(warp_, in);
-    }
+    if (warp_.loads_in_flight || (in.near_wgmma && warp_.wgmma_in_flight)) check_registers(in);
+    if (in.near_wgmma) note_registers(warp_, in);
     in.meaning(machine_, warp_, in, active);
     machine_.counts[in.unit] += count_lanes(active);
   }
@@ -202,7 +200,11 @@ class Turn {
       if (in.operand[k] < 0) continue;
       const u8 state = warp_.register_state[in.operand[k] / kRegisterBytes];
       if (state == kFree) continue;
-      if (k < in.destinations) {
+      if (state == kLoadInFlight) {
+        machine_.report(k < in.destinations ? "write to a register of a tcgen05.ld in flight"
+                                            : "read of a register of a tcgen05.ld in flight (no tcgen05.wait::ld)",
+                        warp_, in, 0, in.operand[k]);
+      } else if (k < in.destinations) {
         machine_.report(state == kAccumulatorInFlight ? "write to an accumulator of a wgmma in flight"
                                                       : "write to an A register of a wgmma in flight",
                         warp_, in, 0, in.operand[k]);

@@ -2,6 +2,7 @@
 // made sure that all members are there.
 
 #include "meaning.h"
+#include "numbers.h"
 
 namespace ptx {
 
@@ -79,6 +80,8 @@ REDUCTION(u32, "max.u32", 0, std::max(x, y))
 REDUCTION(u32, "and.b32", ~0u, x& y)
 REDUCTION(u32, "or.b32", 0, x | y)
 REDUCTION(u32, "xor.b32", 0, x ^ y)
+REDUCTION(float, "min.f32", canonical_nan(), minimum(x, y))
+REDUCTION(float, "max.f32", canonical_nan(), maximum(x, y))
 
 MEANING("match.any.b32") {
   const u32* values = warp.values<u32>(in, 1);

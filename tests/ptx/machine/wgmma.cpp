@@ -5,9 +5,9 @@
 // the shared memory and registers that it reads be written.
 
 #include "checks.h"
+#include "matrix_descriptors.h"
 #include "meaning.h"
 #include "numbers.h"
-#include "swizzle.h"
 
 namespace ptx {
 
@@ -17,29 +17,7 @@ enum Immediate { kN, kType, kAInRegisters, kScaleIsPredicate, kScale, kTranspose
 constexpr int kDepth = 16, kMostColumns = 256;
 
 // [9.7.15.5.1.2.2 Matrix Descriptor Format]
-struct Descriptor {
-  u64 start, leading, stride;
-  int swizzle;
-  explicit Descriptor(u64 bits)
-      : start((bits & 0x3fff) << 4),
-        leading((bits >> 16 & 0x3fff) << 4),
-        stride((bits >> 32 & 0x3fff) << 4),
-        swizzle(static_cast<int>(bits >> 62)) {}
-  // Addresses of 8 elements, 16 bytes [9.7.15.5.1.2 Shared Memory Matrix Layout]. K-major: of a row, the k-th eight
-  // along K.
-  u64 k_major(int row, int k) const {
-    const int row_bytes = swizzle_bytes(swizzle);
-    const u64 across = swizzle == kNoSwizzle ? k * leading : u64(k) * 16;
-    return swizzled(start + u64(row % 8) * row_bytes + row / 8 * stride + across, swizzle);
-  }
-  // MN-major: of a k, the piece-th eight along M or N.
-  u64 mn_major(int k, int piece) const {
-    if (swizzle == kNoSwizzle) return start + piece * stride + u64(k % 8) * 16 + k / 8 * leading;
-    const int pieces = swizzle_bytes(swizzle) / 16;
-    const u64 inside = u64(piece % pieces) * 16 + u64(k % 8) * pieces * 16;
-    return swizzled(start + inside + piece / pieces * leading + k / 8 * stride, swizzle);
-  }
-};
+static MatrixDescriptor descriptor(u64 bits) { return {bits, static_cast<int>(bits >> 62)}; }
 
 static void mark_reads(Machine& machine, const WgmmaOperands& operands, int by) {
   for (u32 address : operands.shared) {
@@ -138,7 +116,7 @@ static void wgmma(Machine& machine, Warp& warp, const Instruction& in, u32 activ
       }
     }
   } else {
-    const Descriptor at(warp.values<u64>(in, accumulators)[0]);
+    const MatrixDescriptor at = descriptor(warp.values<u64>(in, accumulators)[0]);
     for (int line = 0; line < 16; ++line) {
       for (int piece = 0; piece < 2; ++piece) {
         const bool good =
@@ -150,7 +128,7 @@ static void wgmma(Machine& machine, Warp& warp, const Instruction& in, u32 activ
     }
     machine.counts[kWGMMA_SHARED_BYTES] += 16 * kDepth * 2;
   }
-  const Descriptor at(warp.values<u64>(in, accumulators + (a_in_registers ? 4 : 1))[0]);
+  const MatrixDescriptor at = descriptor(warp.values<u64>(in, accumulators + (a_in_registers ? 4 : 1))[0]);
   if (in.immediate[kTransposeB]) {
     for (int k = 0; k < kDepth; ++k) {
       for (int piece = 0; piece < columns / 8; ++piece) {
