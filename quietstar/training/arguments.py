@@ -60,7 +60,7 @@ _TRAINING_INTERVALS = {
 
 
 def _thoughts(help_text: str):
-    return field(default=None, metadata={"help": f"{help_text} (default: the checkpoint's, or the paper's)"})
+    return field(default=None, metadata={"help": f"{help_text} (default: as saved, or the paper's)"})
 
 
 @dataclass
@@ -77,10 +77,10 @@ class ModelArguments:
     thought_length: int | None = _thoughts("sampled tokens in a thought")
     lookahead: int | None = _thoughts("real tokens predicted after a thought")
     num_thoughts: int | None = _thoughts("independent thoughts per position")
-    thought_temperature: float | None = _thoughts("temperature at which thoughts are sampled")
-    policy_temperature: float | None = _thoughts("temperature of the log-probabilities in the policy term")
+    thought_temperature: float | None = _thoughts("at which thoughts are sampled")
+    policy_temperature: float | None = _thoughts("of log-probabilities in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
-    base_loss_weight: float | None = _thoughts("weight of the loss without a thought; the rest goes to the one with")
+    base_loss_weight: float | None = _thoughts("weight of the loss without thought; the rest is with")
     embedding_scale: float | None = field(
         default=None,
         metadata={"help": "the two thought embeddings are multiplied by this on use, which multiplies their step size; "
@@ -107,16 +107,28 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data: str = field(
-        metadata={"help": "a .txt, .jsonl, .json or .parquet file, compressed or not, a pattern or a folder of such "
-                  "files, or the name of a dataset; rows are documents, in a .txt file paragraphs"}
+    data: list[str] = field(
+        metadata={"help": "one or more: a .txt, .jsonl, .json, .parquet or .csv file, compressed or not, a pattern or "
+                  "a folder of such files, or the name of a dataset; rows are documents, in a .txt file paragraphs. "
+                  "FILE:WEIGHT takes that share of windows from each"}
     )  # fmt: skip
     data_config: str | None = field(default=None, metadata={"help": "configuration of a dataset"})
     data_split: str = field(default="train", metadata={"help": "split of a dataset, such as train[:1000]"})
-    text_column: str = field(default="text", metadata={"help": "where the text is"})
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "as data, to evaluate on (default: documents held out of data)"}
+    )
+    eval_data_split: str = field(default="train", metadata={"help": "as data_split"})
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "where text, chat messages or token ids are (default: text, messages or input_ids)"},
+    )
+    streaming: bool = field(default=False, metadata={"help": "read while training, and never all; set max_steps"})
     block_size: int = field(
         default=256,
         metadata={"help": "tokens per window; documents are packed without padding, a last part is dropped"},
+    )
+    separate_documents: bool = field(
+        default=False, metadata={"help": "documents in a window see nothing of each other (position_ids)"}
     )
     held_out_fraction: float = field(default=0.05, metadata={"help": "share of documents to evaluate on; 0 for none"})
     max_held_out_windows: int = field(default=256, metadata={"help": "evaluate on at most so many windows"})
@@ -124,6 +136,10 @@ class DataArguments:
 
     def __post_init__(self):
         check_numbers(_DATA_INTERVALS, vars(self))
+        if self.streaming and self.workers is not None:
+            raise ValueError(
+                f"workers must be left out with streaming, got {self.workers}; dataloader_num_workers read a stream"
+            )
 
 
 @dataclass
@@ -137,6 +153,11 @@ class PaperTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="quietstar-trained", metadata={"help": "for the model and its checkpoints"})
     num_train_epochs: float = field(default=1, metadata={"help": "passes over the text"})
+    max_steps: int = field(default=-1, metadata={"help": "stop after so many steps; -1 goes by num_train_epochs"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "keep at most so many checkpoints, the newest (and the best, if asked for)"}
+    )
     learning_rate: float = field(default=1e-6, metadata={"help": "of AdamW"})
     lr_scheduler_type: SchedulerType | str = field(
         default="constant_with_warmup", metadata={"help": "course of the learning rate: linear, cosine, ..."}
@@ -235,7 +256,7 @@ def _flag_lines(name: str, help_text: str, default: object) -> list[str]:
     """A flag and what it means, in two columns."""
     if default is MISSING:
         help_text = f"{help_text} (required)"
-    elif default is not None:
+    elif default is not None and default is not False:
         help_text = f"{help_text} (default: {getattr(default, 'value', default)})"
     first, *rest = wrap(" ".join(help_text.split()), 76) or [""]
     return [f"  --{name:<28} {first}", *(f"{'':<33}{line}" for line in rest)]

@@ -2,25 +2,67 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from quietstar._numbers import Interval
+
+LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_TEXT_OPTIONS = {"sample_by": "paragraph", "encoding": "utf-8-sig"}  # with or without a byte-order mark
+_OPTIONS = {  # utf-8-sig is UTF-8 with or without a byte-order mark
+    "text": {"sample_by": "paragraph", "encoding": "utf-8-sig"},
+    "csv": {"keep_default_na": False, "encoding": "utf-8-sig"},  # a document may say "NA"
+}
+_WEIGHT = Interval(float, "(0, inf)")
 _ABOUT_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 
 
-def read(data: str, config: str | None, split: str) -> Dataset:
+class DataError(ValueError):
+    """Text that cannot be read or used, found out when it was read."""
+
+
+def with_weights(argument: str, sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Names of sources, and the weights that may stand behind each of them: ``NAME:WEIGHT``.
+
+    A file whose name ends like a weight is a file, and what stands behind the colon of a Windows drive is no number.
+
+    Raises:
+        ValueError: a weight that is not positive and finite, or only some of the sources have one.
+    """
+    names, weights = [], []
+    for source in sources:
+        name, _, number = source.rpartition(":")
+        weight = _number(number) if name and not Path(source).exists() else None
+        if weight is not None:
+            _WEIGHT.check(f"the weight of {name} in {argument}", weight)
+        names.append(source if weight is None else name)
+        weights.append(weight)
+    if all(weight is None for weight in weights):
+        return names, None
+    if None in weights:
+        raise ValueError(f"{argument} must have weights for all sources or for none, got {' '.join(sources)}")
+    return names, weights
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def read(data: str, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
     """The rows of ``data``, as :func:`quietstar.training.data.load_documents` describes it.
 
     Raises:
         ValueError: there is no such text, or it cannot be read; file and line are named where they are known.
     """
+    if streaming and "[" in split:
+        raise ValueError(f"data_split must be a whole split with streaming, got {split!r}")
     path = Path(data)
     if has_magic(data) or path.is_file() or _ending(path) in LOADERS:
         loader, files = _files(data)
@@ -37,9 +79,13 @@ def read(data: str, config: str | None, split: str) -> Dataset:
     else:
         location, loader, options = data, None, {}
     with explained(data):
-        dataset = load_dataset(location, config, split=split, **options, **(_TEXT_OPTIONS if loader == "text" else {}))
+        dataset = load_dataset(
+            location, config, split=split, streaming=streaming, **options, **_OPTIONS.get(loader, {})
+        )
     if loader == "text":
-        dataset = dataset.map(_split_at_blank_lines, batched=True, remove_columns=dataset.column_names)
+        dataset = dataset.map(
+            _split_at_blank_lines, batched=True, remove_columns=dataset.column_names, features=dataset.features
+        )
     return dataset
 
 
@@ -83,27 +129,33 @@ def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def explained(data: str) -> Iterator[None]:
-    """Whatever a reader of one of many formats finds becomes a ValueError that says what is wrong with ``data``."""
+def explained(*sources: str) -> Iterator[None]:
+    """Whatever a reader of one of many formats finds becomes a DataError that says what is wrong with the sources."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
-        raise ValueError(_what_is_wrong(data, error)) from error
+        raise DataError(_what_is_wrong(sources, error)) from error
 
 
-def _what_is_wrong(data: str, error: BaseException) -> str:
+def _what_is_wrong(sources: Sequence[str], error: BaseException) -> str:
     """The line of a file that is wrong, or the error at the beginning of the chain."""
-    path = Path(data)
-    for file in [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else map(Path, glob(data))):
-        if file.suffix in (".txt", ".jsonl") and (found := _bad_line(file)):
+    for file in (file for data in sources for file in _files_of(data)):
+        if file.suffix in (".txt", ".jsonl", ".csv") and (found := _bad_line(file)):
             return f"data must be {'JSON Lines' if file.suffix == '.jsonl' else 'text'} in UTF-8, got {found}"
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"data cannot be read from {data}: {type(error).__name__}: {error}"
+    return f"data cannot be read from {', '.join(sources)}: {type(error).__name__}: {error}"
+
+
+def _files_of(data: str) -> list[Path]:
+    path = Path(data)
+    return [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else map(Path, glob(data)))
 
 
 def _bad_line(file: Path) -> str | None:
-    """Where a text or JSON Lines file is not what it should be."""
+    """Where a file of lines is not what it should be."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -13,8 +12,10 @@ from quietstar.models import QuietStarConfig, QuietStarForCausalLM
 from quietstar.models.checkpoint import contents
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
-from quietstar.training.data import collate_windows, load_documents, pack_dataset, split_documents
+from quietstar.training.data import collate_windows
+from quietstar.training.sources import DataError
 from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
+from quietstar.training.windows import Corpus
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     except NonFiniteError as error:
         print(f"quietstar train: training stopped: {error}", file=sys.stderr)
         return 1
+    except DataError as error:  # further on in a stream
+        print(f"quietstar train: {error}", file=sys.stderr)
+        return 2
     trainer.save_state()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -53,8 +57,10 @@ def make_trainer(
         ValueError, OSError: a model, a tokenizer or text that is missing or cannot be used; the argument is named.
     """
     set_seed(training_args.seed)
+    if data_args.streaming and training_args.max_steps < 1:
+        raise ValueError("max_steps must be given with streaming, where nobody knows how long the text is")
     with training_args.main_process_first(desc="reading the text"):
-        documents = load_documents(data_args.data, data_args.data_config, data_args.data_split, data_args.text_column)
+        corpus = Corpus(data_args, training_args.seed)
     model, tokenizer = load_model(model_args)
     least = model.config.lookahead + 2
     if data_args.block_size < least:
@@ -63,21 +69,14 @@ def make_trainer(
     if data_args.block_size > most:
         raise ValueError(f"block_size must be <= max_position_embeddings = {most}, got {data_args.block_size}")
 
-    def windows(part: Dataset) -> Dataset:
-        with training_args.main_process_first(desc="packing the text"):
-            return pack_dataset(part, tokenizer, data_args.block_size, data_args.workers)
-
-    held_out = None
-    if data_args.held_out_fraction > 0:
-        documents, held_out = split_documents(documents, data_args.held_out_fraction, training_args.seed)
-        held_out = windows(held_out)
-        held_out = held_out.select(range(min(len(held_out), data_args.max_held_out_windows)))
-    else:
+    with training_args.main_process_first(desc="packing the text"):
+        train_windows, held_out = corpus.windows(tokenizer, model.get_input_embeddings().num_embeddings)
+    if held_out is None:
         training_args.eval_strategy = IntervalStrategy.NO
     return QuietStarTrainer(
         model,
         training_args,
-        train_dataset=windows(documents),
+        train_dataset=train_windows,
         eval_dataset=held_out,
         data_collator=collate_windows,
         processing_class=tokenizer,

@@ -1,10 +1,14 @@
-"""A tiny model, text for it, and a trainer that writes into a temporary folder."""
+"""A tiny model, text for it, and a trainer that writes into a temporary folder; the same for the command."""
+
+import json
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarTrainer
+from quietstar.cli import main
 from quietstar.training.data import collate_windows
 
 VOCABULARY, LENGTH = 40, 10
@@ -59,3 +63,51 @@ def make_trainer(tmp_path, windows):
 def own_cache(tmp_path, monkeypatch):
     """Prepared text goes to a temporary folder, not to the user's cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with a small Mistral and its tokenizer of 30 words."""
+    folder = tmp_path / "base"
+    config = MistralConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=None,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"---": 0} | {f"w{i}": i for i in range(1, 30)}, unk_token="---"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="---").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file with twenty documents of thirty words."""
+    documents = [" ".join(f"w{i}" for i in torch.randint(1, 30, (30,)).tolist()) for _ in range(20)]
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return file
+
+
+@pytest.fixture
+def run(base, text, tmp_path):
+    """Runs the command with small sizes; later flags override earlier ones."""
+    sizes = (
+        "--block_size 10 --held_out_fraction 0.2 --per_device_train_batch_size 2 --max_steps 4 --logging_steps 2 "
+        "--eval_steps 2 --save_steps 2 --learning_rate 1e-2 --warmup_steps 1 --report_to none --use_cpu --disable_tqdm "
+        "true --dataloader_pin_memory false --thought_length 2 --num_thoughts 1"
+    )
+
+    def run(*flags):
+        required = ["--model", str(base), "--data", str(text), "--output_dir", str(tmp_path / "out")]
+        return main(["train", *required, *sizes.split(), *map(str, flags)])
+
+    return run
+
+
+@pytest.fixture
+def tokenizer():
+    """Words a, b, c are 1, 2, 3; the end of a text is 0."""
+    words = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")

@@ -6,20 +6,10 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from quietstar.training.data import collate_windows, load_documents, pack, pack_dataset, split_documents, tokenize
 
 DOCUMENTS = ["a b c", "b a", "c c c a"]
-
-
-@pytest.fixture
-def tokenizer():
-    """Words a, b, c are 1, 2, 3; the end of a text is 0."""
-    words = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
 
 
 def write_text(folder, column):
@@ -50,7 +40,12 @@ def test_documents_of_files(tmp_path, write, column):
     [
         ("none.txt", None, "text", "data must be a file or the name of a dataset, got no file at .*none.txt"),
         ("empty.txt", "", "text", "data must hold text, got an empty file: .*empty.txt"),
-        ("text.csv", "a,b", "text", "data must be a file ending in .txt, .jsonl, .json, .parquet, got .*text.csv"),
+        (
+            "text.doc",
+            "a,b",
+            "text",
+            "data must be a file ending in .txt, .jsonl, .json, .parquet, .csv, got .*text.doc",
+        ),
         ("text.jsonl", '{"body": "a", "n": 1}', "text", "text_column must be one of 'body', 'n', got 'text'"),
         ("text.jsonl", '{"body": "a", "n": 1}', "n", "text_column must hold text, got int64 in 'n'"),
         ("text.jsonl", '{"body": ["a"]}', "body", "text_column must hold text, got .* in 'body'"),
@@ -70,6 +65,11 @@ def lines(texts=TEXTS, column="text"):
     return "".join(json.dumps({column: text}, ensure_ascii=False) + "\n" for text in texts)
 
 
+def csv_rows(texts=TEXTS):
+    return "n,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -82,16 +82,20 @@ def lines(texts=TEXTS, column="text"):
         ("lines.jsonl.gz", gzip.compress(lines().encode())),
         ("text.txt.gz", gzip.compress("\n\n".join(TEXTS).encode())),
         ("null.jsonl", lines([None, *TEXTS, ""]).encode()),
+        ("rows.csv", csv_rows([*TEXTS, ""]).encode()),
+        ("bom.csv", b"\xef\xbb\xbf" + csv_rows().encode()),
+        ("rows.csv.gz", gzip.compress(csv_rows().encode())),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_same_text_in_many_guises(tmp_path, name, content):
+def test_the_same_text_in_many_guises(tmp_path, name, content, streaming):
     (tmp_path / name).write_bytes(content)
-    assert load_documents(str(tmp_path / name))["text"] == TEXTS
+    assert list(load_documents(str(tmp_path / name), streaming=streaming)) == [{"text": text} for text in TEXTS]
 
 
-@pytest.mark.parametrize("kind", ["text", "lines", "parquet", "saved", "saved splits", "pattern"])
-def test_folders(tmp_path, kind):
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+@pytest.mark.parametrize("kind", ["text", "lines", "parquet", "csv", "saved", "saved splits", "pattern"])
+def test_folders(tmp_path, kind, streaming):
     folder = tmp_path / "folder"
     folder.mkdir()
     half = [Dataset.from_dict({"text": texts}) for texts in (TEXTS[:2], TEXTS[2:])]
@@ -100,6 +104,8 @@ def test_folders(tmp_path, kind):
             (folder / f"{name}.txt").write_text("\n\n".join(part["text"]))
         elif kind == "parquet":
             part.to_parquet(folder / f"{name}.parquet")
+        elif kind == "csv":
+            part.to_csv(folder / f"{name}.csv")
         else:
             (folder / f"{name}.jsonl").write_text(lines(part["text"]))
     source, split = str(folder / "*.jsonl" if kind == "pattern" else folder), "train"
@@ -108,8 +114,12 @@ def test_folders(tmp_path, kind):
         whole = Dataset.from_dict({"text": TEXTS})
         (DatasetDict(train=half[0], test=whole) if kind == "saved splits" else whole).save_to_disk(source)
         split = "test" if kind == "saved splits" else split
-    assert load_documents(source, split=split)["text"] == TEXTS
-    assert load_documents(source, split=f"{split}[:1]")["text"] == TEXTS[:1]
+    assert list(load_documents(source, split=split, streaming=streaming)) == [{"text": text} for text in TEXTS]
+    if streaming:
+        with pytest.raises(ValueError, match=r"data_split must be a whole split with streaming, got '.*\[:1\]'"):
+            load_documents(source, split=f"{split}[:1]", streaming=True)
+    else:
+        assert load_documents(source, split=f"{split}[:1]")["text"] == TEXTS[:1]
 
 
 def test_what_holds_no_text_is_counted(tmp_path, monkeypatch):

@@ -1,0 +1,113 @@
+"""The windows of a run: those of all sources, mixed, to train on and to evaluate on."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from datasets import Dataset, IterableDataset, interleave_datasets
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.training.arguments import DataArguments
+from quietstar.training.data import load_documents, pack_dataset, split_documents
+from quietstar.training.sources import explained, with_weights
+
+SHUFFLED_TOGETHER = 1000  # windows of a stream
+
+Documents = Dataset | IterableDataset
+
+
+class StreamedWindows(torch.utils.data.IterableDataset):
+    """Windows of a stream. What is wrong with the text is said when it is read, as a DataError.
+
+    Args:
+        windows: of ``datasets``.
+        sources: where they come from.
+    """
+
+    def __init__(self, windows: IterableDataset, sources: Sequence[str]):
+        self.windows, self.sources = windows, sources
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        with explained(*self.sources):
+            yield from self.windows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order in every epoch; transformers and accelerate call it."""
+        self.windows.set_epoch(epoch)
+
+
+class Corpus:
+    """The text of a run.
+
+    Args:
+        arguments: which text, and how it is cut.
+        seed: of what is held out, of the mixture and, of a stream, of the order.
+
+    Raises:
+        ValueError: there is no such text, or it cannot be used; the argument is named.
+    """
+
+    def __init__(self, arguments: DataArguments, seed: int):
+        self.arguments, self.seed = arguments, seed
+        self.sources, self.weights = with_weights("data", arguments.data)
+        self.held_out_sources, self.held_out_weights = with_weights("eval_data", arguments.eval_data or [])
+        self._documents = [self._load(name, arguments.data_config, arguments.data_split) for name in self.sources]
+        self._held_out = [
+            self._load(name, arguments.data_config if name in self.sources else None, arguments.eval_data_split)
+            for name in self.held_out_sources
+        ]
+        if not self._held_out and arguments.held_out_fraction > 0:
+            pairs = [split_documents(part, arguments.held_out_fraction, seed) for part in self._documents]
+            self._documents, self._held_out = ([pair[i] for pair in pairs] for i in range(2))
+            self.held_out_sources, self.held_out_weights = self.sources, self.weights
+
+    def _load(self, name: str, config: str | None, split: str) -> Documents:
+        return load_documents(name, config, split, self.arguments.text_column, self.arguments.streaming)
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[Dataset | StreamedWindows, Dataset]:
+        """Windows to train on, and to evaluate on (None where nothing is held out).
+
+        Raises:
+            ValueError: as of :func:`quietstar.training.data.pack_dataset`.
+        """
+        training = self._mixed(self._documents, self.weights, tokenizer, vocab_size, ends_with_the_first=True)
+        held_out = None
+        if self._held_out:
+            held_out = self._mixed(self._held_out, self.held_out_weights, tokenizer, vocab_size)
+            held_out = self._first(held_out, self.arguments.max_held_out_windows, self.held_out_sources)
+        if self.arguments.streaming:
+            self._first(training, 1, self.sources)
+            training = training.shuffle(seed=self.seed, buffer_size=SHUFFLED_TOGETHER)
+            training = StreamedWindows(training, self.sources)
+        return training, held_out
+
+    def _mixed(
+        self, parts: list[Documents], weights: list[float] | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
+        ends_with_the_first: bool = False,
+    ) -> Documents:  # fmt: skip
+        """Windows of all parts in turn, or by their weights; all of them once, or until a weighted part has no more."""
+        arguments = self.arguments
+        windows = [
+            pack_dataset(
+                part, tokenizer, arguments.block_size, arguments.workers,
+                separate=arguments.separate_documents, vocab_size=vocab_size,
+            )
+            for part in parts
+        ]  # fmt: skip
+        if len(windows) == 1:
+            return windows[0]
+        shares = weights and [weight / sum(weights) for weight in weights]
+        stop = "first_exhausted" if weights and ends_with_the_first else "all_exhausted_without_replacement"
+        return interleave_datasets(windows, probabilities=shares, seed=self.seed, stopping_strategy=stop)
+
+    def _first(self, windows: Documents, count: int, sources: Sequence[str]) -> Dataset:
+        """At most so many windows, at least one."""
+        if isinstance(windows, Dataset):
+            return windows.select(range(min(len(windows), count)))
+        with explained(*sources):
+            first = list(windows.take(count))
+        if not first:
+            raise ValueError(
+                f"block_size must be no longer than the text: less than {self.arguments.block_size} tokens in "
+                f"{', '.join(sources)}, or in what is held out of them"
+            )
+        return Dataset.from_list(first)
