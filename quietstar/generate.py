@@ -15,6 +15,7 @@ from transformers.utils import logging
 from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
+from quietstar.models.adapters import is_adapter, load_merged
 from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
 from quietstar.models.speculation import Thinking
 
@@ -95,18 +96,19 @@ def number_or(words: str, number: type):
 
 
 def load_model(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, QuietStarForCausalLM]:
-    """Tokenizer and model of a folder or hub name, on the GPU if there is one.
+    """Tokenizer and model of a folder or hub name, on the GPU if there is one; adapters are merged into their model.
 
     Args:
         fields: of the configuration, instead of the saved ones.
 
     Raises:
-        ValueError: no Quiet-STaR checkpoint there, or no tokenizer.
+        ValueError: no Quiet-STaR checkpoint there, or no tokenizer, or no PEFT to load an adapter with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = QuietStarForCausalLM.from_pretrained(name, **fields)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        load = load_merged if is_adapter(name) else QuietStarForCausalLM.from_pretrained
+        model = load(name, **fields)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load --model {name}: {error}") from error
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,5 +1,6 @@
 """Training Quiet-STaR: the trainer, and what the command `quietstar train` is made of."""
 
+from quietstar.training.lora import lora_config
 from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
 
-__all__ = ["NonFiniteError", "QuietStarTrainer"]
+__all__ = ["NonFiniteError", "QuietStarTrainer", "lora_config"]

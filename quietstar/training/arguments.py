@@ -34,6 +34,7 @@ _DATA_INTERVALS = {
     "workers": _COUNT,
     "held_out_fraction": Interval(float, "[0, 1)"),
 }
+_LORA_INTERVALS = {"lora_r": _COUNT, "lora_alpha": _POSITIVE, "lora_dropout": Interval(float, "[0, 1)")}
 _TRAINING_INTERVALS = {
     **dict.fromkeys(
         (
@@ -92,8 +93,18 @@ class ModelArguments:
                   "writes what helps; starting from an ordinary checkpoint only (default: the paper's ---)"},
     )  # fmt: skip
 
+    lora_r: int | None = field(
+        default=None, metadata={"help": "train LoRA adapters of this rank instead of the weights (docs/peft.md)"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "adapters count alpha / r times (default: 2 r)"})
+    lora_dropout: float | None = field(default=None, metadata={"help": "in front of adapters (default: 0)"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "train adapters on weights of 4 bits (QLoRA)"})
+
     def __post_init__(self):
-        check_numbers(INTERVALS, vars(self))
+        check_numbers(INTERVALS | _LORA_INTERVALS, vars(self))
+        for name in ("lora_alpha", "lora_dropout", "load_in_4bit"):
+            if self.lora_r is None and (value := getattr(self, name)) not in (None, False):
+                raise ValueError(f"{name} must be left out without lora_r, got {value}")
 
     def config_fields(self) -> dict[str, int | float]:
         """Fields of :class:`QuietStarConfig` that were given."""

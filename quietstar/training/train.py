@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrai
 from transformers.trainer_utils import IntervalStrategy
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM
+from quietstar.models.adapters import is_adapter
 from quietstar.models.checkpoint import contents
+from quietstar.training.adapted_model import check_packages, with_adapters
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
 from quietstar.training.data import collate_windows
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         resume = _checkpoint_to_resume(training_args)
         trainer = make_trainer(model_args, data_args, training_args)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"quietstar train: {error}", file=sys.stderr)
         return 2
     if training_args.overwrite_output_dir:
@@ -55,7 +57,9 @@ def make_trainer(
 
     Raises:
         ValueError, OSError: a model, a tokenizer or text that is missing or cannot be used; the argument is named.
+        ImportError: a package for adapters is missing.
     """
+    check_packages(model_args)
     set_seed(training_args.seed)
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("max_steps must be given with streaming, where nobody knows how long the text is")
@@ -71,6 +75,8 @@ def make_trainer(
 
     with training_args.main_process_first(desc="packing the text"):
         train_windows, held_out = corpus.windows(tokenizer, model.get_input_embeddings().num_embeddings)
+    if model_args.lora_r is not None:
+        model = with_adapters(model, tokenizer, model_args, training_args)
     if held_out is None:
         training_args.eval_strategy = IntervalStrategy.NO
     return QuietStarTrainer(
@@ -90,6 +96,11 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
         ValueError: neither of them, or no tokenizer; beginnings of thought embeddings where there are such embeddings.
     """
     name = model_args.model
+    if is_adapter(name):
+        raise ValueError(
+            f"model must be a checkpoint, got an adapter in {name}: go on with its training by "
+            "--resume_from_checkpoint, or merge it first (docs/peft.md)"
+        )
     try:
         saved, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
