@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from quietstar.models.cache import GrowingLayer
 from quietstar.models.documents import first_key
+from quietstar.models.other_trainers import check_thinks
 from quietstar.models.thoughts_as_text import ThoughtsAsText
 from quietstar.models.transformers_names import sdpa_attention_forward, sdpa_mask
 from quietstar.ops import thought_attention
@@ -39,6 +40,7 @@ def quietstar_attention(
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers: [B, H, rows, D] in, [B, rows, Hq, D] out."""
     if thoughts is None:
+        check_thinks(module, query)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return thoughts.attend(module, query, key, value, attention_mask, **options), None
 

@@ -24,6 +24,7 @@ from quietstar.models.documents import (
 from quietstar.models.generation import ThinkingGeneration
 from quietstar.models.layers import MixingHead, ThoughtEmbedding, ZeroLinear
 from quietstar.models.objective import quiet_star_objective
+from quietstar.models.other_trainers import RefusesOtherTrainers
 from quietstar.models.text import Text
 from quietstar.models.thoughts import HiddenStates, Thinker, run_layers
 from quietstar.models.transformers_names import CACHE, LeftByQuantisers, base_mask, only_cache
@@ -69,7 +70,7 @@ class QuietStarOutput(CausalLMOutputWithPast):
     mixing_weight: Tensor | None = None
 
 
-class QuietStarForCausalLM(LeftByQuantisers, ThinkingGeneration, MistralForCausalLM):
+class QuietStarForCausalLM(LeftByQuantisers, RefusesOtherTrainers, ThinkingGeneration, MistralForCausalLM):
     """Mistral with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
 
     >>> model = QuietStarForCausalLM.from_base("a Mistral checkpoint", tokenizer=tokenizer)

@@ -59,6 +59,10 @@ class ThoughtMetrics:
         totals = torch.stack([torch.stack(row).float() for row in zip(*entries.values(), strict=True)]).detach()
         self._totals = totals if self._totals is None else self._totals + totals
 
+    def any(self) -> bool:
+        """Whether a pass was added since the last call of :meth:`totals`."""
+        return self._totals is not None
+
     def totals(self) -> Tensor:
         """Sums and counts since the last call, float32 [2, entries] on the device; starts again from nothing."""
         totals, self._totals = self._totals, None

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
-from quietstar.models import QuietStarConfig, QuietStarOutput
+from quietstar.models import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.documents import text_labels, token_starts
 from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.difficulty import GainByDifficulty
@@ -63,23 +65,28 @@ class QuietStarTrainer(Trainer):
 
     Training warns where ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
 
+    Arguments are those of ``Trainer``. ``compute_metrics`` is given the mixed logits [texts, L, V] after the first
+    thought behind every position, and ``predict`` returns them; ``preprocess_logits_for_metrics`` keeps less of them.
+
     Raises:
-        ValueError: label smoothing, which the objective has not, or Liger kernels; several GPUs in one process; batches
-            without labels; a checkpoint to resume that is not whole.
+        TypeError: another model.
+        ValueError: a loss of one's own or label smoothing, where the objective is the model's; Liger kernels, which go
+            around its thoughts; several GPUs in one process; batches without labels; a checkpoint to resume that is not
+            whole; weights of 4 bits that a CPU cannot train any more.
     """
 
     def __init__(self, *args, **kwargs):
+        _check_arguments(**signature(Trainer).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor != 0:
-            raise ValueError(f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}")
+        if not isinstance(base := unwrap_peft_model(self.accelerator.unwrap_model(self.model)), QuietStarForCausalLM):
+            raise TypeError(f"model must be a QuietStarForCausalLM, adapted or not, got {type(base).__name__}")
+        _keep_trainable(base)
         if self.args.n_gpu > 1:  # the Trainer would make torch.nn.DataParallel of the model
             raise ValueError(
                 f"every GPU must have a process of its own, got {self.args.n_gpu} GPUs in one: start with "
                 f"`torchrun --nproc_per_node {self.args.n_gpu} $(which quietstar) train ...`, or train on one GPU with "
                 "CUDA_VISIBLE_DEVICES=0 in the environment"
             )
-        if self.args.use_liger_kernel:
-            raise ValueError("use_liger_kernel must be False, got True: its forward pass does not think")
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
         self._gains = GainByDifficulty()
         self.add_callback(_BeforeTraining(self._rate_held_out_text))
@@ -115,6 +122,22 @@ class QuietStarTrainer(Trainer):
             self._add_gains(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        loss = labels = thoughts = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only or "labels" in inputs:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                loss, thoughts = loss.detach().mean(), outputs.thought_tokens[:, :1]
+            if prediction_loss_only:
+                return loss, None, None
+            inputs = dict(inputs)
+            labels = inputs.pop("labels", None)
+            logits = model(**inputs, thought_tokens=thoughts, use_cache=False).logits
+        return loss, logits.detach(), labels
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_loss()
         if "loss" in logs:  # of steps, not of an evaluation or the summary at the end
@@ -127,8 +150,9 @@ class QuietStarTrainer(Trainer):
         with self._own_random_numbers():
             torch.manual_seed(self.args.seed)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means, _ = self._means(self._evaluation_metrics)
-        means |= self._gains.means()
+        means = self._gains.means()
+        if self._evaluation_metrics.any():
+            means |= self._means(self._evaluation_metrics)[0]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -198,6 +222,35 @@ class QuietStarTrainer(Trainer):
         raise NonFiniteError(
             f"{problem}; " + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
         )
+
+
+def _check_arguments(
+    args: TrainingArguments | None = None, compute_loss_func: Callable | None = None, **others
+) -> None:
+    """What of the Trainer's arguments goes around the model's objective; its constructor already does so with some."""
+    if compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func must be None: the loss is the model's, and its parts are weighed by its configuration; "
+            "a subclass may change compute_loss"
+        )
+    if args is not None and args.label_smoothing_factor != 0:
+        raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
+    if args is not None and args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel must be False, got True: its forward pass does not think, and ours has kernels of its own"
+        )
+
+
+def _keep_trainable(model: QuietStarForCausalLM) -> None:
+    """On a CPU bitsandbytes lays out weights of 4 bits anew when they are evaluated, and then gives no gradients."""
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "model must not have been evaluated on a CPU before it is trained on weights of 4 bits: load it "
+                    f"anew, {name} gives no gradients any more"
+                )
 
 
 @contextmanager

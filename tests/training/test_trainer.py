@@ -202,12 +202,6 @@ def test_batches_without_labels_are_refused(make_model, make_trainer):
         trainer.train()
 
 
-def test_kernels_that_do_not_think_are_refused(make_model, make_trainer, monkeypatch):
-    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *_: None, raising=False)
-    with pytest.raises(ValueError, match="use_liger_kernel must be False, got True"):
-        make_trainer(make_model(), use_liger_kernel=True)
-
-
 @pytest.mark.parametrize(
     ("policy_weight", "rate", "thought_length", "warns"),
     [
@@ -235,11 +229,6 @@ def test_warns_of_policy_weights_for_other_learning_rates(
     if warns:
         assert f"policy_weight 1e+06 is too much for learning_rate {rate:g}" in warnings[0]
         assert f"set policy_weight to {1 / rate:g} or less, or learning_rate to 1e-06 or less" in warnings[0]
-
-
-def test_label_smoothing_is_refused(make_model, make_trainer):
-    with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.1"):
-        make_trainer(make_model(), label_smoothing_factor=0.1)
 
 
 def test_several_gpus_in_one_process_are_refused(make_model, make_trainer, monkeypatch):
