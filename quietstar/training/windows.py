@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.training.arguments import DataArguments
@@ -95,6 +95,8 @@ class Corpus:
         ]  # fmt: skip
         if len(windows) == 1:
             return windows[0]
+        if any("labels" in part.column_names for part in windows):
+            windows = [_labelled(part) for part in windows]
         shares = weights and [weight / sum(weights) for weight in weights]
         stop = "first_exhausted" if weights and ends_with_the_first else "all_exhausted_without_replacement"
         return interleave_datasets(windows, probabilities=shares, seed=self.seed, stopping_strategy=stop)
@@ -111,3 +113,11 @@ class Corpus:
                 f"{', '.join(sources)}, or in what is held out of them"
             )
         return Dataset.from_list(first)
+
+
+def _labelled(windows: Documents) -> Documents:
+    """Windows with labels, their tokens where they have no others: all parts of a mixture have the same columns."""
+    if "labels" in windows.column_names:
+        return windows
+    features = Features(windows.features | {"labels": windows.features["input_ids"]})
+    return windows.map(lambda rows: {"labels": rows["input_ids"]}, batched=True, features=features)

@@ -63,6 +63,19 @@ def test_weights_are_shares_of_windows(write, windows, streaming):
 
 
 @STREAMING
+def test_sources_of_different_kinds_are_mixed(write, windows, tmp_path, streaming):
+    file = tmp_path / "ids.jsonl"
+    file.write_text("\n".join([json.dumps({"input_ids": [3] * 10, "labels": [-100] * 5 + [3] * 5})] * 4))
+    training, _ = windows(write("a", "w1", 4), str(file), streaming=streaming, separate_documents=True)
+    batch = collate_windows(list(training))
+    assert sorted(batch["input_ids"][:, 0].tolist()) == [1] * 4 + [3] * 4
+    masked = batch["labels"][:, 0] == -100
+    assert torch.equal(masked, batch["input_ids"][:, 0] == 3)
+    assert torch.equal(batch["labels"][:, 5:], batch["input_ids"][:, 5:])
+    assert torch.equal(batch["position_ids"], torch.arange(10).expand(8, -1))
+
+
+@STREAMING
 def test_every_source_is_held_out_of(write, windows, streaming):
     sources = write("a", "w1", 300), write("b", "w2", 300)
     # Copies of a document are held out together in a stream: each is made different.
