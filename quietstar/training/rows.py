@@ -111,7 +111,7 @@ def documents_of(
 def _conversation(messages: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise DataError(f"messages must have a role and a content each, got {messages}")
-    # Arrow gives every message the fields of all of them; a template asks which are there.
+    # Arrow gives every message the fields of all of them; a template asks which are there. transformers 5.24 knows.
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         return tokenizer.apply_chat_template(given, tokenize=True, return_dict=False)

@@ -122,6 +122,11 @@ def test_folders(tmp_path, kind, streaming):
         assert load_documents(source, split=f"{split}[:1]")["text"] == TEXTS[:1]
 
 
+def test_what_looks_like_nothing_is_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\n")
+    assert load_documents(str(tmp_path / "a.csv"))["text"] == ["NA", "null"]
+
+
 def test_what_holds_no_text_is_counted(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("quietstar.training.data.logger.warning", warnings.append)
