@@ -38,7 +38,8 @@ def read_texts(source: str) -> list[str]:
         files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and file.is_file()]
         texts = [text for file in sorted(files) if (text := _read(file)) is not None]
     else:
-        texts = load_documents(source)["text"] if path.is_file() else []
+        documents = load_documents(source, text_column="text") if path.is_file() else None
+        texts = documents["text"] if documents is not None and "text" in documents.column_names else []
     texts = [text for text in texts if text and not text.isspace()]
     if len(texts) < 2:
         raise ValueError(f"text must be {STANDARD_LIBRARY!r}, or a file or folder of two texts at least, got {source}")

@@ -69,10 +69,15 @@ class Corpus:
         Raises:
             ValueError: as of :func:`quietstar.training.data.pack_dataset`.
         """
-        training = self._mixed(self._documents, self.weights, tokenizer, vocab_size, ends_with_the_first=True)
+        training = self._mixed(
+            self._documents, self.sources, self.weights, tokenizer, vocab_size, ends_with_the_first=True
+        )
         held_out = None
         if self._held_out:
-            held_out = self._mixed(self._held_out, self.held_out_weights, tokenizer, vocab_size)
+            names = self.held_out_sources
+            if not self.arguments.eval_data:
+                names = [f"what is held out of {name}" for name in names]
+            held_out = self._mixed(self._held_out, names, self.held_out_weights, tokenizer, vocab_size)
             held_out = self._first(held_out, self.arguments.max_held_out_windows, self.held_out_sources)
         if self.arguments.streaming:
             self._first(training, 1, self.sources)
@@ -81,18 +86,22 @@ class Corpus:
         return training, held_out
 
     def _mixed(
-        self, parts: list[Documents], weights: list[float] | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
-        ends_with_the_first: bool = False,
+        self, parts: list[Documents], names: list[str], weights: list[float] | None,
+        tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends_with_the_first: bool = False,
     ) -> Documents:  # fmt: skip
         """Windows of all parts in turn, or by their weights; all of them once, or until a weighted part has no more."""
         arguments = self.arguments
-        windows = [
-            pack_dataset(
-                part, tokenizer, arguments.block_size, arguments.workers,
-                separate=arguments.separate_documents, vocab_size=vocab_size,
-            )
-            for part in parts
-        ]  # fmt: skip
+        windows = []
+        for part, name in zip(parts, names, strict=True):
+            try:
+                windows.append(
+                    pack_dataset(
+                        part, tokenizer, arguments.block_size, arguments.workers,
+                        separate=arguments.separate_documents, vocab_size=vocab_size,
+                    )
+                )  # fmt: skip
+            except ValueError as error:
+                raise ValueError(f"{error}, in {name}") from error
         if len(windows) == 1:
             return windows[0]
         if any("labels" in part.column_names for part in windows):

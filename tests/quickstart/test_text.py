@@ -53,9 +53,10 @@ def test_a_file_of_paragraphs_or_rows(tmp_path):
     assert read_texts(str(tmp_path / "a.jsonl")) == ["x", "y"]
 
 
-@pytest.mark.parametrize("name", ["nothing", "one.txt", "folder"])
+@pytest.mark.parametrize("name", ["nothing", "one.txt", "folder", "ids.jsonl"])
 def test_too_little_to_read(tmp_path, name):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "ids.jsonl").write_text('{"text": [1, 2]}\n{"text": [3]}\n')
     (tmp_path / "one.txt").write_text("only one")
     source = str(tmp_path / name)
     with pytest.raises(ValueError, match=f"text must be 'stdlib', or a file or folder of two texts .*, got {source}"):

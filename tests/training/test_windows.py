@@ -133,6 +133,18 @@ def test_streams_without_a_window(write, windows, count, options, message):
         windows(write("a", "w1", count), streaming=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("count", "fraction", "message"),
+    [
+        (2, 0, r"block_size must be no longer than the text: less than 25 tokens, in .*b\.jsonl"),
+        (20, 0.1, r"less than 25 tokens, in what is held out of .*a\.jsonl"),
+    ],
+)
+def test_the_source_that_is_too_short_is_named(write, windows, count, fraction, message):
+    with pytest.raises(ValueError, match=message):
+        windows(write("a", "w1", 20), write("b", "w2", count), block_size=25, held_out_fraction=fraction)
+
+
 def test_positions_begin_anew_in_every_document_and_window():
     documents = [[5, 6, 7], [8], [], [9, 5, 6, 7, 8, 9]]
     assert positions(documents, 4).tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
