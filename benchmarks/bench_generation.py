@@ -44,7 +44,7 @@ def thinking_model() -> tuple[QuietStarForCausalLM, Tensor]:
     """The model and a prompt, source code of Python's standard library."""
     if DEVICE == "cuda":
         config = QuietStarConfig(
-            **MistralConfig().to_dict() | {"sliding_window": None, "model_type": "quietstar"},
+            text_config=MistralConfig(sliding_window=None),
             start_thought_token_id=31998,
             end_thought_token_id=31999,
         )
@@ -64,9 +64,7 @@ def thinking_model() -> tuple[QuietStarForCausalLM, Tensor]:
 
 def mistral_inside(model: QuietStarForCausalLM) -> MistralForCausalLM:
     """The base model as transformers runs it; shares the weights."""
-    config = MistralConfig(
-        **{key: getattr(model.config, key) for key in MistralConfig().to_dict() if key in vars(model.config)}
-    )
+    config = MistralConfig(**model.config.text_config.to_dict())
     with torch.device("meta"):
         base = MistralForCausalLM(config)
     base.load_state_dict(model.state_dict(), strict=False, assign=True)

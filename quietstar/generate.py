@@ -16,7 +16,7 @@ from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter, load_merged
-from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
+from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
 from quietstar.models.speculation import Thinking
 
 # Which numbers the flags may have; what else makes no sense, `generate` says.

@@ -6,13 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import MistralForCausalLM
+from transformers import PreTrainedModel
 
 from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.controls import random_thoughts, shuffle_thoughts
-from quietstar.models.weights import weight_of
-from quietstar.ops import linear_cross_entropy
+from quietstar.models.head import Head
 
 Thoughts = Literal["own", "shuffled", "random"] | Tensor | None
 
@@ -82,13 +81,13 @@ def held_out_nll(
 
 
 @torch.no_grad()
-def text_nll(model: MistralForCausalLM, windows: Tensor, *, batch_size: int = 16) -> Tensor:
+def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -> Tensor:
     """Nll in nats of every token but the first of ``windows`` for a model that does not think, float [windows, L−1].
 
     That is how hard the tokens are, for :func:`~quietstar.evaluation.gain_by_difficulty`.
 
     Args:
-        model: any Mistral, on the device of the windows; put into evaluation mode while this runs.
+        model: of any family that can think, on the device of the windows; put into evaluation mode while this runs.
         windows: int64 [windows, L], without padding.
         batch_size: windows per forward pass.
 
@@ -154,7 +153,7 @@ def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> 
     return own
 
 
-def _base_nll(model: MistralForCausalLM, batch: Tensor) -> Tensor:
+def _base_nll(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """[B, L−1] of the prediction without a thought."""
     return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
 
@@ -190,7 +189,7 @@ def predict(model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor) -> tup
     return output, base_hidden[:, :-1], thought_hidden.squeeze(3)
 
 
-def _nll(model: QuietStarForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:
+def _nll(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Of ``tokens`` [...] behind ``hidden`` [..., H], like the tokens."""
-    head = weight_of("lm_head", model.lm_head)
-    return linear_cross_entropy(hidden.flatten(0, -2), head, tokens.flatten(), reduction="none").view(tokens.shape)
+    head = Head.of(model.lm_head, model.config.get_text_config())
+    return head.cross_entropy(hidden.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)

@@ -53,8 +53,9 @@ def likeliest_tokens(
 def _likeliest(model: QuietStarForCausalLM, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Tokens and their log p [..., count] behind ``hidden`` [..., H]."""
     tokens, logprobs = [], []
+    head = model.predictor()
     for rows in hidden.flatten(0, -2).split(max(1, CHUNK // model.config.vocab_size)):
-        logits = model.lm_head(rows).float()
+        logits = head.logits(rows).float()
         values, indices = logits.topk(count)
         tokens.append(indices)
         logprobs.append(values - logits.logsumexp(dim=-1, keepdim=True))

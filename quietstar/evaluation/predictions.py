@@ -25,7 +25,7 @@ def next_token_logits(
     """
     if think == "always":
         return model(input_ids, logits_to_keep=positions, use_cache=False).logits.float()
-    logits = model.lm_head(model.model(input_ids).last_hidden_state[:, positions]).float()
+    logits = model.predictor().logits(model.model(input_ids).last_hidden_state[:, positions]).float()
     if think == "never":
         return logits
     text = logits.index_fill(-1, torch.tensor(model.config.thought_token_ids, device=logits.device), -torch.inf)

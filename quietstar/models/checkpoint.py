@@ -1,13 +1,10 @@
-"""Where a model comes from: an ordinary Mistral checkpoint, one of ours, or one in the layout of the authors' code."""
-
-from __future__ import annotations
+"""Where a model comes from: an ordinary checkpoint, one of ours, or one in the layout of the authors' code."""
 
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -32,9 +29,9 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from quietstar.models.configuration import QuietStarConfig
-
-if TYPE_CHECKING:
-    from quietstar.models.modeling import QuietStarForCausalLM
+from quietstar.models.families import UnsupportedFamilyError, unsupported
+from quietstar.models.family_check import check_family
+from quietstar.models.modeling import ThinkingModel
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +41,7 @@ START_THOUGHT_TOKEN, END_THOUGHT_TOKEN = "<|startthought|>", "<|endthought|>"
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _WHERE = (*_HUB, "gguf_file", "trust_remote_code")
 
-# What Quiet-STaR adds to the tensors of a Mistral.
+# What Quiet-STaR adds to the tensors of a decoder.
 _ADDED = ("start_embedding.", "end_embedding.", "mixing_head.")
 
 # The one architecture the authors trained and released; their code has switches for others.
@@ -60,44 +57,49 @@ _AUTHORS_SWITCHES = {
 
 
 def from_base(
-    cls: type[QuietStarForCausalLM],
+    cls: type[ThinkingModel],
     name_or_path: str | PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     initial_token_ids: Iterable[int] | None = None,
-    config: MistralConfig | str | PathLike | None = None,
+    config: PreTrainedConfig | str | PathLike | None = None,
     **kwargs,
-) -> QuietStarForCausalLM | tuple[QuietStarForCausalLM, dict]:
-    """Start Quiet-STaR from an ordinary Mistral checkpoint.
+) -> ThinkingModel | tuple[ThinkingModel, dict]:
+    """Start Quiet-STaR from the ordinary checkpoint of a decoder.
 
     Adds the two thought tokens to the vocabulary, starts both thought embeddings from the embedding of "---" and the
     mixing head from zero, so that every prediction is the base model's until training moves it.
 
     Args:
-        name_or_path: folder or hub name of a Mistral checkpoint.
+        name_or_path: folder or hub name of the checkpoint, of any family that can think.
         tokenizer: its tokenizer; the two thought tokens are added to it in place. Default: the one saved with the
             checkpoint, used only to look up "---".
         initial_token_ids: start the thought embeddings from the mean embedding of these tokens instead; then no
             tokenizer is needed.
-        config: of the Mistral, or where it is; default the one saved with the checkpoint.
-        kwargs: fields of :class:`QuietStarConfig` go to the configuration, the rest (``dtype``, ``device_map``,
-            ``quantization_config``, ``output_loading_info``, ...) to ``from_pretrained``. What says where the
-            checkpoint is (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) holds for its configuration and
-            tokenizer too.
+        config: of the decoder, or where it is; default the one saved with the checkpoint.
+        kwargs: fields of :class:`QuietStarConfig` and of the decoder's go to the configuration, the rest (``dtype``,
+            ``device_map``, ``quantization_config``, ``output_loading_info``, ...) to ``from_pretrained``. What says
+            where the checkpoint is (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) holds for its
+            configuration and tokenizer too.
 
     Raises:
-        ValueError: not a Mistral checkpoint, one that lacks tensors, or no tokenizer to look up "---".
+        ValueError: a decoder that cannot think, which the message says why and names those that can
+            (:class:`~quietstar.models.families.UnsupportedFamilyError`), or whose own predictions differ from those of
+            the new model on a few tokens; a checkpoint that lacks tensors; a tokenizer of another model, or none to
+            look up "---".
     """
     where = _where(kwargs)
     if not isinstance(config, PreTrainedConfig):
         if config is None:
             _check_folder("name_or_path", name_or_path, where)
         config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
-    base = config
-    if type(base) is not MistralConfig:
-        raise ValueError(f"name_or_path must be a Mistral checkpoint, got model type {base.model_type!r}")
+    if (reason := unsupported(config)) is not None:
+        raise UnsupportedFamilyError("name_or_path", config, reason)
+    own, of_base = _pop_config_fields(kwargs, type(config))
+    base = type(config).from_dict(config.to_dict() | of_base)
     start_token, end_token = base.vocab_size, base.vocab_size + 1
     if tokenizer is not None:
+        _check_tokenizer(tokenizer, base.vocab_size)
         tokenizer.add_tokens([START_THOUGHT_TOKEN, END_THOUGHT_TOKEN], special_tokens=True)
         start_token, end_token = tokenizer.convert_tokens_to_ids([START_THOUGHT_TOKEN, END_THOUGHT_TOKEN])
     if initial_token_ids is None:
@@ -108,14 +110,8 @@ def from_base(
             f"initial_token_ids must be one or more token ids in [0, {base.vocab_size}), got {initial_token_ids}"
         )
 
-    config = QuietStarConfig(
-        **{
-            **{name: value for name, value in base.to_dict().items() if name not in ("model_type", "architectures")},
-            "start_thought_token_id": start_token,
-            "end_thought_token_id": end_token,
-            **_pop_config_fields(kwargs),
-        }
-    )
+    thought_tokens = {"start_thought_token_id": start_token, "end_thought_token_id": end_token}
+    config = QuietStarConfig(text_config=base, **(thought_tokens | own))
     with_info = kwargs.pop("output_loading_info", False)
     with _expected_warnings():
         model, info = _load(cls, name_or_path, config=config, **kwargs)
@@ -123,27 +119,29 @@ def from_base(
         model.resize_token_embeddings(max(base.vocab_size, start_token + 1, end_token + 1))
     _warn(name_or_path, info)
     with torch.no_grad():
-        embeddings = model.get_input_embeddings().weight
-        initial = embeddings[initial_token_ids].float().mean(dim=0) / config.embedding_scale
+        embeddings = model.get_input_embeddings()
+        tokens = torch.tensor(initial_token_ids, device=embeddings.weight.device)
+        initial = embeddings(tokens).float().mean(dim=0) / config.embedding_scale
         model.start_embedding.weight.copy_(initial)
         model.end_embedding.weight.copy_(initial)
+    check_family("name_or_path", model)
     return (model, info) if with_info else model
 
 
 def from_pretrained(
-    cls: type[QuietStarForCausalLM],
+    cls: type[ThinkingModel],
     pretrained_model_name_or_path: str | PathLike | None,
     *args,
     config: QuietStarConfig | str | PathLike | None = None,
     **kwargs,
-) -> QuietStarForCausalLM | tuple[QuietStarForCausalLM, dict]:
+) -> ThinkingModel | tuple[ThinkingModel, dict]:
     """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
 
     Arguments as for every transformers model; keyword arguments that are fields of :class:`QuietStarConfig` override
     the saved ones. Quantisers leave ``lm_head`` and the mixing head alone.
 
     Raises:
-        ValueError: a checkpoint that is neither (an ordinary Mistral checkpoint, for example), or lacks tensors; a
+        ValueError: a checkpoint that is neither (an ordinary one, for example), or lacks tensors; a
             ``quantization_config`` or ``device_map`` under which the model cannot think.
     """
     path = pretrained_model_name_or_path
@@ -174,25 +172,28 @@ def _resolve(name_or_path: str | PathLike, kwargs: dict) -> tuple[str | PathLike
     where = _where(kwargs)
     _check_folder("pretrained_model_name_or_path", name_or_path, where)
     saved, _ = QuietStarConfig.get_config_dict(name_or_path, **where)
-    fields = _pop_config_fields(kwargs)
     if saved.get("model_type") == QuietStarConfig.model_type:
-        return name_or_path, QuietStarConfig.from_dict(saved | fields), kwargs
+        own, of_base = _pop_config_fields(kwargs, type(QuietStarConfig.from_dict(saved).text_config))
+        if "text_config" in saved:
+            of_base = {"text_config": saved["text_config"] | of_base}
+        return name_or_path, QuietStarConfig.from_dict(saved | of_base | own), kwargs
     if "max_thoughts" in saved:
-        config = QuietStarConfig(**(_authors_config(saved) | fields))
+        own, of_base = _pop_config_fields(kwargs, MistralConfig)
+        config = QuietStarConfig(**(_authors_config(saved) | of_base | own))
         return None, config, kwargs | {"state_dict": _authors_weights(name_or_path, where)}
     raise ValueError(
         "pretrained_model_name_or_path must be a Quiet-STaR checkpoint, ours or the authors', "
-        f"got model type {saved.get('model_type')!r} in {name_or_path}; from_base starts from an ordinary Mistral"
+        f"got model type {saved.get('model_type')!r} in {name_or_path}; from_base starts from an ordinary model"
     )
 
 
-def _load(cls: type[QuietStarForCausalLM], *args, **kwargs) -> tuple[QuietStarForCausalLM, dict]:
+def _load(cls: type[ThinkingModel], *args, **kwargs) -> tuple[ThinkingModel, dict]:
     """``from_pretrained`` of transformers, and what it tells of the tensors."""
     return PreTrainedModel.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
 
 
 def _check_loaded(
-    argument: str, name: str | PathLike, model: QuietStarForCausalLM, info: dict, may_lack: tuple[str, ...] = ()
+    argument: str, name: str | PathLike, model: ThinkingModel, info: dict, may_lack: tuple[str, ...] = ()
 ) -> None:
     """Every tensor is there but those whose names begin with ``may_lack``, and ops can read what they read."""
     lacking = sorted(key for key in info["missing_keys"] if not key.startswith(may_lack))
@@ -246,6 +247,16 @@ def contents(folder: Path, most: int = 8) -> str:
     return f"only {', '.join(names[:most])}{more}" if names else "which is empty"
 
 
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """A tokenizer may know fewer tokens than its model, which are often padded, but no more."""
+    ours = {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}
+    most = max((token for text, token in tokenizer.get_vocab().items() if text not in ours), default=-1)
+    if most >= vocab_size:
+        raise ValueError(
+            f"tokenizer must be that of the model, whose vocabulary has {vocab_size} tokens, got one with token {most}"
+        )
+
+
 def _tokenizer_of(
     name_or_path: str | PathLike, tokenizer: PreTrainedTokenizerBase | None, where: dict
 ) -> PreTrainedTokenizerBase:
@@ -257,10 +268,14 @@ def _tokenizer_of(
         raise ValueError(f"tokenizer or initial_token_ids must be given: no tokenizer in {name_or_path}") from error
 
 
-def _pop_config_fields(kwargs: dict) -> dict:
-    """Take the fields of the configuration out of ``kwargs``; ``dtype`` is for loading, where it may be "auto"."""
-    fields = QuietStarConfig.__dataclass_fields__.keys() - {"dtype"}
-    return {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+def _pop_config_fields(kwargs: dict, base: type[PreTrainedConfig]) -> tuple[dict, dict]:
+    """Take the fields of the configuration out of ``kwargs``, and those of the ``base`` model's.
+
+    ``dtype`` is for loading, where it may be "auto".
+    """
+    own = QuietStarConfig.__dataclass_fields__.keys() - {"dtype", "text_config"}
+    of_base = base.__dataclass_fields__.keys() - own - {"dtype"}
+    return tuple({name: kwargs.pop(name) for name in list(kwargs) if name in names} for names in (own, of_base))
 
 
 def _authors_config(saved: dict) -> dict:

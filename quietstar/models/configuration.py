@@ -1,6 +1,9 @@
-"""Configuration of a Quiet-STaR model: Mistral's, plus how it thinks and what it is trained on."""
+"""Configuration of a Quiet-STaR model: how it thinks and what it is trained on, beside that of its decoder."""
 
-from transformers import MistralConfig
+import copy
+from typing import Any
+
+from transformers import AutoConfig, MistralConfig, PreTrainedConfig
 
 from quietstar._numbers import Interval
 
@@ -16,13 +19,21 @@ INTERVALS = {
     "embedding_scale": Interval(float, "(0, inf)"),
 }
 
+# What a Mistral's configuration may say, in the names of today and of older files.
+_OF_MISTRAL = MistralConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys() | {
+    "rope_scaling", "rope_theta",
+}  # fmt: skip
 
-class QuietStarConfig(MistralConfig):
-    """A :class:`~transformers.MistralConfig` with the hyper-parameters of Quiet-STaR (arXiv 2403.09629).
 
-    The defaults are those of the authors' training run.
+class QuietStarConfig(PreTrainedConfig):
+    """The hyper-parameters of Quiet-STaR (arXiv 2403.09629), beside the configuration of the decoder that thinks.
+
+    The defaults are those of the authors' training run. Fields of the decoder (``hidden_size``, ``sliding_window`` and
+    so on) can be read and set here too.
 
     Args:
+        text_config: of the decoder, or its dictionary with a ``model_type``. Default: a
+            :class:`~transformers.MistralConfig` of the other keyword arguments, as in files of version 0.1.
         thought_length: k, sampled tokens in a thought, start and end token not counted; 0 is legal (no policy term).
         lookahead: M ≥ 1, real tokens predicted after a thought during training.
         num_thoughts: N ≥ 1, independent thoughts per position during training; inference uses one.
@@ -36,7 +47,9 @@ class QuietStarConfig(MistralConfig):
     """
 
     model_type = "quietstar"
+    sub_configs = {"text_config": AutoConfig}
 
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
     thought_length: int = 9
     lookahead: int = 4
     num_thoughts: int = 2
@@ -49,8 +62,32 @@ class QuietStarConfig(MistralConfig):
     end_thought_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        text = self.text_config
+        if text is None:
+            text = MistralConfig(**{name: kwargs.pop(name) for name in list(kwargs) if name in _OF_MISTRAL})
+        elif isinstance(text, dict):
+            text = AutoConfig.for_model(**text)
+        else:
+            text = copy.deepcopy(text)  # that of another model would get our attention
+        self.text_config = text
         super().__post_init__(**kwargs)
         self.check()
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not said here is asked of the decoder's configuration."""
+        text = None if name.startswith("_") else self.__dict__.get("text_config")
+        if not isinstance(text, PreTrainedConfig) or not hasattr(text, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, nor has its text_config")
+        return getattr(text, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text = self.__dict__.get("text_config")
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        of_text = isinstance(text, PreTrainedConfig) and hasattr(text, name)
+        if of_text and (not own or name == "dtype"):  # which transformers asks either for
+            setattr(text, name, value)
+        if own or not of_text:
+            super().__setattr__(name, value)
 
     def check(self) -> None:
         """Look at the fields again: whoever sets them later, as ``AutoConfig.from_pretrained`` does, goes unchecked.
@@ -64,8 +101,8 @@ class QuietStarConfig(MistralConfig):
             token = getattr(self, name)
             if isinstance(token, bool) or not isinstance(token, int | None):
                 raise TypeError(f"{name} must be a token id or None, got {token!r}")
-        if self.attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {self.attention_dropout}")
+        if dropout := getattr(self.text_config, "attention_dropout", None):
+            raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {dropout}")
 
     @property
     def thought_token_ids(self) -> tuple[int, int]:
@@ -74,10 +111,10 @@ class QuietStarConfig(MistralConfig):
         Raises:
             ValueError: an id is missing, not in the vocabulary, or both are the same.
         """
-        ids = self.start_thought_token_id, self.end_thought_token_id
+        ids, vocab_size = (self.start_thought_token_id, self.end_thought_token_id), self.text_config.vocab_size
         for name, token in zip(("start_thought_token_id", "end_thought_token_id"), ids, strict=True):
-            if token is None or not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} must be a token id in [0, {self.vocab_size}), got {token}")
+            if token is None or not 0 <= token < vocab_size:
+                raise ValueError(f"{name} must be a token id in [0, {vocab_size}), got {token}")
         if ids[0] == ids[1]:
             raise ValueError(f"end_thought_token_id must differ from start_thought_token_id, got {ids[1]} for both")
         return ids

@@ -1,30 +1,26 @@
 """The decoding loop behind the options of ``generate``: drafting, thinking where it is wanted, rows of unequal pace."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from quietstar.models.attention import TextCache, ThoughtStates
 from quietstar.models.controls import thoughts_of_call
 from quietstar.models.documents import document_starts
-from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer, token_steps
+from quietstar.models.layouts import TextCache, TextRows, ThoughtStates
+from quietstar.models.modeling import ThinkingModel
+from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, token_steps
 from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.text_rules import TextRules
-from quietstar.models.thoughts import Thinker, run_layers
+from quietstar.models.thoughts import Thinker
 from quietstar.models.transformers_names import CACHE_NAMES, pad_token_id
-
-if TYPE_CHECKING:
-    from quietstar.models.modeling import QuietStarForCausalLM
 
 # What transformers prepares for its own loops, and this one has no use for.
 _PREPARED = {"use_cache", "logits_to_keep", "tokenizer", *CACHE_NAMES}
 
 
 def decode(
-    model: "QuietStarForCausalLM",
+    model: ThinkingModel,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -78,7 +74,7 @@ class _Loop:
 
     def __init__(
         self,
-        model: "QuietStarForCausalLM",
+        model: ThinkingModel,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -87,7 +83,7 @@ class _Loop:
     ):
         batch, prompt = input_ids.shape
         device = model.device
-        self.model, self.thinking = model, thinking
+        self.config, self.predictor, self.thinking = model.config, model.predictor(), thinking
         self.prompt_length, self.max_length = prompt, generation_config.max_length
         self.returned = generation_config.num_return_sequences or 1
         given = thoughts_of_call(thinking.thoughts, batch, self.returned, self.max_length - prompt, model.config)
@@ -112,7 +108,7 @@ class _Loop:
             raise ValueError("position_ids must go up by one in generate(), got packed documents")
         self.key_start = starts
 
-        self.cache = TextCache(capacity, self.key_start, model.config.sliding_window)
+        self.cache = TextCache(capacity)
         self.thought_states = ThoughtStates(self.draft_length.longest + 1)
         self.lengths, self.ends = [prompt] * batch, [prompt] * batch
         self.stopped = [False] * batch
@@ -173,21 +169,18 @@ class _Loop:
 
         Reads that token, at first the whole prompt. A ``thinker`` starts its thoughts in the same pass.
         """
-        model = self.model
         if not self.cache.keys:
-            columns = torch.arange(self.prompt_length, device=self.ids.device).expand(len(self.ids), -1)
-            text = model.model.embed_tokens(self.ids[:, : self.prompt_length])
-            self.cache.extend(columns, self.prompt_length, model._base_mask(text, self.attention_mask, self.key_start))
+            columns, end = torch.arange(self.prompt_length, device=self.ids.device)[None], self.prompt_length
+            columns, together = columns.expand(len(self.ids), -1), True
         else:
             last = [length - 1 + ahead for length in self.lengths]
             columns, end = self._column(last), max(last) + 1
-            text = model.model.embed_tokens(self.ids.gather(1, columns))
-            window = self.cache.window
-            everything = self.key_start is None and min(last) + 1 == end and (window is None or end <= window)
-            self.cache.extend(columns, end, None if everything else self.cache.visible(columns, end))
+            together = min(last) + 1 == end
+        text = self.predictor.decoder.embed(self.ids.gather(1, columns))
+        self.cache.extend(TextRows(columns, self.key_start, together), end)
         positions = self.position_ids.gather(1, columns)
         if thinker is None:
-            return run_layers(model.model, text, positions, self.cache)[:, -1]
+            return self.predictor.decoder(text, positions, self.cache)[:, -1]
         return thinker.read(text, positions)[:, -1]
 
     def _unsure(self, base_logits: Tensor) -> Tensor:
@@ -205,7 +198,7 @@ class _Loop:
         ahead = chosen.masked_fill(self._where_stopped()[:, None], 0)
         anchors = torch.where(self._thinking_behind(thinks).gather(1, chosen), self._column(self.ends) - 1 + ahead, -1)
         positions = self.position_ids.gather(1, anchors.clamp_min(0))
-        return self.model._thinker(
+        return self.predictor.thinker(
             self.cache, anchors, positions, self.key_start, self.thought_states, thought_length=self.thought_length
         )
 
@@ -241,7 +234,7 @@ class _Loop:
             The predictions [B, P, V], those of the base model where it did not think; the thoughts [B, P, k] and their
             weights [B, P], −1 and 0 where it did not.
         """
-        config, most = self.model.config, thinker.positions.shape[1]
+        config, most = self.config, thinker.positions.shape[1]
         chosen = self._chosen(thinks, most)
         if self.given is None:
             tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
@@ -253,7 +246,7 @@ class _Loop:
         row = torch.arange(len(thinks), device=thinks.device)[:, None]
         active = thinks[row, chosen]
         base_hidden = hidden[row, chosen]
-        weight = self.model.mixing_head(base_hidden, thought_hidden)
+        weight = self.predictor.mixing_head(base_hidden, thought_hidden)
         mixed = self._logits(torch.lerp(base_hidden, thought_hidden, weight[..., None]))
         logits = base_logits.clone()
         logits[row, chosen] = torch.where(active[..., None], mixed, logits[row, chosen])
@@ -265,7 +258,7 @@ class _Loop:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32 as transformers' loops take them."""
-        return self.model._text_logits(hidden).float()
+        return self.predictor.text_logits(hidden).float()
 
     def _process(self, processors: list, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, V] of the tokens ``ahead`` columns behind the end of each row, through logits processors.

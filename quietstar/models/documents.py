@@ -16,7 +16,7 @@ def first_key(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor |
     Right padding needs no mask: causal attention never looks at it.
 
     Args:
-        attention_mask: [B, L], 1 for tokens and 0 for padding; or the bool mask [B, 1, rows, keys] that transformers
+        attention_mask: [B, L], 1 for tokens and 0 for padding; or these positions themselves, [B], which ``generate``
             makes of it for compileable caches; or None.
         shape: the expected (B, L).
 
@@ -26,10 +26,8 @@ def first_key(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor |
     Raises:
         ValueError: another shape, or padding between tokens.
     """
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 4:
-        return attention_mask[:, 0, -1].to(torch.int64).argmax(dim=-1)
+    if attention_mask is None or attention_mask.dim() == 1:
+        return attention_mask
     if tuple(attention_mask.shape) != tuple(shape):
         raise ValueError(f"attention_mask must have shape {list(shape)}, got {list(attention_mask.shape)}")
     mask = attention_mask.bool()
@@ -87,15 +85,6 @@ def at_anchors(starts: Tensor | None, anchors: Tensor) -> Tensor | None:
     if starts is None or starts.dim() == 1:
         return starts
     return starts.gather(1, anchors.clamp_min(0).expand(len(starts), -1))
-
-
-def packed_mask(starts: Tensor, window: int | None) -> Tensor:
-    """The keys that each token of packed rows sees, bool [B, 1, L, L], of ``starts`` [B, L]."""
-    column = torch.arange(starts.shape[1], device=starts.device)
-    visible = (column <= column[:, None]) & (column >= starts[:, :, None])
-    if window is not None:
-        visible &= column[:, None] - column < window
-    return visible[:, None]
 
 
 def text_labels(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> Tensor:

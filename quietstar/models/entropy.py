@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.head import Head
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
 # Thought tokens that are looked at: a few of each pass are enough for a mean over many, and cost about one per cent.
@@ -11,7 +12,7 @@ TOKENS = 64
 
 
 @torch.no_grad()
-def thought_entropy(hidden: Tensor, lm_head: Tensor, counted: Tensor, config: QuietStarConfig) -> Tensor:
+def thought_entropy(hidden: Tensor, head: Head, counted: Tensor, config: QuietStarConfig) -> Tensor:
     """Mean entropy of the distributions that thought tokens are drawn from, in nats: a scalar, NaN without any.
 
     That is at ``thought_temperature`` and without the thought tokens, also where ``policy_temperature`` is another. Of
@@ -20,7 +21,7 @@ def thought_entropy(hidden: Tensor, lm_head: Tensor, counted: Tensor, config: Qu
 
     Args:
         hidden: [B, P, N, k, H], the states that thought tokens are drawn from.
-        lm_head: [V, H].
+        head: makes predictions of them.
         counted: bool [B, P], behind which positions thoughts count.
         config: of the model.
     """
@@ -33,16 +34,16 @@ def thought_entropy(hidden: Tensor, lm_head: Tensor, counted: Tensor, config: Qu
     first = ranks.diff(prepend=ranks[:1] - 1) > 0  # with few that count, some come up more than once
     chosen = torch.searchsorted(up_to, ranks, right=True).clamp_max(thoughts - 1)
     rows = hidden.flatten(0, 2)[chosen].flatten(0, 1)
-    parts = slices(len(rows), rows_within(BLOCK_BYTES, 4 * len(lm_head), rows.device))
-    entropy = torch.cat([_entropy(rows[part], lm_head, config) for part in parts]) if k else rows.new_empty(0)
+    parts = slices(len(rows), rows_within(BLOCK_BYTES, 4 * len(head.weight), rows.device))
+    entropy = torch.cat([_entropy(rows[part], head, config) for part in parts]) if k else rows.new_empty(0)
     means = entropy.view(len(ranks), k).mean(dim=1)
     return torch.where(first & (total > 0), means, 0).sum() / torch.where(total > 0, first.sum(), 0)
 
 
-def _entropy(hidden: Tensor, lm_head: Tensor, config: QuietStarConfig) -> Tensor:
+def _entropy(hidden: Tensor, head: Head, config: QuietStarConfig) -> Tensor:
     """Of one distribution each, float32 [rows]."""
     if config.thought_temperature == 0:  # greedy thoughts
         return torch.zeros(len(hidden), device=hidden.device)
-    logits = torch.nn.functional.linear(hidden, lm_head).float() / config.thought_temperature
+    logits = head.logits(hidden).float() / config.thought_temperature
     logits[:, list(config.thought_token_ids)] = -torch.inf
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)

@@ -10,13 +10,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 
-from quietstar.models.attention import ThoughtStates
+from quietstar.models import checkpoint
 from quietstar.models.cache import grow_in_place
+from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoding import decode
-from quietstar.models.generation_output import QuietStarGenerateOutput, ThoughtStreamer
+from quietstar.models.layouts import ThoughtStates
+from quietstar.models.modeling import ThinkingModel
+from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
+from quietstar.models.text import check_tokens
 from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache
 
 # Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
@@ -31,8 +36,20 @@ _NOT_OF_GENERATE = (
 )  # fmt: skip
 
 
-class ThinkingGeneration(GenerationHooks):
-    """Mixin in front of a transformers model: the options of :meth:`generate`."""
+class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
+    """A decoder with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
+
+    Any decoder whose attention goes through transformers' AttentionInterface can think;
+    :data:`~quietstar.models.families.FAMILIES` names those that are tested.
+
+    >>> model = QuietStarForCausalLM.from_base("a checkpoint", tokenizer=tokenizer)
+    >>> model(input_ids, labels=input_ids).loss.backward()   # train
+    >>> model.generate(input_ids, max_new_tokens=20)         # generate, thinking before every token
+    >>> model.generate(input_ids, draft_length=8)            # text of the same distribution, faster
+    """
+
+    from_base = classmethod(checkpoint.from_base)
+    from_pretrained = classmethod(checkpoint.from_pretrained)
 
     @torch.no_grad()
     def generate(
@@ -98,6 +115,10 @@ class ThinkingGeneration(GenerationHooks):
         kwargs.pop("tokenizer", None)  # of ``stop_strings``; transformers leaves it among the arguments of forward
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         return inputs | {"suppress_thought_tokens": True}
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None, **_) -> Tensor | None:
+        """For compileable caches: where each prompt begins, [B], which keeps its shape while the text grows."""
+        return None if attention_mask is None else attention_mask.bool().to(torch.int64).argmax(dim=1)
 
     def on_new_cache(self, cache: Cache) -> None:
         grow_in_place(cache)
@@ -175,7 +196,7 @@ class ThinkingGeneration(GenerationHooks):
             return  # transformers says what is wrong with it
         if prompt.shape[1] == 0:
             raise ValueError(f"input_ids must hold at least one token per prompt, got shape {list(prompt.shape)}")
-        self._check_tokens("input_ids", prompt, self.config.vocab_size)
+        check_tokens("input_ids", prompt, self.config.vocab_size)
         positions = self.config.max_position_embeddings
         if prompt.shape[1] > positions:
             longest = prompt.shape[1] if attention_mask is None else int(attention_mask.sum(dim=-1).max())
@@ -183,3 +204,7 @@ class ThinkingGeneration(GenerationHooks):
                 raise ValueError(
                     f"input_ids must have at most max_position_embeddings = {positions} tokens, got {longest}"
                 )
+
+
+AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)

@@ -11,7 +11,7 @@ from torch import Tensor
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
 from quietstar.models.entropy import thought_entropy
-from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
+from quietstar.models.head import Head
 
 
 class Objective(NamedTuple):
@@ -31,7 +31,7 @@ def quiet_star_objective(
     base_hidden: Tensor,
     thought_hidden: Tensor,
     mixing_weight: Tensor,
-    lm_head: Tensor,
+    head: Head,
     labels: Tensor,
     thought_tokens: Tensor,
     config: QuietStarConfig,
@@ -45,7 +45,7 @@ def quiet_star_objective(
         base_hidden: [B, L, H], final hidden states of the text.
         thought_hidden: [B, L−1, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
         mixing_weight: [B, L−1, N, M], weight of the thought prediction.
-        lm_head: [V, H].
+        head: makes predictions of hidden states.
         labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
         thought_tokens: int [B, L−1, N, k].
         starts: where documents begin, see :mod:`quietstar.models.documents`.
@@ -60,9 +60,8 @@ def quiet_star_objective(
     # Every term comes out with its weight, so that the gradients made with it need no scaling.
     next_tokens = labels[:, 1:].flatten()
     base_count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
-    base_loss, base_nll = linear_cross_entropy(
+    base_loss, base_nll = head.cross_entropy(
         base_hidden[:, :-1].flatten(0, 1),
-        lm_head,
         next_tokens,
         ignore_index=IGNORE_INDEX,
         reduction="sum",
@@ -78,11 +77,10 @@ def quiet_star_objective(
     counts = (target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
     per_thought = (batch, positions, num_thoughts, lookahead)
     base_index = ahead + torch.arange(batch, device=device)[:, None, None] * length
-    talk_loss, talk_nll = mixed_linear_cross_entropy(
+    talk_loss, talk_nll = head.mixed_cross_entropy(
         base_hidden.flatten(0, 1),
         thought_hidden[:, :, :, k + 1 :].flatten(0, 3),
         mixing_weight.flatten(),
-        lm_head,
         target[:, :, None].expand(per_thought).flatten(),
         base_index=base_index[:, :, None].expand(per_thought).flatten(),
         ignore_index=IGNORE_INDEX,
@@ -107,9 +105,8 @@ def quiet_star_objective(
         policy_weight = config.policy_weight or 1.0  # a term without weight is reported all the same
         row_weight = torch.zeros_like(thought_nll)
         row_weight[:, : reward.shape[1]] = advantage[..., None] * (policy_weight / (k * reward_count))
-        result = linear_cross_entropy(
+        result = head.cross_entropy(
             thought_hidden[:, :, :, :k].flatten(0, 3),
-            lm_head,
             thought_tokens.flatten(),
             temperature=config.policy_temperature,
             suppress=config.thought_token_ids,
@@ -124,7 +121,7 @@ def quiet_star_objective(
 
     entropy = None
     if output_thought_entropy:
-        entropy = thought_entropy(thought_hidden[:, :, :, :k], lm_head, (target != IGNORE_INDEX).any(dim=-1), config)
+        entropy = thought_entropy(thought_hidden[:, :, :, :k], head, (target != IGNORE_INDEX).any(dim=-1), config)
     return Objective(
         loss,
         base_nll,

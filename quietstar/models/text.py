@@ -6,7 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietstar.ops._checks import Dims
+from quietstar.models.documents import document_starts, first_key
+from quietstar.models.layouts import ThoughtStates
+from quietstar.models.transformers_names import CACHE
+from quietstar.ops._checks import Dims, check_integer, check_range, check_tensor
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignore: int | None = None) -> None:
+    """Token ids of a vocabulary; ``ignore`` may stand among them.
+
+    Raises:
+        TypeError, ValueError: no integers, or out of range.
+    """
+    check_tensor(name, tokens)
+    check_integer(name, tokens)
+    check_range(name, tokens if ignore is None else tokens.masked_fill(tokens == ignore, 0), 0, vocab_size - 1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,29 @@ class Text:
         if positions is None:
             positions = torch.arange(self.shape[1], device=self.device)[None] + past
         return positions.expand(self.shape)
+
+    def starts(self, past: int | Tensor, cached: bool | None, states: ThoughtStates | None) -> Tensor | None:
+        """Where documents begin among ``past`` tokens and these, see :mod:`quietstar.models.documents`.
+
+        Args:
+            past: how many a cache holds.
+            cached: whether there is or will be a cache.
+            states: of ``generate``, which have looked at the mask before.
+        """
+        find = first_key if states is None else states.first_key
+        padding = find(self.attention_mask, (self.shape[0], past + self.shape[1]))
+        mask = self.attention_mask
+        if self.shape[1] == 1 or self.position_ids is None or (mask is not None and mask.dim() == 1):
+            return padding
+        packed = document_starts(None if mask is None else mask[:, -self.shape[1] :], self.position_ids, self.shape)
+        if packed is None or packed.dim() == 1:
+            return padding
+        if cached:
+            raise ValueError(
+                f"position_ids must go up by one with use_cache or a {CACHE}, got packed documents: whoever reads the "
+                "cache could not tell them apart"
+            )
+        return packed
 
     def embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Embeddings [B, L, H]."""

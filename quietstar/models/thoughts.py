@@ -1,55 +1,11 @@
-"""Thinking: running the layers over thought steps, and sampling thoughts behind a finished base pass."""
-
-from dataclasses import dataclass, field
+"""Thinking: running the decoder over thought steps, and sampling thoughts behind a finished base pass."""
 
 import torch
 from torch import Tensor
 
-from quietstar.models.attention import (
-    BaseAndThoughts,
-    BaseStates,
-    TextCache,
-    ThoughtCache,
-    ThoughtStates,
-    ThoughtTree,
-)
-from quietstar.models.transformers_names import MistralModel
-from quietstar.ops.linear_sample import draw
-
-
-@dataclass
-class HiddenStates:
-    """Collects the hidden states [B, L, H] of a text behind the embedding and each layer, the last one normed."""
-
-    length: int
-    states: list[Tensor] = field(default_factory=list)
-
-    def take(self, hidden: Tensor) -> Tensor:
-        """Keep the first L of ``hidden`` [B, rows, H]; what is handed on is made of it, so that it gets a gradient."""
-        text, thoughts = hidden.tensor_split([self.length], dim=1)
-        self.states.append(text)
-        return torch.cat([text, thoughts], dim=1)
-
-
-def run_layers(
-    model: MistralModel,
-    embeddings: Tensor,
-    position_ids: Tensor,
-    thoughts: TextCache | ThoughtCache | BaseAndThoughts | ThoughtTree,
-    collect: HiddenStates | None = None,
-) -> Tensor:
-    """Final hidden states [B, rows, H] of rows whose attention ``thoughts`` lays out.
-
-    Transformers' own forward would build a causal mask over all rows; here the layout is the mask.
-    """
-    hidden = embeddings
-    position_embeddings = model.rotary_emb(hidden, position_ids)
-    for layer in model.layers:
-        if collect is not None:
-            hidden = collect.take(hidden)
-        hidden = layer(hidden, position_ids=position_ids, position_embeddings=position_embeddings, thoughts=thoughts)
-    hidden = model.norm(hidden)
-    return hidden if collect is None else collect.take(hidden)
+from quietstar.models.decoder import Decoder, HiddenStates
+from quietstar.models.head import Head
+from quietstar.models.layouts import BaseAndThoughts, BaseStates, TextCache, ThoughtCache, ThoughtStates, ThoughtTree
 
 
 class Thinker:
@@ -58,21 +14,21 @@ class Thinker:
     The base pass is either finished, or is run by :meth:`read` together with the first steps of the thoughts.
 
     Args:
-        model: the decoder.
-        lm_head: [V, H].
+        decoder: it runs the steps.
+        head: thoughts are drawn from its predictions.
         base: the kept states of the base pass.
-        anchors: int [B, P], indices into the base keys, −1 inactive.
+        anchors: int [B, P], columns of the text, −1 inactive.
         anchor_positions: int [B, P], position ids of the anchors.
         start, end: embeddings [H] of the thought tokens.
         thought_length: k.
-        key_start: int [B] or [B, P], first base key that each anchor's text begins with; None where it is 0.
+        key_start: int [B] or [B, P], first column of each anchor's text; None where it is 0.
         states: room for the thoughts' keys and values, to be reused; default new.
     """
 
     def __init__(
         self,
-        model: MistralModel,
-        lm_head: Tensor,
+        decoder: Decoder,
+        head: Head,
         base: BaseStates | TextCache,
         anchors: Tensor,
         anchor_positions: Tensor,
@@ -82,7 +38,7 @@ class Thinker:
         key_start: Tensor | None = None,
         states: ThoughtStates | None = None,
     ):
-        self.model, self.lm_head = model, lm_head
+        self.decoder, self.head = decoder, head
         self.thought_length, max_steps = thought_length, thought_length + 2
         self.start, self.end = (x.expand(*anchors.shape, 1, -1) for x in (start, end))
         self.cache = ThoughtCache(base, anchors, max_steps, key_start, states)
@@ -117,10 +73,10 @@ class Thinker:
         tokens: list[Tensor] = []
         for j in range(self.thought_length):
             if self.cache.steps == j:
-                self._advance(self.start if j == 0 else self.model.embed_tokens(tokens[-1]))
-            drawn = draw(
-                self.hidden.flatten(0, 1), self.lm_head, temperature=temperature, suppress=suppress, seed=seeds[j]
-            )
+                self._advance(self.start if j == 0 else self.decoder.embed(tokens[-1]))
+            drawn = self.head.draw(
+                self.hidden.flatten(0, 1), temperature=temperature, suppress=suppress, seed=seeds[j]
+            )  # fmt: skip
             # Where there is none (-1) the state is NaN, and so are loss and logits, which say so: any token will do.
             tokens.append(drawn.view(*anchors, 1).clamp_min(0))
         return torch.cat(tokens, dim=2) if tokens else seeds.new_empty(*anchors, 0)
@@ -137,7 +93,7 @@ class Thinker:
 
     def _steps(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, P, k + 2, H] of whole thoughts."""
-        return torch.cat([self.start, self.model.embed_tokens(tokens), self.end], dim=2)
+        return torch.cat([self.start, self.decoder.embed(tokens), self.end], dim=2)
 
     def _advance(
         self,
@@ -158,7 +114,7 @@ class Thinker:
             length = text.shape[1]
             rows, positions = torch.cat([text, rows], dim=1), torch.cat([position_ids, positions], dim=1)
             layout = self._layout(length, whole=count == self.cache.max_steps)
-        hidden = run_layers(self.model, rows, positions, layout, collect)
+        hidden = self.decoder(rows, positions, layout, collect)
         self.cache.steps += count
         self.hidden = hidden[:, length:].unflatten(1, (-1, count))[:, :, -1]
         return hidden[:, :length]
@@ -167,5 +123,5 @@ class Thinker:
         """Of a pass over a text and the first steps of its thoughts; if these are ``whole``, nothing need be kept."""
         base = self.cache.base
         if whole and isinstance(base, BaseStates) and base.cache is None:
-            return ThoughtTree(length, self.cache.anchors, base.mask, self.cache.key_start)
+            return ThoughtTree(base.rows, self.cache.anchors, self.cache.key_start)
         return BaseAndThoughts(base, length, self.cache)

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
-from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 __all__ = [
     "ASSISTANTS_WORK",
@@ -18,8 +17,6 @@ __all__ = [
     "CACHE_NAMES",
     "GenerationHooks",
     "LeftByQuantisers",
-    "MistralModel",
-    "base_mask",
     "only_cache",
     "pad_token_id",
     "sdpa_attention_forward",
@@ -43,14 +40,6 @@ def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
     if past_key_values is not None and cache is not None:
         raise ValueError("cache must be None beside past_key_values, which is its old name, got both")
     return cache if past_key_values is None else past_key_values
-
-
-def base_mask(
-    config: PreTrainedConfig, embeddings: Tensor, attention_mask: Tensor | None, cache: Cache | None
-) -> Tensor | None:
-    """Mask [B, 1, L, keys] of base rows as transformers makes it for the model's kind; None is plain causal."""
-    make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-    return make(config=config, inputs_embeds=embeddings, attention_mask=attention_mask, **{CACHE: cache})
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int | None:

@@ -63,7 +63,7 @@ def test_from_base_without_a_tokenizer_needs_initial_tokens(base):
 
 def test_from_base_refuses_other_models(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="name_or_path must be a Mistral checkpoint, got model type 'quietstar'"):
+    with pytest.raises(ValueError, match="a decoder that can think, got model type 'quietstar': it thinks already"):
         QuietStarForCausalLM.from_base(tmp_path)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quietstar.models import entropy
+from quietstar.models.head import Head
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def test_of_many_thoughts_some_are_looked_at_evenly_spread(monkeypatch, make_mod
     hidden = torch.where(torch.arange(40) < sizes[..., None], 0.0, -1e9)  # logits, by a head that changes nothing
     seen = []
     monkeypatch.setattr(entropy, "_entropy", lambda rows, *_, f=entropy._entropy: seen.append(f(rows, *_)) or seen[-1])
-    value = entropy.thought_entropy(hidden, torch.eye(40), counted, config)
+    value = entropy.thought_entropy(hidden, Head(torch.eye(40)), counted, config)
     entropies = sizes.double().log()[counted].flatten(0, 1)  # of the thoughts that count, in order
     looked_at = min(max(1, tokens // 3), 88)
     chosen = sorted({j * len(entropies) // looked_at for j in range(looked_at)})

@@ -51,7 +51,7 @@ def test_a_tuple_where_it_is_asked_for(make_model, text, thoughts):
 @pytest.mark.parametrize("labelled", [False, True])
 def test_hidden_states_are_those_of_the_base_model(make_model, text, thoughts, labelled):
     model = make_model(num_thoughts=1)
-    fields = {name: value for name, value in model.config.to_dict().items() if name in MistralConfig().to_dict()}
+    fields = model.config.text_config.to_dict()
     base = MistralForCausalLM(MistralConfig(**fields | {"model_type": "mistral"})).eval()
     base.load_state_dict(model.state_dict(), strict=False)
     expected = base(text, output_hidden_states=True).hidden_states

@@ -8,15 +8,13 @@ import torch
 from greedy_text import SOME_ACCEPTED, greedy
 from transformers import DynamicCache, GenerationConfig, MistralConfig, MistralForCausalLM
 
-from quietstar.models.generation_output import ThoughtStreamer
+from quietstar.models.outputs import ThoughtStreamer
 from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE
 
 
 def base_model(model):
     """The Mistral inside, by itself."""
-    names = MistralConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
-    config = MistralConfig(**{name: value for name, value in model.config.to_dict().items() if name in names})
-    mistral = MistralForCausalLM(config).eval()
+    mistral = MistralForCausalLM(MistralConfig(**model.config.text_config.to_dict())).eval()
     mistral.load_state_dict(model.state_dict(), strict=False)
     return mistral
 

@@ -5,8 +5,8 @@ import torch
 from greedy_text import SOME_ACCEPTED, greedy, left_padded, recompute
 from transformers import CompileConfig, DynamicCache, TextStreamer
 
-from quietstar.models import attention, thoughts_as_text
-from quietstar.models.generation_output import ThoughtStreamer
+from quietstar.models.layouts import ThoughtCache, ThoughtStates, as_text, thoughts
+from quietstar.models.outputs import ThoughtStreamer
 from quietstar.models.transformers_names import CACHE
 
 
@@ -14,7 +14,7 @@ from quietstar.models.transformers_names import CACHE
 def op_attends(request, monkeypatch):
     """Also attend by the op where a CPU would take thoughts for text, as every other device does."""
     if request.param:
-        monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
+        monkeypatch.setattr(ThoughtCache, "is_text", lambda *_: False)
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
@@ -64,13 +64,13 @@ def test_few_thoughts_are_text_on_a_cpu(make_model, text, monkeypatch, window):
 
     def outputs():
         with torch.no_grad():
-            predicted = model(text, attention_mask=mask, logits_to_keep=kept, thought_states=attention.ThoughtStates())
+            predicted = model(text, attention_mask=mask, logits_to_keep=kept, thought_states=ThoughtStates())
             return predicted.logits, predicted.thought_tokens
 
-    as_text = outputs()
-    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
-    for ours, wanted in zip(as_text, outputs(), strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+    ours = outputs()
+    monkeypatch.setattr(ThoughtCache, "is_text", lambda *_: False)
+    for output, wanted in zip(ours, outputs(), strict=True):
+        torch.testing.assert_close(output, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -83,7 +83,7 @@ def test_a_cache_may_hold_more_than_the_window(make_model, text, op_attends, win
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_masks_made_once_are_made_anew_for_longer_texts(make_model, text, monkeypatch, window):
-    monkeypatch.setattr(thoughts_as_text, "_MASKED_AHEAD", 2)
+    monkeypatch.setattr(as_text, "_MASKED_AHEAD", 2)
     model = make_model(thought_temperature=0.0, sliding_window=window)
     with torch.no_grad():
         wanted = recompute(model, text, 10)
@@ -228,8 +228,8 @@ def test_skipped_positions_cost_one_base_pass(make_model, text, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"draft_length": 3}, {"draft_length": 3, "think": 2.5}], ids=str)
 def test_room_for_thoughts_is_made_once(make_model, text, monkeypatch, options):
     made = []
-    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)
-    monkeypatch.setattr(attention, "_new_room", lambda *a, make=attention._new_room: made.append(1) or make(*a))
+    monkeypatch.setattr(ThoughtCache, "is_text", lambda *_: False)
+    monkeypatch.setattr(thoughts, "_new_room", lambda *a, make=thoughts._new_room: made.append(1) or make(*a))
     make_model().generate(text, max_new_tokens=12, **options)
     assert len(made) == 2  # one per layer
 
@@ -275,7 +275,7 @@ def test_streamed_thoughts_are_those_returned(make_model, text):
 @pytest.mark.slow
 def test_decode_step_compiles_to_one_graph(make_model, text, monkeypatch):
     """What transformers compiles for a static cache on a GPU: no break, and no graph anew for every length."""
-    monkeypatch.setattr(attention.ThoughtCache, "is_text", lambda *_: False)  # as on a GPU
+    monkeypatch.setattr(ThoughtCache, "is_text", lambda *_: False)  # as on a GPU
     model = make_model(thought_temperature=0.0)
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM, TorchAoConfig
 
 from quietstar import QuietStarForCausalLM
-from quietstar.models.modeling import ZeroLinear
+from quietstar.models.layers import ZeroLinear
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -406,7 +406,7 @@ def test_a_model_learns_the_same(monkeypatch):
     """Loss and gradients of a whole tree pass, left-padded, as with the torch backend."""
     pytest.importorskip("transformers")
     from quietstar import QuietStarConfig, QuietStarForCausalLM
-    from quietstar.models import attention
+    from quietstar.models.layouts import attention
 
     config = QuietStarConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,

@@ -1,0 +1,81 @@
+"""The decoder of any family, run by its own forward over rows that a layout describes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar.models.layouts import Layout
+
+
+@dataclass
+class HiddenStates:
+    """Collects the hidden states [B, L, H] of a text in front of each layer and at the end."""
+
+    length: int
+    states: list[Tensor] = field(default_factory=list)
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """Keep the first L of ``hidden`` [B, rows, H]; what is handed on is made of it, so that it gets a gradient."""
+        text, thoughts = hidden.tensor_split([self.length], dim=1)
+        self.states.append(text)
+        return torch.cat([text, thoughts], dim=1)
+
+    @contextmanager
+    def in_front_of(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Take what each of the layers is given, while this lasts."""
+        hooks = [layer.register_forward_pre_hook(lambda _, rows: (self.take(rows[0]), *rows[1:])) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Everything peculiar to a family (rotary embeddings, multipliers, norms, kinds of layers) is its own.
+
+    Attributes:
+        module: the decoder, without a head.
+        positions: how many there may be, see :func:`~quietstar.models.families.positions_of_short_texts`.
+    """
+
+    module: PreTrainedModel
+    positions: int | None = None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., H]."""
+        return self.module.get_input_embeddings()(tokens)
+
+    def __call__(
+        self, rows: Tensor, position_ids: Tensor, layout: Layout, collect: HiddenStates | None = None
+    ) -> Tensor:  # fmt: skip
+        """Final hidden states [B, rows, H].
+
+        The layout keeps keys and values, so the decoder has no cache, and it is the mask: one of 4 dimensions is what
+        transformers leaves alone. It fits no attention, so that a family that drops the layout fails.
+
+        Args:
+            rows: embeddings [B, rows, H].
+            position_ids: int64 [B, rows].
+            layout: of the rows.
+            collect: takes the hidden states of the text.
+
+        Raises:
+            ValueError: there are more positions than rotary embeddings stay the same for.
+        """
+        if self.positions is not None and int(position_ids.max()) >= self.positions:
+            raise ValueError(
+                f"position_ids of text and thoughts must be below {self.positions}, where rotary embeddings of type "
+                f"'dynamic' and 'longrope' change for all tokens, got {int(position_ids.max())}"
+            )
+        with nullcontext() if collect is None else collect.in_front_of(self.module.layers):
+            hidden = self.module(
+                inputs_embeds=rows, position_ids=position_ids, attention_mask=rows.new_empty(1, 1, 0, 0),
+                use_cache=False, return_dict=True, output_hidden_states=False, thoughts=layout,
+            ).last_hidden_state  # fmt: skip
+        return hidden if collect is None else collect.take(hidden)

@@ -1,0 +1,61 @@
+"""From hidden states to predictions, as the decoder's family makes them: divided and soft-capped logits."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from quietstar.models.weights import weight_of
+from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
+from quietstar.ops._precision import autocast_inputs
+from quietstar.ops.linear_sample import draw
+
+
+class Head(NamedTuple):
+    """logits = cap(weight · hidden / divisor), cap(x) = softcap · tanh(x / softcap).
+
+    The losses are those of the ops of the same names; made anew from the model's parameters for every pass.
+    """
+
+    weight: Tensor  # [V, H]; under autocast it is cast once for all ops of the pass
+    divisor: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, lm_head: nn.Module, config: PreTrainedConfig) -> "Head":
+        """The head of a decoder with this matrix and configuration.
+
+        Raises:
+            ValueError: ``lm_head`` does more than to multiply with a matrix.
+        """
+        weight = autocast_inputs(weight_of("lm_head", lm_head))[0]
+        divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+        return cls(weight, divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and 3
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]."""
+        return self.shaped(F.linear(hidden, self.weight))
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """Logits of what the matrix alone gives."""
+        logits = logits if self.divisor == 1 else logits / self.divisor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def cross_entropy(self, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, **options):
+        return linear_cross_entropy(hidden, self.weight, target, **self._scaled(temperature), **options)
+
+    def mixed_cross_entropy(self, base: Tensor, thought: Tensor, mixing_weight: Tensor, target: Tensor, **options):
+        return mixed_linear_cross_entropy(
+            base, thought, mixing_weight, self.weight, target, **self._scaled(1.0), **options
+        )  # fmt: skip
+
+    def draw(self, hidden: Tensor, *, temperature: float, suppress: tuple[int, ...], seed: Tensor) -> Tensor:
+        """Tokens int64 [rows], as of ``linear_sample``; −1 where there is none."""
+        return draw(hidden, self.weight, suppress=suppress, seed=seed, **self._scaled(temperature))
+
+    def _scaled(self, temperature: float) -> dict[str, float | None]:
+        """Temperature and cap of ops, which cap before they divide."""
+        cap = None if self.softcap is None else self.softcap * self.divisor
+        return {"temperature": temperature * self.divisor, "softcap": cap}

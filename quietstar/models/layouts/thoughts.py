@@ -1,0 +1,177 @@
+"""Rows of thoughts: steps behind anchors of a base pass, by themselves, beside that pass, or all in one sequence."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quietstar.models.documents import first_key
+from quietstar.models.layouts.as_text import ThoughtsAsText
+from quietstar.models.layouts.attention import Layer
+from quietstar.models.layouts.text import BaseStates, TextCache, TextRows
+
+_TEXT_KEYS = 256  # the most keys of thoughts that ``generate`` attends to as if they were text, on a CPU
+
+
+class ThoughtStates:
+    """What one thought leaves to the next in ``generate``: room for keys and values, masks, and where the texts begin.
+
+    The room is allocated at the first thought and reused by all that follow.
+
+    Args:
+        max_anchors: thoughts per sequence that there will be at most; more of them make the room anew.
+    """
+
+    def __init__(self, max_anchors: int = 1) -> None:
+        self.max_anchors = max_anchors
+        self.masks: dict[tuple, Tensor] = {}  # of ``ThoughtsAsText``
+        self._room: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first_key: tuple[Tensor | None] | None = None
+
+    def first_key(self, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """``documents.first_key``; a mask [B, L] is looked at once, since texts only grow at their end."""
+        if attention_mask is not None and attention_mask.dim() == 1:
+            return attention_mask
+        if self._first_key is None:
+            self._first_key = (first_key(attention_mask, shape),)
+        return self._first_key[0]
+
+    def of_layer(self, layer: int, key: Tensor, value: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new ones [B, Hkv, P, S, D]."""
+        room = self._room.get(layer)
+        batch, heads, num_anchors, _, size = key.shape
+        wanted = batch, heads, max(num_anchors, self.max_anchors), max_steps, size
+        if room is None or room[0].shape != wanted:
+            room = self._room[layer] = _new_room(key, wanted, value.shape[-1])
+        return room[0][:, :, :num_anchors], room[1][:, :, :num_anchors]
+
+
+def _new_room(like: Tensor, shape: tuple[int, ...], value_size: int) -> tuple[Tensor, Tensor]:
+    room = like.new_empty(shape), like.new_empty(*shape[:-1], value_size)
+    if not torch.compiler.is_compiling():
+        for states in room:
+            torch._dynamo.mark_static_address(states)  # CUDA graphs write into it
+    return room
+
+
+class ThoughtCache:
+    """Thoughts growing step by step behind anchors in a finished base pass.
+
+    Args:
+        base: the base pass.
+        anchors: int [B, P] or [P], columns of the text; −1 is inactive.
+        max_steps: T at the end of the thought.
+        key_start: int [B] or [B, P], first column of each anchor's text; None if it is 0 for all.
+        states: room for the thought keys and values, of earlier thoughts; default new.
+    """
+
+    def __init__(
+        self,
+        base: BaseStates | TextCache,
+        anchors: Tensor,
+        max_steps: int,
+        key_start: Tensor | None = None,
+        states: ThoughtStates | None = None,
+    ):
+        self.base, self.anchors, self.max_steps, self.key_start = base, anchors, max_steps, key_start
+        self.steps = 0
+        self._generates = states is not None
+        self._states = ThoughtStates() if states is None else states
+        self._as_text: dict[int | None, ThoughtsAsText] = {}  # by window, as the next
+        self._base_keys: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+        self._differentiable = torch.is_grad_enabled()
+        self._grown: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rows are anchor-major: P anchors of S new steps each."""
+        if self.is_text(layer, query):
+            return self.attend_as_text(layer, query, key, value)
+        query, key, value = (x.unflatten(2, (self.anchors.shape[-1], -1)) for x in (query, key, value))
+        thought_key, thought_value = self._append(layer.index, key, value)
+        base = self.base.seen(layer.index)
+        return layer.think(query, base, thought_key, thought_value, *self._in_base_keys(layer))
+
+    def _in_base_keys(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """Anchors and ``key_start`` as indices into the base keys of a layer; those of one window drop alike."""
+        if layer.window not in self._base_keys:
+            first, anchors, key_start = self.base.first(layer.index), self.anchors, self.key_start
+            if first:
+                anchors = torch.where(anchors < 0, -1, anchors - first)
+                key_start = None if key_start is None else (key_start - first).clamp_min(0)
+            self._base_keys[layer.window] = anchors, key_start
+        return self._base_keys[layer.window]
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All thought keys and values [B, Hkv, P, steps, D] of a layer, the new ones behind those there are."""
+        if self._differentiable:  # what autograd has saved must not be written to
+            if layer in self._grown:
+                key, value = (torch.cat(pair, dim=3) for pair in zip(self._grown[layer], (key, value), strict=True))
+            self._grown[layer] = key, value
+            return key, value
+        total = self.steps + key.shape[3]
+        room = self._states.of_layer(layer, key, value, self.max_steps)
+        for states, new in zip(room, (key, value), strict=True):
+            states[:, :, :, self.steps : total] = new
+        return tuple(states[:, :, :, :total] for states in room)
+
+    def is_text(self, layer: Layer, query: Tensor) -> bool:
+        """Whether ``generate`` has so few thoughts that they are text: on a CPU calls cost more than masked keys.
+
+        One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
+        """
+        num_anchors = self.anchors.shape[-1]
+        few = num_anchors == 1 or (self._generates and num_anchors * self.max_steps <= _TEXT_KEYS)
+        on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+        return few and on_cpu and not self._differentiable and layer.softcap is None
+
+    def attend_as_text(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
+        as_text = self._as_text.get(layer.window)
+        if as_text is None:
+            as_text = self._as_text[layer.window] = ThoughtsAsText(
+                self.base, layer, *self._in_base_keys(layer), self.max_steps, self._states.masks
+            )
+        text_key, text_value = as_text.extend(layer.index, self.steps, key, value)
+        # The heads of a group are rows of one head: keys and values need not be repeated.
+        packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(
+            packed, text_key, text_value, attn_mask=as_text.mask(query, key), scale=layer.scale
+        )
+        return output.reshape(*query.shape[:3], -1).transpose(1, 2)
+
+
+class BaseAndThoughts:
+    """The rows of a base pass and behind them the first steps of the thoughts, which see its keys and values."""
+
+    def __init__(self, base: BaseStates | TextCache, base_rows: int, thoughts: ThoughtCache):
+        self.base, self.base_rows, self.thoughts = base, base_rows, thoughts
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = [self.base_rows, query.shape[2] - self.base_rows]
+        (base_key, key), (base_value, value) = (x.split(rows, dim=2) for x in (key, value))
+        if self.base_rows == 1 and self.thoughts.is_text(layer, query):
+            self.base.keep(layer.index, base_key, base_value)
+            return self.thoughts.attend_as_text(layer, query, key, value)
+        base_query, query = query.split(rows, dim=2)
+        base_output = self.base.attend(layer, base_query, base_key, base_value)
+        return torch.cat([base_output, self.thoughts.attend(layer, query, key, value)], dim=1)
+
+
+class ThoughtTree:
+    """Base text (rows 0..L−1) and behind it P anchors of S steps each, anchor-major, in one sequence.
+
+    Args:
+        rows: of the text.
+        anchors: int [P] or [B, P], base positions.
+        key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
+    """
+
+    def __init__(self, rows: TextRows, anchors: Tensor, key_start: Tensor | None = None):
+        self.rows, self.anchors, self.key_start = rows, anchors, key_start
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = self.rows.columns.shape[1]
+        rows = [length, query.shape[2] - length]
+        (base_query, *base), thought = zip(*(x.split(rows, dim=2) for x in (query, key, value)), strict=True)
+        base_output = layer.attend(base_query, *base, self.rows.mask(length, 0, layer.window))
+        query, key, value = (x.unflatten(2, (self.anchors.shape[-1], -1)) for x in thought)
+        return torch.cat([base_output, layer.think(query, base, key, value, self.anchors, self.key_start)], dim=1)

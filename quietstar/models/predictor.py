@@ -1,0 +1,231 @@
+"""Passes over a text and the thoughts behind it: what is thought, what is predicted, what is learned from."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.decoder import Decoder, HiddenStates
+from quietstar.models.documents import IGNORE_INDEX, at_anchors, document_starts, text_labels
+from quietstar.models.head import Head
+from quietstar.models.layers import MixingHead, ThoughtEmbedding
+from quietstar.models.layouts import BaseStates, TextCache, TextRows, ThoughtStates, ThoughtTree
+from quietstar.models.objective import quiet_star_objective
+from quietstar.models.outputs import QuietStarOutput
+from quietstar.models.text import Text, check_tokens
+from quietstar.models.thoughts import Thinker
+from quietstar.models.transformers_names import CACHE
+
+
+class Predictor:
+    """The parts of a model, as they are while a pass lasts.
+
+    Args:
+        config: of the model.
+        decoder: without a head.
+        lm_head: [V, H], the matrix of the head.
+        start_embedding, end_embedding: of the thought tokens.
+        mixing_head: weighs the predictions after a thought.
+    """
+
+    def __init__(
+        self,
+        config: QuietStarConfig,
+        decoder: Decoder,
+        lm_head: nn.Linear,
+        start_embedding: ThoughtEmbedding,
+        end_embedding: ThoughtEmbedding,
+        mixing_head: MixingHead,
+    ):
+        self.config, self.decoder, self.lm_head, self.mixing_head = config, decoder, lm_head, mixing_head
+        self.head = Head.of(lm_head, config.text_config)
+        self.start, self.end = start_embedding(), end_embedding()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H]."""
+        return self.head.shaped(self.lm_head(hidden))
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]; −inf for the thought tokens, which are never text."""
+        logits = self.logits(hidden)
+        for token in self.config.thought_token_ids:
+            logits[..., token] = -torch.inf
+        return logits
+
+    def thinker(
+        self,
+        base: BaseStates | TextCache,
+        anchors: Tensor,
+        anchor_positions: Tensor,
+        key_start: Tensor | None,
+        states: ThoughtStates | None = None,
+        thought_length: int | None = None,
+    ) -> Thinker:
+        """A thinker behind ``anchors`` [B, P], columns of the text, at ``anchor_positions`` [B, P]."""
+        thought_length = self.config.thought_length if thought_length is None else thought_length
+        return Thinker(
+            self.decoder, self.head, base, anchors, anchor_positions, self.start, self.end, thought_length, key_start,
+            states,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def thoughts_behind(
+        self, text: Text, starts: Tensor | None, anchors: Tensor, temperature: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sampled thoughts int64 [B, P, k] behind ``anchors`` [B, P]."""
+        position_ids = text.positions()
+        base = BaseStates(TextRows(torch.arange(text.shape[1], device=text.device)[None], starts))
+        thinker = self.thinker(
+            base, anchors, position_ids.gather(1, anchors.clamp_min(0)), at_anchors(starts, anchors)
+        )  # fmt: skip
+        thinker.read(text.embedded(self.decoder.embed), position_ids)
+        temperature = self.config.thought_temperature if temperature is None else temperature
+        return thinker.sample(temperature, self.config.thought_token_ids, generator)
+
+    def thoughts_everywhere(
+        self, text: Text, starts: Tensor | None, temperature: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """N sampled thoughts behind every position, int64 [B, N, L, k]."""
+        batch, length = text.shape
+        anchors = torch.arange(length, device=text.device).repeat_interleave(self.config.num_thoughts)
+        tokens = self.thoughts_behind(text, starts, anchors.expand(batch, -1), temperature, generator)
+        return tokens.unflatten(1, (length, -1)).transpose(1, 2)
+
+    def train(
+        self, text: Text, labels: Tensor, thought_tokens: Tensor | None, output_thought_logprobs: bool,
+        output_thought_entropy: bool, collect: HiddenStates | None,
+    ) -> QuietStarOutput:  # fmt: skip
+        """One pass over base text and thoughts (the thought tree), and the objective."""
+        config = self.config
+        k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
+        batch, length = text.shape
+        device = text.device
+        if labels.shape != text.shape:
+            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
+        if length < lookahead + 2:
+            raise ValueError(
+                f"input_ids must have at least lookahead + 2 = {lookahead + 2} tokens per sequence, got {length}"
+            )
+        starts = document_starts(text.attention_mask, text.position_ids, text.shape)
+        labels = text_labels(labels, text.attention_mask, starts)
+        check_tokens("labels", labels, config.vocab_size, ignore=IGNORE_INDEX)
+        if thought_tokens is None:
+            thought_tokens = self.thoughts_everywhere(text, starts)
+        else:
+            thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, length, k))
+        position_ids = text.positions()
+
+        # The last position has nothing to predict.
+        positions = length - 1
+        anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
+        own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
+        embeddings = self._tree_embeddings(text, own_tokens.flatten(1, 2), anchors)
+        steps = k + lookahead + 1
+        slot_positions = position_ids[:, anchors, None] + torch.arange(1, steps + 1, device=device)
+        rows = TextRows(torch.arange(length, device=device)[None], starts)
+        hidden = self.decoder(
+            embeddings,
+            torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
+            ThoughtTree(rows, anchors, at_anchors(starts, anchors)),
+            collect,
+        )
+        del embeddings  # as large as the hidden states
+        base_hidden = hidden[:, :length]
+        thought_hidden = hidden[:, length:].unflatten(1, (positions, num_thoughts, steps))
+
+        ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)
+        mixing_weight = self.mixing_head(
+            base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(positions)[:, None]
+        )
+        parts = quiet_star_objective(
+            base_hidden, thought_hidden, mixing_weight, self.head, labels, own_tokens, config, starts,
+            output_thought_logprobs, output_thought_entropy,
+        )  # fmt: skip
+        return QuietStarOutput(
+            thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
+        )
+
+    def _tree_embeddings(self, text: Text, thoughts: Tensor, anchors: Tensor) -> Tensor:
+        """Embeddings [B, L + P·S, H] of the text and of the slots: start, k thought tokens, end, M−1 real tokens.
+
+        Args:
+            text: B texts of L tokens.
+            thoughts: int64 [B, P, k].
+            anchors: int64 [P], the positions they stand behind.
+        """
+        batch, length = text.shape
+        embedded, inside = text.embedded_with(thoughts.flatten(1), self.decoder.embed)
+        following = anchors[:, None] + torch.arange(1, self.config.lookahead, device=anchors.device)
+        slots = torch.cat(
+            [
+                self.start.expand(batch, len(anchors), 1, -1),
+                inside.unflatten(1, thoughts.shape[1:]),
+                self.end.expand(batch, len(anchors), 1, -1),
+                embedded[:, following.clamp_max(length - 1)],
+            ],
+            dim=2,
+        )
+        return torch.cat([embedded, slots.flatten(1, 2)], dim=1)
+
+    def predict(
+        self, text: Text, cache: Cache | None, use_cache: bool | None, logits_to_keep: int | Tensor,
+        thought_tokens: Tensor | None, suppress_thought_tokens: bool, thought_states: ThoughtStates | None,
+        collect: HiddenStates | None, recomputed: bool,
+    ) -> QuietStarOutput:  # fmt: skip
+        """A base pass, a thought behind each kept position, and the mixed logits there.
+
+        Arguments as of the model's ``forward``; ``recomputed`` says that layers are run again in the backward.
+        """
+        config, (batch, length) = self.config, text.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, Tensor):  # a static cache counts on its device, in place
+            past = past.clone()
+        starts = text.starts(past, use_cache if cache is None else True, thought_states)
+        packed = starts is not None and starts.dim() == 2
+        position_ids = text.positions(past)
+        if recomputed and cache is not None:
+            raise ValueError(f"{CACHE} must be None with gradient checkpointing, got {type(cache).__name__}")
+        wants_cache = config.use_cache if use_cache is None else use_cache
+        if cache is None and wants_cache and not packed and not recomputed:
+            cache = DynamicCache(config=config.text_config)
+        columns = torch.arange(length, device=text.device) + past
+        filled = cache is None or isinstance(cache, DynamicCache)  # a static one has room behind
+        base = BaseStates(TextRows(columns[None], starts, filled), cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        anchors = columns[kept]
+        if recomputed and thought_tokens is None:  # a pass that is run again must know its thoughts before
+            thought_tokens = self.thoughts_behind(text, starts, anchors.expand(batch, -1))[:, None]
+        if thought_tokens is not None:
+            shape = batch, 1, len(anchors), config.thought_length
+            thought_tokens = self._given_thoughts(thought_tokens, shape)[:, 0]
+        thinker = self.thinker(
+            base, anchors.expand(batch, -1), position_ids[:, kept], at_anchors(starts, anchors), thought_states
+        )
+        embeddings = text.embedded(self.decoder.embed)
+        base_hidden = thinker.read(embeddings, position_ids, thought_tokens, collect)[:, kept]
+        # Calls cost less in inference mode; what is made there must not reach those who may train on it.
+        quick = thought_states is not None and not torch.compiler.is_compiling()
+        with torch.inference_mode() if quick else nullcontext():
+            if thought_tokens is None:
+                thought_tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
+            thought_hidden = thinker.finish(thought_tokens)
+        weight = self.mixing_head(base_hidden, thought_hidden)
+        mixed = torch.lerp(base_hidden, thought_hidden, weight[..., None])
+        return QuietStarOutput(
+            logits=self.text_logits(mixed) if suppress_thought_tokens else self.logits(mixed),
+            **{CACHE: cache},
+            thought_tokens=thought_tokens[:, None],
+            mixing_weight=weight[:, None, :, None],
+        )
+
+    def _given_thoughts(self, thought_tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        """Checked thought tokens [B, N, positions, k]."""
+        flat = shape[0] * shape[1], *shape[2:]
+        if tuple(thought_tokens.shape) not in (shape, flat):
+            raise ValueError(f"thought_tokens must have shape {list(shape)}, got {list(thought_tokens.shape)}")
+        check_tokens("thought_tokens", thought_tokens, self.config.vocab_size)
+        return thought_tokens.reshape(shape)
