@@ -11,7 +11,7 @@ import quietstar
 # The function takes the list of arguments after the command's name and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("train a small model to think, on a CPU, nothing downloaded", "quietstar.quickstart.command:main"),
-    "train": ("teach a Mistral to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
+    "train": ("teach a model to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),

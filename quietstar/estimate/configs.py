@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import MistralConfig
 
 from quietstar.models import QuietStarConfig
 
@@ -39,9 +40,9 @@ def read_config(name: str, **overrides: int) -> QuietStarConfig:
     Raises:
         ValueError: there is no such configuration, it is of another kind of model, or a field has a bad value.
     """
-    fields = PRESETS[name] if name in PRESETS else _saved_fields(name)
+    fields = {**(PRESETS[name] if name in PRESETS else _saved_fields(name)), **overrides}
     try:
-        config = QuietStarConfig(**{**fields, **overrides})
+        config = QuietStarConfig(**fields)
     except StrictDataclassError as error:  # a field of another type
         raise ValueError(" ".join(str(error).split())) from error
     for size in SIZES:
@@ -61,9 +62,11 @@ def _saved_fields(name: str) -> dict[str, object]:
     if not fields or not isinstance(fields, dict):
         raise ValueError("holds no configuration")
     kind = fields.pop("model_type", None)
-    if kind not in ("mistral", QuietStarConfig.model_type):
-        raise ValueError(f"must be of a Mistral or a Quiet-STaR model, got model type {kind!r}")
-    if kind == "mistral":
-        words = fields.get("vocab_size", QuietStarConfig.vocab_size)
+    thinks = kind == QuietStarConfig.model_type
+    decoder = fields.get("text_config", {}).get("model_type", "mistral") if thinks else kind
+    if decoder != "mistral":
+        raise ValueError(f"must be of a Mistral or a Quiet-STaR model, got model type {decoder!r}")
+    if not thinks:
+        words = fields.get("vocab_size", MistralConfig.vocab_size)
         fields |= {"vocab_size": words + 2, "start_thought_token_id": words, "end_thought_token_id": words + 1}
     return fields

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.controls import random_thoughts, shuffle_thoughts
-from quietstar.models.head import Head
 
 Thoughts = Literal["own", "shuffled", "random"] | Tensor | None
 
@@ -87,7 +87,7 @@ def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -
     That is how hard the tokens are, for :func:`~quietstar.evaluation.gain_by_difficulty`.
 
     Args:
-        model: of any family that can think, on the device of the windows; put into evaluation mode while this runs.
+        model: of any family, on the device of the windows; put into evaluation mode while this runs.
         windows: int64 [windows, L], without padding.
         batch_size: windows per forward pass.
 
@@ -155,7 +155,11 @@ def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> 
 
 def _base_nll(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """[B, L−1] of the prediction without a thought."""
-    return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
+    if isinstance(model, QuietStarForCausalLM):
+        return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
+    # What a family does with its hidden states is its own; of one window at a time, as logits are large.
+    logits = (model(window[None], use_cache=False).logits[0, :-1].float() for window in batch)
+    return torch.stack([F.cross_entropy(x, y, reduction="none") for x, y in zip(logits, batch[:, 1:], strict=True)])
 
 
 def _all_nll(
@@ -189,7 +193,7 @@ def predict(model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor) -> tup
     return output, base_hidden[:, :-1], thought_hidden.squeeze(3)
 
 
-def _nll(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> Tensor:
+def _nll(model: QuietStarForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Of ``tokens`` [...] behind ``hidden`` [..., H], like the tokens."""
-    head = Head.of(model.lm_head, model.config.get_text_config())
+    head = model.predictor().head
     return head.cross_entropy(hidden.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)

@@ -29,8 +29,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from quietstar.models.configuration import QuietStarConfig
-from quietstar.models.families import UnsupportedFamilyError, unsupported
-from quietstar.models.family_check import check_family
+from quietstar.models.family_check import check_decoder, check_family
 from quietstar.models.modeling import ThinkingModel
 
 logger = logging.get_logger(__name__)
@@ -93,8 +92,7 @@ def from_base(
         if config is None:
             _check_folder("name_or_path", name_or_path, where)
         config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
-    if (reason := unsupported(config)) is not None:
-        raise UnsupportedFamilyError("name_or_path", config, reason)
+    check_decoder("name_or_path", config)
     own, of_base = _pop_config_fields(kwargs, type(config))
     base = type(config).from_dict(config.to_dict() | of_base)
     start_token, end_token = base.vocab_size, base.vocab_size + 1

@@ -1,4 +1,4 @@
-"""A decoder that has learned to think, held to its own family: the same text and thought, the same predictions."""
+"""Whether a decoder can think: what it is made of, and whether its predictions stay those of its family."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quietstar.models.families import UnsupportedFamilyError
+from quietstar.models.families import UnsupportedFamilyError, unsupported
 from quietstar.models.layouts import TextRows, ThoughtTree
 from quietstar.models.modeling import ThinkingModel
 
@@ -16,6 +16,26 @@ _TEXT, _STEPS = 4, 4  # rows that are compared
 # The most that logits may differ by, relative to their size: rounding, and less than any multiplier that matters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_OF_HALVES = 0.05
+
+
+def check_decoder(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a decoder that cannot think, as far as its configuration tells.
+
+    Args:
+        name: of the argument that the configuration came from.
+        config: of the decoder.
+
+    Raises:
+        UnsupportedFamilyError: the reason, and which can.
+    """
+    if (reason := unsupported(config)) is not None:
+        raise UnsupportedFamilyError(name, config, reason)
+    family = _without_weights(config)
+    parts = {part for part, _ in family.named_children()}
+    outside = {tensor for tensor in family.state_dict() if not tensor.startswith("model.")}
+    if parts != {"model", "lm_head"} or outside != {"lm_head.weight"}:
+        made_of = ", ".join(sorted(parts | outside))
+        raise UnsupportedFamilyError(name, config, f"it is made of more than model and lm_head.weight: {made_of}")
 
 
 @torch.no_grad()
@@ -33,10 +53,11 @@ def check_family(name: str, model: ThinkingModel) -> None:
         UnsupportedFamilyError: the predictions or the tensors differ.
     """
     config = model.config.text_config
-    family = _with_parts_of(name, model)
+    family = _without_weights(config).eval()
+    family.model, family.lm_head = model.model, model.lm_head
     predictor = model.predictor()
     device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(_TEXT + _STEPS, device=device)[None] % config.vocab_size
+    tokens = torch.arange(1, _TEXT + _STEPS + 1, device=device)[None] % config.vocab_size
     rows = predictor.decoder.embed(tokens)
     columns = torch.arange(_TEXT, device=device)[None]
     tree = ThoughtTree(TextRows(columns), torch.tensor([_TEXT - 1], device=device))
@@ -54,19 +75,10 @@ def check_family(name: str, model: ThinkingModel) -> None:
         )
 
 
-def _with_parts_of(name: str, model: ThinkingModel) -> PreTrainedModel:
-    """A model of the family with the decoder and head of ``model``, and nothing else."""
-    config = model.config.text_config
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The family's own model."""
     with torch.device("meta"):
-        family = AutoModelForCausalLM.from_config(config)
-    parts = {part for part, _ in family.named_children()}
-    outside = {tensor for tensor in family.state_dict() if not tensor.startswith("model.")}
-    if parts != {"model", "lm_head"} or outside != {"lm_head.weight"}:
-        raise UnsupportedFamilyError(
-            name, config, f"it must be made of model and lm_head, a matrix, got {', '.join(sorted(parts | outside))}"
-        )
-    family.model, family.lm_head = model.model, model.lm_head
-    return family.eval()
+        return AutoModelForCausalLM.from_config(config)
 
 
 @contextmanager
@@ -80,8 +92,8 @@ def _own_attention(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """The difference of logits [1, rows, V] relative to their size, in the median row.
+    """The difference of logits [1, rows, V] relative to their size.
 
-    Where rounding sends a row to other experts it may differ by more.
+    Of median rows: where rounding sends one to other experts it may differ by more.
     """
-    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median())
+    return float((ours - theirs).norm(dim=-1).median() / theirs.norm(dim=-1).median())

@@ -10,14 +10,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from quietstar._numbers import SEED, Interval
 from quietstar.evaluation import text_nll
 from quietstar.generate import load_model
-from quietstar.models import QuietStarForCausalLM
-from quietstar.models.configuration import INTERVALS, QuietStarConfig
+from quietstar.models.configuration import INTERVALS
 from quietstar.report.page import made, render
 from quietstar.report.reading import SHORTEST, batch_size, cut, read
 from quietstar.report.text_page import Source, text_page, training_history
@@ -113,13 +112,9 @@ def _lengths(given: str | None) -> list[int]:
 
 
 def _difficulty(name: str, windows: Tensor) -> Tensor:
-    """How hard the tokens are for the Mistral ``name``."""
+    """How hard the tokens are for the model ``name``."""
     try:
-        saved, _ = PreTrainedConfig.get_config_dict(name)
-        kinds = {MistralConfig.model_type: MistralForCausalLM, QuietStarConfig.model_type: QuietStarForCausalLM}
-        if (kind := saved.get("model_type")) not in kinds:
-            raise ValueError(f"it must be a Mistral or Quiet-STaR checkpoint, got model type {kind!r}")
-        model = kinds[kind].from_pretrained(name).to(windows.device)
+        model = AutoModelForCausalLM.from_pretrained(name).to(windows.device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load --base {name}: {error}") from error
     config = model.config

@@ -70,7 +70,7 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str = field(metadata={"help": "folder or hub name of a Mistral or a Quiet-STaR checkpoint"})
+    model: str = field(metadata={"help": "folder or hub name of a decoder or a Quiet-STaR checkpoint"})
     tokenizer: str | None = field(default=None, metadata={"help": "folder or hub name (default: the model's)"})
     dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "of the weights: float32 or bfloat16 (default: the checkpoint's)"}

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import CONFIG_NAME
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter
 from quietstar.models.checkpoint import contents
+from quietstar.models.family_check import check_decoder
 from quietstar.training.adapted_model import check_packages, with_adapters
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
@@ -90,7 +92,7 @@ def make_trainer(
 
 
 def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
-    """A Quiet-STaR checkpoint (ours or the authors') as it is; an ordinary Mistral gets its two thought tokens.
+    """A Quiet-STaR checkpoint (ours or the authors') as it is; an ordinary one gets its two thought tokens.
 
     Raises:
         ValueError: neither of them, or no tokenizer; beginnings of thought embeddings where there are such embeddings.
@@ -105,17 +107,19 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
         saved, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"model must be the folder or hub name of a checkpoint, got {name!r}: {error}") from error
-    if saved.get("model_type") not in (MistralConfig.model_type, QuietStarConfig.model_type):
-        found = f"model type {saved.get('model_type')!r} in {name}" if saved else f"no config.json in {name}"
+    if "model_type" not in saved:
+        found = f"no model_type in its {CONFIG_NAME}" if saved else f"no {CONFIG_NAME} in {name}"
         if not saved and Path(name).is_dir():
             found += f", {contents(Path(name))}"
-        raise ValueError(f"model must be a Mistral or Quiet-STaR checkpoint, got {found}")
+        raise ValueError(f"model must be the checkpoint of a decoder or a Quiet-STaR model, got {found}")
+    is_ours = saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved
+    if not is_ours:
+        check_decoder("model", AutoConfig.from_pretrained(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or name)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer must be given: none in {model_args.tokenizer or name}: {error}") from error
     options = model_args.config_fields() | {"dtype": model_args.dtype or "auto"}
-    is_ours = saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved
     if is_ours:
         _refuse_for_trained_embeddings(model_args)
     initial_token_ids = _initial_token_ids(model_args.initial_text, tokenizer)
