@@ -76,9 +76,11 @@ class QuietStarConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         """What is not said here is asked of the decoder's configuration."""
         text = None if name.startswith("_") else self.__dict__.get("text_config")
-        if not isinstance(text, PreTrainedConfig) or not hasattr(text, name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, nor has its text_config")
-        return getattr(text, name)
+        try:
+            return getattr(text, name)
+        except AttributeError:
+            message = f"{type(self).__name__} has no attribute {name!r}, nor has its text_config"
+            raise AttributeError(message) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         text = self.__dict__.get("text_config")

@@ -237,7 +237,7 @@ class _Loop:
         config, most = self.config, thinker.positions.shape[1]
         chosen = self._chosen(thinks, most)
         if self.given is None:
-            tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
+            tokens = thinker.sample(config.thought_temperature, self.predictor.thought_token_ids, None)
         else:
             tokens = self._given(chosen).clamp_min(0)
         if self.shuffled:  # the thinker has read the thought of its own row

@@ -62,9 +62,14 @@ def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     if (reason := unsupported(config)) is not None:
         raise UnsupportedFamilyError("text_config", config, reason)
     decoder = MODEL_MAPPING[type(config)](config)
-    if sinks := [name for name, _ in decoder.named_parameters() if name.endswith("sinks")]:
-        raise UnsupportedFamilyError("text_config", config, f"its attention has sinks ({sinks[0]})")
+    refuse_sinks("text_config", decoder)
     return decoder
+
+
+def refuse_sinks(name: str, model: PreTrainedModel) -> None:
+    """Attention to a learned key that is no token; ``name`` is of the argument that the model came from."""
+    if sinks := [parameter for parameter, _ in model.named_parameters() if parameter.endswith("sinks")]:
+        raise UnsupportedFamilyError(name, model.config, f"its attention has sinks ({sinks[0]})")
 
 
 def positions_of_short_texts(config: PreTrainedConfig) -> int | None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from quietstar.models.families import UnsupportedFamilyError, unsupported
+from quietstar.models.families import UnsupportedFamilyError, refuse_sinks, unsupported
 from quietstar.models.layouts import TextRows, ThoughtTree
 from quietstar.models.modeling import ThinkingModel
 
-_TEXT, _STEPS = 4, 4  # rows that are compared
+_TEXT, _STEPS = 4, 2  # tokens of the text, and of each thought
+_ANCHORS = (1, 3)  # between them they tell a layout from plain causal attention
 
 # The most that logits may differ by, relative to their size: rounding, and less than any multiplier that matters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -31,11 +32,13 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
     if (reason := unsupported(config)) is not None:
         raise UnsupportedFamilyError(name, config, reason)
     family = _without_weights(config)
+    refuse_sinks(name, family)
     parts = {part for part, _ in family.named_children()}
     outside = {tensor for tensor in family.state_dict() if not tensor.startswith("model.")}
-    if parts != {"model", "lm_head"} or outside != {"lm_head.weight"}:
-        made_of = ", ".join(sorted(parts | outside))
-        raise UnsupportedFamilyError(name, config, f"it is made of more than model and lm_head.weight: {made_of}")
+    if odd := sorted(parts ^ {"model", "lm_head"}) or sorted(outside ^ {"lm_head.weight"}):
+        raise UnsupportedFamilyError(
+            name, config, f"it must be made of 'model' and 'lm_head', which is a matrix, but for {', '.join(odd)}"
+        )
 
 
 @torch.no_grad()
@@ -58,18 +61,27 @@ def check_family(name: str, model: ThinkingModel) -> None:
     predictor = model.predictor()
     device = model.get_input_embeddings().weight.device
     tokens = torch.arange(1, _TEXT + _STEPS + 1, device=device)[None] % config.vocab_size
-    rows = predictor.decoder.embed(tokens)
-    columns = torch.arange(_TEXT, device=device)[None]
-    tree = ThoughtTree(TextRows(columns), torch.tensor([_TEXT - 1], device=device))
+    text, thought = predictor.decoder.embed(tokens).split([_TEXT, _STEPS], dim=1)
+    anchors = torch.tensor(_ANCHORS, device=device)
+    columns, steps = torch.arange(_TEXT, device=device), torch.arange(1, _STEPS + 1, device=device)
+    rows = torch.cat([text, *[thought] * len(_ANCHORS)], dim=1)
+    positions = torch.cat([columns, (anchors[:, None] + steps).flatten()])[None]
     try:
-        hidden = predictor.decoder(rows, torch.arange(_TEXT + _STEPS, device=device)[None], tree)
-    except ValueError as error:
+        hidden = predictor.decoder(rows, positions, ThoughtTree(TextRows(columns[None]), anchors))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # masks that fit nothing, keywords that are not handed on
         raise UnsupportedFamilyError(name, config, str(error)) from error
     ours = predictor.logits(hidden).float()
     with _own_attention(config):
-        theirs = family(inputs_embeds=rows, use_cache=False).logits.float()
+        alone = [
+            family(inputs_embeds=torch.cat([text[:, : anchor + 1], thought], dim=1), use_cache=False).logits[0]
+            for anchor in _ANCHORS
+        ]
+    theirs = torch.cat([alone[-1][:_TEXT], *(logits[-_STEPS:] for logits in alone)])[None].float()
     difference = _relative(ours.to(theirs.device), theirs)
-    if not difference <= _TOLERANCE.get(rows.dtype, _TOLERANCE_OF_HALVES):
+    most = _TOLERANCE.get(rows.dtype, _TOLERANCE_OF_HALVES)
+    if not difference <= most and bool(theirs.isfinite().all()):  # bad weights are bad without thoughts too
         raise UnsupportedFamilyError(
             name, config, f"its own logits differ from those of a thinking model by {difference:.2g} of their size"
         )

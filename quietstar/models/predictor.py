@@ -1,6 +1,7 @@
 """Passes over a text and the thoughts behind it: what is thought, what is predicted, what is learned from."""
 
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class Predictor:
         self.head = Head.of(lm_head, config.text_config)
         self.start, self.end = start_embedding(), end_embedding()
 
+    @cached_property
+    def thought_token_ids(self) -> tuple[int, int]:
+        """As of the configuration, which checks them every time."""
+        return self.config.thought_token_ids
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H]."""
         return self.head.shaped(self.lm_head(hidden))
@@ -50,7 +56,7 @@ class Predictor:
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]; −inf for the thought tokens, which are never text."""
         logits = self.logits(hidden)
-        for token in self.config.thought_token_ids:
+        for token in self.thought_token_ids:
             logits[..., token] = -torch.inf
         return logits
 
@@ -83,7 +89,7 @@ class Predictor:
         )  # fmt: skip
         thinker.read(text.embedded(self.decoder.embed), position_ids)
         temperature = self.config.thought_temperature if temperature is None else temperature
-        return thinker.sample(temperature, self.config.thought_token_ids, generator)
+        return thinker.sample(temperature, self.thought_token_ids, generator)
 
     def thoughts_everywhere(
         self, text: Text, starts: Tensor | None, temperature: float | None = None,
@@ -189,7 +195,7 @@ class Predictor:
         position_ids = text.positions(past)
         if recomputed and cache is not None:
             raise ValueError(f"{CACHE} must be None with gradient checkpointing, got {type(cache).__name__}")
-        wants_cache = config.use_cache if use_cache is None else use_cache
+        wants_cache = use_cache or (use_cache is None and config.use_cache)
         if cache is None and wants_cache and not packed and not recomputed:
             cache = DynamicCache(config=config.text_config)
         columns = torch.arange(length, device=text.device) + past
@@ -211,7 +217,7 @@ class Predictor:
         quick = thought_states is not None and not torch.compiler.is_compiling()
         with torch.inference_mode() if quick else nullcontext():
             if thought_tokens is None:
-                thought_tokens = thinker.sample(config.thought_temperature, config.thought_token_ids, None)
+                thought_tokens = thinker.sample(config.thought_temperature, self.thought_token_ids, None)
             thought_hidden = thinker.finish(thought_tokens)
         weight = self.mixing_head(base_hidden, thought_hidden)
         mixed = torch.lerp(base_hidden, thought_hidden, weight[..., None])

@@ -111,7 +111,7 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
         found = f"no model_type in its {CONFIG_NAME}" if saved else f"no {CONFIG_NAME} in {name}"
         if not saved and Path(name).is_dir():
             found += f", {contents(Path(name))}"
-        raise ValueError(f"model must be the checkpoint of a decoder or a Quiet-STaR model, got {found}")
+        raise ValueError(f"model must be a decoder or Quiet-STaR checkpoint, got {found}")
     is_ours = saved["model_type"] == QuietStarConfig.model_type or "max_thoughts" in saved
     if not is_ours:
         check_decoder("model", AutoConfig.from_pretrained(name))

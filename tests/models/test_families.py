@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_families import FAMILIES, SIZES, VOCABULARY, config_of, decoder_of
+from decoder_families import FAMILIES, VOCABULARY, decoder_of
 from greedy_text import SOME_ACCEPTED, greedy, left_padded, recompute
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.models import families
+from quietstar import QuietStarForCausalLM
 
 THINKING = {
     "thought_length": 2, "lookahead": 2, "num_thoughts": 2, "embedding_scale": 1.0, "policy_temperature": 2.0,
@@ -78,7 +77,8 @@ class Alone:
 
     def thought(self, text, i, thought, lookahead=1):
         """Hidden states of the slots behind position i, [B, k + 1 + M, H]."""
-        start, end = (x().expand(len(text), 1, -1) for x in (self.thinking.start_embedding, self.thinking.end_embedding))
+        model = self.thinking
+        start, end = (x().expand(len(text), 1, -1) for x in (model.start_embedding, model.end_embedding))
         slots = [start, self.embed(thought), end, self.embed(text[:, i + 1 : i + lookahead])]
         return self(torch.cat([self.embed(text[:, : i + 1]), *slots], dim=1))[0][:, i + 1 :]
 
@@ -103,7 +103,7 @@ def test_predictions_are_those_of_each_thought_alone(model, text, thoughts):
 
 def losses_alone(alone, text, thoughts):
     """The objective by its definition: loss, nll without a thought, with one, and log p of the thoughts."""
-    model, config = alone.thinking, alone.thinking.config
+    config = alone.thinking.config
     k, M, (batch, length) = config.thought_length, config.lookahead, text.shape
     hidden, logits = alone(alone.embed(text))
     base = F.cross_entropy(logits[:, :-1].transpose(1, 2), text[:, 1:], reduction="none")

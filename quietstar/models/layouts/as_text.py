@@ -37,6 +37,7 @@ class ThoughtsAsText:
         self.num_anchors, self.max_steps, self.steps = anchors.shape[-1], max_steps, -1
         self.end = base.seen(layer.index)[0].shape[2]
         self.width = self.end + self.num_anchors * max_steps
+        self.own_columns = torch.arange(self.end, self.width).view(self.num_anchors, max_steps)
         self.text: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, steps: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,8 +47,7 @@ class ThoughtsAsText:
         if self.steps != steps:
             self.steps, self.rows = steps, None
             self.new = slice(steps, steps + key.shape[2] // self.num_anchors)
-            columns = torch.arange(self.end, self.width).view(self.num_anchors, self.max_steps)
-            self.columns = columns[:, self.new].flatten()
+            self.columns = self.own_columns[:, self.new].flatten()
         for states, new in zip(self.text[layer], (key, value), strict=True):
             states.index_copy_(2, self.columns, new)
         return self.text[layer]
