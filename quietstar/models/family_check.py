@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from quietstar.models.decoder import Decoder
 from quietstar.models.families import UnsupportedFamilyError, refuse_sinks, unsupported
-from quietstar.models.layouts import TextRows, ThoughtTree
+from quietstar.models.layouts import BaseAndThoughts, BaseStates, TextRows, ThoughtCache, ThoughtTree
 from quietstar.models.modeling import ThinkingModel
 
 _TEXT, _STEPS = 4, 2  # tokens of the text, and of each thought
@@ -57,35 +58,56 @@ def check_family(name: str, model: ThinkingModel) -> None:
         UnsupportedFamilyError: the predictions or the tensors differ.
     """
     config = model.config.text_config
-    family = _without_weights(config).eval()
-    family.model, family.lm_head = model.model, model.lm_head
     predictor = model.predictor()
-    device = model.get_input_embeddings().weight.device
+    decoder, device = predictor.decoder, model.get_input_embeddings().weight.device
     tokens = torch.arange(1, _TEXT + _STEPS + 1, device=device)[None] % config.vocab_size
-    text, thought = predictor.decoder.embed(tokens).split([_TEXT, _STEPS], dim=1)
+    text, thought = decoder.embed(tokens).split([_TEXT, _STEPS], dim=1)
     anchors = torch.tensor(_ANCHORS, device=device)
-    columns, steps = torch.arange(_TEXT, device=device), torch.arange(1, _STEPS + 1, device=device)
-    rows = torch.cat([text, *[thought] * len(_ANCHORS)], dim=1)
-    positions = torch.cat([columns, (anchors[:, None] + steps).flatten()])[None]
     try:
-        hidden = predictor.decoder(rows, positions, ThoughtTree(TextRows(columns[None]), anchors))
+        parts = _in_one_pass(decoder, text, thought, anchors), _step_by_step(decoder, text, thought, anchors)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:  # masks that fit nothing, keywords that are not handed on
         raise UnsupportedFamilyError(name, config, str(error)) from error
-    ours = predictor.logits(hidden).float()
+    family = _without_weights(config).eval()
+    family.model, family.lm_head = model.model, model.lm_head
     with _own_attention(config):
         alone = [
             family(inputs_embeds=torch.cat([text[:, : anchor + 1], thought], dim=1), use_cache=False).logits[0]
             for anchor in _ANCHORS
         ]
     theirs = [alone[-1][:_TEXT], *(logits[-_STEPS:] for logits in alone)]
-    parts = zip(ours[0].split([len(rows) for rows in theirs]), theirs, strict=True)
-    difference = max(_relative(actual, expected.float().to(actual.device)) for actual, expected in parts)
-    if difference > _TOLERANCE.get(rows.dtype, _TOLERANCE_OF_HALVES):
-        raise UnsupportedFamilyError(
-            name, config, f"its own logits differ from those of a thinking model by {difference:.2g} of their size"
-        )
+    for hidden in parts:
+        ours = predictor.logits(hidden).split([len(rows) for rows in theirs])
+        difference = max(map(_relative, ours, theirs))
+        if difference > _TOLERANCE.get(text.dtype, _TOLERANCE_OF_HALVES):
+            raise UnsupportedFamilyError(
+                name, config, f"its own logits differ from those of a thinking model by {difference:.2g} of their size"
+            )
+
+
+def _in_one_pass(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tensor) -> Tensor:
+    """Hidden states [rows, H] of the text and of the thought behind each anchor, as in training."""
+    columns, steps = (torch.arange(count, device=anchors.device) for count in (_TEXT, _STEPS))
+    rows = torch.cat([text, *[thought] * len(anchors)], dim=1)
+    positions = torch.cat([columns, (anchors[:, None] + 1 + steps).flatten()])[None]
+    return decoder(rows, positions, ThoughtTree(TextRows(columns[None]), anchors))[0]
+
+
+def _step_by_step(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tensor) -> Tensor:
+    """The same, the first steps with the text and the others behind it, as where thoughts are sampled."""
+    columns = torch.arange(_TEXT, device=anchors.device)
+    base = BaseStates(TextRows(columns[None]))
+    cache = ThoughtCache(base, anchors, _STEPS)
+    layout, rows, positions, hidden = BaseAndThoughts(base, _TEXT, cache), text, columns, []
+    for step in range(_STEPS):
+        rows = torch.cat([rows, thought[:, step : step + 1].expand(-1, len(anchors), -1)], dim=1)
+        positions = torch.cat([positions, anchors + 1 + step])
+        hidden.append(decoder(rows, positions[None], layout)[0])
+        cache.steps += 1
+        layout, rows, positions = cache, rows[:, :0], positions[:0]
+    steps = torch.stack([states[-len(anchors) :] for states in hidden], dim=1)  # [P, S, H]
+    return torch.cat([hidden[0][:_TEXT], steps.flatten(0, 1)])
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -111,5 +133,6 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
     """
     if not bool(theirs.isfinite().all()):
         return 0.0
+    ours, theirs = ours.float(), theirs.float().to(ours.device)
     difference = float((ours - theirs).norm(dim=-1).median() / theirs.norm(dim=-1).median())
     return math.inf if math.isnan(difference) else difference
