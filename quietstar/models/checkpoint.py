@@ -246,12 +246,11 @@ def contents(folder: Path, most: int = 8) -> str:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """A tokenizer may know fewer tokens than its model, which are often padded, but no more."""
-    ours = {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}
-    most = max((token for text, token in tokenizer.get_vocab().items() if text not in ours), default=-1)
-    if most >= vocab_size:
+    """A tokenizer may know fewer tokens than its model, which are often padded, but no more, save those added to it."""
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"tokenizer must be that of the model, whose vocabulary has {vocab_size} tokens, got one with token {most}"
+            f"tokenizer must be that of the model, whose vocabulary has {vocab_size} tokens, got one with "
+            f"{tokenizer.vocab_size}"
         )
 
 
