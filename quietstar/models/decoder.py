@@ -8,10 +8,12 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from quietstar.models.layouts import Layout
+from quietstar.ops._dtensor import gathered, is_dtensor, is_fsdp_unit
 
 
 @dataclass
@@ -52,7 +54,11 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., H]."""
-        return self.module.embed_tokens(tokens)
+        embedding = self.module.embed_tokens
+        weight = getattr(embedding, "weight", None)
+        if is_dtensor(weight) and not is_fsdp_unit(embedding):  # FSDP gathers it only while the decoder runs
+            return functional_call(embedding, {"weight": gathered("embed_tokens", weight)}, tokens)
+        return embedding(tokens)
 
     def __call__(
         self, rows: Tensor, position_ids: Tensor, layout: Layout, collect: HiddenStates | None = None

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from quietstar.models.weights import weight_of
 from quietstar.ops import linear_cross_entropy, mixed_linear_cross_entropy
+from quietstar.ops._dtensor import gathered, is_dtensor
 from quietstar.ops._precision import autocast_inputs
 from quietstar.ops.linear_sample import draw
 
@@ -24,13 +25,24 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     @classmethod
-    def of(cls, lm_head: nn.Module, config: PreTrainedConfig) -> "Head":
+    def of(cls, lm_head: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> "Head":
         """The head of a decoder with this matrix and configuration.
+
+        A matrix that FSDP has sharded as a unit of its own is gathered here, in the precision of the pass: nobody calls
+        that unit, which would do it.
+
+        Args:
+            lm_head: linear, without a bias.
+            config: of the decoder.
+            dtype: of hidden states.
 
         Raises:
             ValueError: ``lm_head`` does more than to multiply with a matrix.
         """
-        weight = autocast_inputs(weight_of("lm_head", lm_head))[0]
+        weight = weight_of("lm_head", lm_head)
+        if is_dtensor(weight):
+            weight = gathered("lm_head", weight.to(dtype))
+        weight = autocast_inputs(weight)[0]
         divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
         return cls(weight, divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and 3
 

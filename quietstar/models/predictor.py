@@ -41,8 +41,8 @@ class Predictor:
         mixing_head: MixingHead,
     ):
         self.config, self.decoder, self.lm_head, self.mixing_head = config, decoder, lm_head, mixing_head
-        self.head = Head.of(lm_head, config.text_config)
         self.start, self.end = start_embedding(), end_embedding()
+        self.head = Head.of(lm_head, config.text_config, self.start.dtype)
 
     @cached_property
     def thought_token_ids(self) -> tuple[int, int]:

@@ -3,12 +3,14 @@
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from quietstar.ops._dtensor import is_dtensor
+
 
 def weight_of(name: str, layer: nn.Module) -> Tensor:
     """What ``layer`` multiplies with: [out, in], with the gradient's way to the layer's parameters.
 
     A module that adapters have wrapped counts with its adapters: LoRA (PEFT, without dropout in training), and modules
-    that are trained whole (``modules_to_save``).
+    that are trained whole (``modules_to_save``). A weight that FSDP has sharded is a DTensor.
 
     Args:
         name: of the layer, for messages.
@@ -17,14 +19,14 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
     Raises:
         ValueError: a layer that does more than to multiply with a matrix, so that its weight alone would be wrong.
     """
-    if is_plain(layer):
+    if _is_matrix(layer):
         return layer.weight
     if hasattr(layer, "modules_to_save"):
         adapters = layer.active_adapters
         if layer.disable_adapters or not adapters:
             return weight_of(name, layer.original_module)
         return weight_of(name, layer.modules_to_save[adapters[0]])
-    if hasattr(layer, "lora_A") and is_plain(layer.get_base_layer()):
+    if hasattr(layer, "lora_A") and _is_matrix(layer.get_base_layer()):
         return _with_lora(name, layer)
     raise ValueError(
         f"{name} must be a torch.nn.Linear with a weight of its own, with LoRA or as one of PEFT's modules_to_save at "
@@ -34,12 +36,16 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer's weight says all: a linear layer that is neither wrapped nor quantised nor sharded."""
-    weight = _weight(layer)
+    return _is_matrix(layer) and not is_dtensor(layer.weight)
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """As :func:`is_plain`, but possibly sharded."""
     return (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
-        and weight.is_floating_point()
-        and not is_traceable_wrapper_subclass(weight)
+        and layer.weight.is_floating_point()
+        and (is_dtensor(layer.weight) or not is_traceable_wrapper_subclass(layer.weight))
     )
 
 

@@ -13,6 +13,13 @@ def is_dtensor(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def is_fsdp_unit(module: torch.nn.Module) -> bool:
+    """Whether FSDP gathers the weights of the module when it is called."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
 def gathered(name: str, weight: Tensor) -> Tensor:
     """The whole of the weight on every process, as the layer that it is of would gather it; others as they are.
 
