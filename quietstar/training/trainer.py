@@ -1,8 +1,9 @@
 """Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -159,19 +160,42 @@ class QuietStarTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._stopwatch.pause()
         self._check_loss()
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                self._refuse(f"{name} is not finite after step {self.state.global_step}")
-        super().save_model(output_dir, _internal_call)
+        self._check_weights()
+        with nullcontext() if _internal_call else self._whole_weights():
+            super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # a checkpoint
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # sharded weights come later
             self._gains.save(output_dir)
+
+    def _check_weights(self) -> None:
+        """All processes find the same, whichever holds the part of a weight that is not finite."""
+        parts = {name: _part_here(parameter) for name, parameter in self.model.named_parameters()}
+        bad = torch.stack([~part.isfinite().all() for part in parts.values()]).to(self.args.device, torch.int32)
+        for name, count in zip(parts, self.accelerator.reduce(bad, reduction="sum").tolist(), strict=True):
+            if count:
+                self._refuse(f"{name} is not finite after step {self.state.global_step}")
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Of FSDP that saves its shards as they lie, a model that is to be loaded again needs all in one."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            yield
+            return
+        usual = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(usual.name)
 
     @torch.no_grad()
     def _rate_held_out_text(self) -> None:
         """Base predictions of all held-out text; thoughts of no tokens are the least that the objective computes."""
         if self.eval_dataset is None:
             return
-        model = self.model_wrapped.eval()
+        model = self.model_wrapped
+        model.eval()
         with self._own_random_numbers(), _least_thoughts(self.model.config):
             for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]:
                 for inputs in self.get_eval_dataloader(name):
@@ -251,6 +275,12 @@ def _keep_trainable(model: QuietStarForCausalLM) -> None:
                     "model must not have been evaluated on a CPU before it is trained on weights of 4 bits: load it "
                     f"anew, {name} gives no gradients any more"
                 )
+
+
+def _part_here(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, or its part where FSDP or DeepSpeed has sharded it."""
+    parameter = getattr(parameter, "ds_tensor", parameter)
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 @contextmanager

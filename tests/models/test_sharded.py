@@ -6,29 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from quietstar import QuietStarConfig, QuietStarForCausalLM
+from two_processes import new_model, texts
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
     pytest.mark.slow,
 ]
-
-VOCABULARY = 40
-
-
-def new_model():
-    """Greedy thoughts are the same in any batch."""
-    torch.manual_seed(0)
-    config = QuietStarConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=2,
-        num_thoughts=1, policy_weight=1.0, thought_temperature=0.0, start_thought_token_id=VOCABULARY - 2,
-        end_thought_token_id=VOCABULARY - 1,
-    )  # fmt: skip
-    model = QuietStarForCausalLM(config)
-    nn.init.normal_(model.mixing_head[-1].weight)
-    return model
 
 
 def ddp(model):
@@ -71,14 +54,14 @@ def gradients_of(model):
 
 
 def check(rank, way):
-    texts = torch.randint(1, VOCABULARY - 2, (4, 12), generator=torch.Generator().manual_seed(0))
+    whole = texts(4)
     single = new_model()
     optimizer = torch.optim.SGD(single.parameters(), lr=1e-3)
     model = way(new_model())
     sharded_optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    mine = texts[2 * rank : 2 * rank + 2]
+    mine = whole[2 * rank : 2 * rank + 2]
     for tolerance in (1e-6, 1e-5):  # then with weights that were changed, and rounded in another order
-        expected = single(texts, labels=texts).loss
+        expected = single(whole, labels=whole).loss
         expected.backward()
         loss = model(mine, labels=mine).loss
         loss.backward()

@@ -1,0 +1,130 @@
+"""Training on two processes, on the engines people use: losses, checkpoints and resuming are those of one process."""
+
+import json
+import os
+import socket
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
+from two_processes import new_model, texts
+
+from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.training.data import collate_windows
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.slow,
+]
+
+
+def new_trainer(folder, batch_size, **arguments):
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, learning_rate=1e-3, max_steps=4, save_steps=2,
+        logging_steps=1, eval_strategy="steps", eval_steps=4, use_cpu=True, disable_tqdm=True, report_to=[],
+        **arguments,
+    )  # fmt: skip
+    windows = [{"input_ids": row} for row in texts(24).numpy()]
+    return QuietStarTrainer(
+        new_model(), arguments, train_dataset=windows, eval_dataset=windows[:4], data_collator=collate_windows
+    )
+
+
+def ddp(folder):
+    return new_trainer(folder, 2)
+
+
+def fsdp(state_dict_type):
+    """FSDP2 by accelerate, which has it on accelerators only: it is told that there is one."""
+
+    def start(folder):
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        trainer = new_trainer(folder, 2)
+        state = trainer.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type=state_dict_type
+        )
+        trainer.is_fsdp_enabled = True
+        return trainer
+
+    return start
+
+
+def deepspeed(stage):
+    def start(folder):
+        settings = {
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "gradient_clipping": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_allow_untested_optimizer": True,
+        }
+        return new_trainer(folder, 2, deepspeed=settings)
+
+    return start
+
+
+WAYS = {
+    "DDP": ddp,
+    "FSDP2, whole checkpoints": fsdp("FULL_STATE_DICT"),
+    "FSDP2, sharded checkpoints": fsdp("SHARDED_STATE_DICT"),
+    "ZeRO-2": deepspeed(2),
+    "ZeRO-3": deepspeed(3),
+}
+
+
+def values(trainer):
+    """What was logged by step, but for what depends on the time or on how a batch is split."""
+    left_out = "epoch", "tokens_per_second", "distinct_thoughts"
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [{"eval_loss": entry["eval_loss"]} for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [{name: entry[name] for name in entry if name not in left_out} for entry in steps] + losses
+
+
+def train(rank, way, folder, port, resume):
+    """One of two processes; the first writes down what was logged."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    trainer = WAYS[way](folder)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(folder / "model")
+    if rank == 0:
+        (folder / "logged.json").write_text(json.dumps(values(trainer)))
+    dist.destroy_process_group()
+
+
+def train_on_two(way, folder, resume=None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train, (way, folder, port, resume), nprocs=2)
+    return json.loads((folder / "logged.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One process with the batch of both."""
+    trainer = new_trainer(tmp_path_factory.mktemp("single"), 4)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_learn_what_one_does(way, single, tmp_path):
+    if way.startswith("ZeRO") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    logged = train_on_two(way, tmp_path)
+    for actual, expected in zip(logged, values(single), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    model = QuietStarForCausalLM.from_pretrained(tmp_path / "model")
+    for (name, actual), expected in zip(model.named_parameters(), single.model.parameters(), strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm(), name
+    # The end of the run once more, from its middle.
+    assert train_on_two(way, tmp_path, str(tmp_path / "checkpoint-2")) == logged

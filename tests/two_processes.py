@@ -1,0 +1,27 @@
+"""For tests of training on two processes: a model of which thoughts are the same in any batch."""
+
+import torch
+from torch import nn
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+
+VOCABULARY = 40
+
+
+def new_model() -> QuietStarForCausalLM:
+    """The same model in every process. Its thoughts are greedy; with one per position their policy term is not 0."""
+    torch.manual_seed(0)
+    config = QuietStarConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=2,
+        num_thoughts=1, policy_weight=1.0, thought_temperature=0.0, start_thought_token_id=VOCABULARY - 2,
+        end_thought_token_id=VOCABULARY - 1,
+    )  # fmt: skip
+    model = QuietStarForCausalLM(config)
+    nn.init.normal_(model.mixing_head[-1].weight)
+    return model
+
+
+def texts(count: int, length: int = 12) -> torch.Tensor:
+    """The same ordinary tokens in every process, int64 [count, length]."""
+    return torch.randint(1, VOCABULARY - 2, (count, length), generator=torch.Generator().manual_seed(0))
