@@ -251,6 +251,23 @@ def test_largest_batch_is_the_last_that_fits():
     assert Prediction(step, DEVICE).largest_batch() == 0
 
 
+def test_gpus_share_what_is_sharded():
+    """Weights, gradients and states at the peak of a step whose activations are nothing beside them."""
+    alone = training_step(SMALL | {"num_hidden_layers": 40}, 1, 8, optimizer="adamw", checkpointing=True)
+    held = {}
+    for sharding in ("ddp", "zero2", "fsdp2"):
+        step = replace(alone, gpus=8, sharding=sharding)
+        held[sharding] = step_memory(step).peaks["update"]
+        assert step_memory(replace(step, gpus=1)).peaks == step_memory(alone).peaks
+    parameters = alone.parameters * alone.element
+    share = pytest.approx(parameters / 8, rel=1e-3)
+    whole = {"weights": parameters, "gradients": parameters, "optimizer states": 2 * parameters}
+    assert held["ddp"].items() >= whole.items()
+    assert held["zero2"]["weights"] == parameters
+    assert held["zero2"]["gradients"] == held["fsdp2"]["gradients"] == held["fsdp2"]["weights"] == share
+    assert held["fsdp2"]["optimizer states"] == 2 * share.expected
+
+
 def test_prediction_is_consistent():
     step = training_step(SMALL, dtype=torch.bfloat16, device="cuda")
     slow = Prediction(step, GPUS["h200"])

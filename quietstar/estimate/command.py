@@ -9,7 +9,7 @@ from quietstar.estimate.configs import PRESETS, read_config
 from quietstar.estimate.devices import GPUS, Prediction, this_cpu
 from quietstar.estimate.flops import model_flops, step_parts
 from quietstar.estimate.memory import step_memory
-from quietstar.estimate.step import DTYPES, OPTIMIZERS, TrainingStep
+from quietstar.estimate.step import DTYPES, OPTIMIZERS, SHARDINGS, TrainingStep
 
 # Above these a step is a slip of the hand: numbers overflow, and the tables of anchors fill the memory.
 LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4}
@@ -47,6 +47,8 @@ def _predict(options: argparse.Namespace) -> Prediction:
         options.checkpointing,
         options.optimizer,
         "cpu" if on_cpu else "cuda",
+        gpus=options.gpus,
+        sharding=options.sharding,
     )
     return Prediction(step, this_cpu(step.dtype) if on_cpu else GPUS[options.device])
 
@@ -61,6 +63,7 @@ def report(prediction: Prediction) -> dict:
             "batch": step.batch, "length": step.length, "num_thoughts": config.num_thoughts,
             "thought_length": config.thought_length, "lookahead": config.lookahead,
             "checkpointing": step.checkpointing, "optimizer": step.optimizer, "helpful_thoughts": step.helpful,
+            "gpus": step.gpus, "sharding": step.sharding,
         },
         "parts": [
             {"name": part.name, "flops": part.flops, "bytes": part.bytes, "seconds": device.seconds(part, step.dtype)}
@@ -90,6 +93,7 @@ def _lines(facts: dict) -> Iterable[str]:
         f"{step['length']} tokens, {step['num_thoughts']} thoughts of {step['thought_length']} tokens per position, "
         f"lookahead {step['lookahead']}, optimizer {step['optimizer']}, "
         f"{'with' if step['checkpointing'] else 'without'} gradient checkpointing, on {device['name']}"
+        + (f", one of {step['gpus']} by {step['sharding']}" if step["gpus"] > 1 else "")
     )
     yield f"\n{'':<32}{'TFLOP':>12}{'GB moved':>12}{'ms':>12}"
     total = {key: sum(part[key] for part in facts["parts"]) for key in ("flops", "bytes", "seconds")}
@@ -115,7 +119,8 @@ def _lines(facts: dict) -> Iterable[str]:
     )
     yield (
         f"assumed      {device['assumed_flops_share']:.0%} of the peak in products, "
-        f"{device['assumed_bandwidth_share']:.0%} of {device['bandwidth'] / 1e12:.3f} TB/s in all else; "
+        f"{device['assumed_bandwidth_share']:.0%} of {device['bandwidth'] / 1e12:.3f} TB/s in all else"
+        f"{', nothing for what GPUs send each other' if step['gpus'] > 1 else ''}; "
         f"{step['helpful_thoughts']:.0%} of thoughts help"
     )
 
@@ -130,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help=f"of a Mistral or Quiet-STaR model: {', '.join(PRESETS)}, a folder, a JSON file or a hub name",
     )
-    parser.add_argument("--batch", type=int, required=True, help="sequences per step")
+    parser.add_argument("--batch", type=int, required=True, help="sequences per step, on each GPU")
     parser.add_argument("--length", type=int, required=True, help="tokens of text per sequence")
     for name, meaning in (
         ("num_thoughts", "independent thoughts per position"),
@@ -148,5 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         help="adamw keeps two numbers per weight in the dtype of the weights, as PyTorch does (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", choices=[*GPUS, "cpu"], default="h200", help="(default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="that train together; everything printed is of one of them")
+    parser.add_argument(
+        "--sharding", choices=SHARDINGS, default="ddp",
+        help="how they share the model: nothing, gradients and optimizer states, or weights too; ZeRO-3 is as fsdp2 "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, FLOPs and seconds")
     return parser

@@ -16,9 +16,13 @@ from quietstar.ops._native import cpu_unavailable
 from quietstar.ops._rows import _ALIGNMENT, CHUNK_BYTES, rows_within
 
 WEIGHTS, STATES, GRADIENTS = "weights", "optimizer states", "gradients"
+GATHERED, BUCKETS = "weights gathered from other GPUs", "gradients on their way to other GPUs"
 BASE_CACHE, THOUGHT_CACHE = "base cache of sampling", "thought cache of sampling"
 KEPT, HEAD, LOGITS = "activations kept for the backward", "head gradients kept for the backward", "chunk of logits"
 TEMPORARY = "temporary tensors"
+
+# Elements that DeepSpeed reduces, and gathers, at a time.
+_ZERO_BUCKET = 500_000_000
 
 
 @dataclass
@@ -94,8 +98,9 @@ class _Walk:
         self.layers = step.config.num_hidden_layers
         self.workspace = 0  # of logits: a CPU keeps it from call to call
 
-        self.memory.hold(WEIGHTS, step.parameters * step.element)
+        self.memory.hold(WEIGHTS, step.share("weights", step.parameters) * step.element)
         self.memory.hold(STATES, step.states)
+        self.hold_for_others()
         self.sample()
         self.forward_layers()
         self.forward_head()
@@ -103,6 +108,23 @@ class _Walk:
         self.backward_layers()
         self.backward_embeddings()
         self.update()
+
+    def hold_for_others(self) -> None:
+        """What several GPUs need to work together.
+
+        DDP copies gradients into buckets; ZeRO-2 has two buckets; FSDP gathers the layer at work and the next one, and
+        keeps whole, from the first to the last use in a step, what is in no layer.
+        """
+        step = self.step
+        self.layers_at_work = 2 * step.layer_parameters if step.gpus > 1 and step.sharding == "fsdp2" else 0
+        if step.gpus == 1:
+            return
+        if step.sharding == "ddp":
+            self.memory.hold(BUCKETS, step.parameters * step.element)
+        elif step.sharding == "zero2":
+            self.memory.hold(BUCKETS, 2 * min(_ZERO_BUCKET, step.parameters) * step.element)
+        else:
+            self.memory.hold(GATHERED, (step.other_parameters + self.layers_at_work) * step.element)
 
     # Sampling, without gradients.
 
@@ -286,8 +308,9 @@ class _Walk:
             memory.hold(KEPT, -_kept_by_norm(step))
             memory.moment("backward of the layers", self.attention_backward_temporary())
             memory.hold(KEPT, mlp + _kept_by_norm(step) - kept - (self.kept_by_layer if step.checkpointing else 0))
-            memory.hold(GRADIENTS, step.layer_parameters * step.element)
-            memory.moment("backward of the layers", step.tree_rows * self.row)
+            memory.hold(GRADIENTS, step.share("gradients", step.layer_parameters) * step.element)
+            # FSDP: a layer's whole gradient, and that of the one before on its way.
+            memory.moment("backward of the layers", step.tree_rows * self.row + self.layers_at_work * step.element)
 
     def norm_backward_temporary(self) -> int:
         """The gradient of what an RMSNorm gives, and in float32 those of its two factors and of the square."""
@@ -317,6 +340,12 @@ class _Walk:
         memory.held.pop(KEPT)
 
     def update(self) -> None:
+        memory, step = self.memory, self.step
+        if step.gpus > 1:  # gradients have gone where their weights are
+            for part in (GATHERED, BUCKETS):
+                memory.held.pop(part, None)
+            others = step.other_parameters
+            memory.hold(GRADIENTS, (step.share("gradients", others) - others) * step.element)
         if self.step.optimizer != "none":
             self.memory.moment("update")
 

@@ -19,6 +19,13 @@ OPTIMIZERS: dict[str, tuple[int, torch.dtype | None]] = {
     "none": (0, None),
 }
 
+# How several GPUs share a model, and what each of them holds only its part of.
+SHARDINGS: dict[str, frozenset[str]] = {
+    "ddp": frozenset(),
+    "zero2": frozenset({"gradients", "states"}),
+    "fsdp2": frozenset({"gradients", "states", "weights"}),
+}
+
 
 @dataclass(frozen=True)
 class TrainingStep:
@@ -26,7 +33,7 @@ class TrainingStep:
 
     Args:
         config: of the model.
-        batch: B, sequences.
+        batch: B, sequences; of each GPU.
         length: L, tokens of text in a sequence.
         dtype: of weights, gradients and activations.
         checkpointing: whether activations inside the layers are computed again in the backward instead of kept.
@@ -35,6 +42,8 @@ class TrainingStep:
         device: "cuda" (``triton`` backend) or "cpu" (``cpu`` backend where it is compiled, else ``torch``).
         helpful: share of thoughts with a positive advantage. Only these have a policy term, and a CPU computes no
             logits for the others. ½ is what chance gives.
+        gpus: how many train together.
+        sharding: a key of ``SHARDINGS``. DeepSpeed's ZeRO-3 is as FSDP2.
 
     Raises:
         ValueError: a size that no step can have, named.
@@ -48,6 +57,8 @@ class TrainingStep:
     optimizer: str = "adamw"
     device: str = "cuda"
     helpful: float = 0.5
+    gpus: int = 1
+    sharding: str = "ddp"
 
     def __post_init__(self):
         if self.batch < 1:
@@ -66,6 +77,10 @@ class TrainingStep:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be an integer >= 1, got {self.gpus}")
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}")
         if not 0 <= self.helpful <= 1:
             raise ValueError(f"helpful must be in [0, 1], got {self.helpful}")
 
@@ -81,9 +96,13 @@ class TrainingStep:
 
     @property
     def states(self) -> int:
-        """Bytes that the optimizer keeps for all weights."""
+        """Bytes that the optimizer keeps, for the weights that are this GPU's."""
         numbers, dtype = OPTIMIZERS[self.optimizer]
-        return self.parameters * numbers * (dtype or self.dtype).itemsize
+        return self.share("states", self.parameters) * numbers * (dtype or self.dtype).itemsize
+
+    def share(self, of: str, elements: int) -> int:
+        """How many of the ``elements`` of weights, gradients or states one GPU holds."""
+        return -(-elements // self.gpus) if of in SHARDINGS[self.sharding] else elements
 
     @property
     def head_size(self) -> int:
@@ -183,6 +202,11 @@ class TrainingStep:
         """The mixing head: matrices [H, 2H], [H, H] and [1, H], two biases."""
         hidden = self.config.hidden_size
         return 3 * hidden**2 + 3 * hidden
+
+    @property
+    def other_parameters(self) -> int:
+        """Those outside the layers."""
+        return self.parameters - self.config.num_hidden_layers * self.layer_parameters
 
     @cached_property
     def parameters(self) -> int:

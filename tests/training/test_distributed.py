@@ -122,7 +122,9 @@ def test_two_processes_learn_what_one_does(way, single, tmp_path):
         pytest.skip("DeepSpeed is not installed")
     logged = train_on_two(way, tmp_path)
     for actual, expected in zip(logged, values(single), strict=True):
-        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        loss = "loss" if "loss" in expected else "eval_loss"
+        assert actual[loss] == pytest.approx(expected[loss], rel=1e-5)
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
     model = QuietStarForCausalLM.from_pretrained(tmp_path / "model")
     for (name, actual), expected in zip(model.named_parameters(), single.model.parameters(), strict=True):
         assert (actual - expected).norm() <= 1e-4 * expected.norm(), name
