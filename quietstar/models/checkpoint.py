@@ -29,6 +29,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.defaults import check_defaults
 from quietstar.models.family_check import check_decoder, check_family
 from quietstar.models.modeling import ThinkingModel
 
@@ -109,7 +110,8 @@ def from_base(
         )
 
     thought_tokens = {"start_thought_token_id": start_token, "end_thought_token_id": end_token}
-    config = QuietStarConfig(text_config=base, **(thought_tokens | own))
+    origin = {"base_model_name_or_path": str(name_or_path), "base_vocab_size": base.vocab_size}
+    config = QuietStarConfig(text_config=base, **(origin | thought_tokens | own))
     with_info = kwargs.pop("output_loading_info", False)
     with _expected_warnings():
         model, info = _load(cls, name_or_path, config=config, **kwargs)
@@ -152,6 +154,7 @@ def from_pretrained(
         raise TypeError(f"config must be a QuietStarConfig, got {type(config).__name__}")
     model, info = _load(cls, path, *args, config=config, **kwargs)
     _check_loaded("pretrained_model_name_or_path", pretrained_model_name_or_path, model, info)
+    check_defaults(model.generation_config)
     if path is None and pretrained_model_name_or_path is not None:
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
     return (model, info) if with_info else model

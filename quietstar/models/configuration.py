@@ -1,11 +1,14 @@
 """Configuration of a Quiet-STaR model: how it thinks and what it is trained on, beside that of its decoder."""
 
 import copy
-from typing import Any
+from os import PathLike
+from typing import Any, Literal
 
 from transformers import AutoConfig, MistralConfig, PreTrainedConfig
 
 from quietstar._numbers import Interval
+from quietstar.models import folder
+from quietstar.models.defaults import CHECKS, Think, check_defaults
 
 # Which values the fields may have; the two ids are looked at in `thought_token_ids`, against the vocabulary.
 INTERVALS = {
@@ -44,6 +47,9 @@ class QuietStarConfig(PreTrainedConfig):
         embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
         start_thought_token_id, end_thought_token_id: vocabulary ids of the two thought tokens. The model never
             produces them: neither inside a thought nor in generated text.
+        think, draft_length: what ``generate`` does where neither the call nor its ``generation_config`` says.
+        base_model_name_or_path: the checkpoint that Quiet-STaR started from, if it is known.
+        base_vocab_size: how many tokens that checkpoint had, if it is known.
     """
 
     model_type = "quietstar"
@@ -60,6 +66,10 @@ class QuietStarConfig(PreTrainedConfig):
     embedding_scale: float = 100.0
     start_thought_token_id: int | None = None
     end_thought_token_id: int | None = None
+    think: Think = "always"
+    draft_length: int | Literal["auto"] | None = None
+    base_model_name_or_path: str | None = None
+    base_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
         text = self.text_config
@@ -83,6 +93,8 @@ class QuietStarConfig(PreTrainedConfig):
             raise AttributeError(message) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHECKS:
+            CHECKS[name](value)
         text = self.__dict__.get("text_config")
         own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         of_text = isinstance(text, PreTrainedConfig) and hasattr(text, name)
@@ -99,12 +111,23 @@ class QuietStarConfig(PreTrainedConfig):
         """
         for name, interval in INTERVALS.items():
             interval.check(name, getattr(self, name))
+        check_defaults(self)
         for name in ("start_thought_token_id", "end_thought_token_id"):
             token = getattr(self, name)
             if isinstance(token, bool) or not isinstance(token, int | None):
                 raise TypeError(f"{name} must be a token id or None, got {token!r}")
         if dropout := getattr(self.text_config, "attention_dropout", None):
             raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {dropout}")
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
+        """As in transformers, and what lets the folder load where nobody imports quietstar (``trust_remote_code``)."""
+        self.auto_map = dict(folder.AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder.write_code(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: a folder names the installed package and holds no copy of the class."""
 
     @property
     def thought_token_ids(self) -> tuple[int, int]:

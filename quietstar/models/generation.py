@@ -6,23 +6,30 @@ streamers either way.
 """
 
 import inspect
+from os import PathLike
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.utils import CONFIG_NAME
 
 from quietstar.models import checkpoint
 from quietstar.models.cache import grow_in_place
+from quietstar.models.card import write_card
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoding import decode
+from quietstar.models.defaults import DEFAULT, Think, choose
 from quietstar.models.layouts import ThoughtStates
 from quietstar.models.modeling import ThinkingModel
 from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
 from quietstar.models.text import check_tokens
-from quietstar.models.transformers_names import ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache
+from quietstar.models.transformers_names import (
+    ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache, register,
+)  # fmt: skip
 
 # Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
 _MAY_KEEP_A_CACHE = (
@@ -51,13 +58,23 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
     from_base = classmethod(checkpoint.from_base)
     from_pretrained = classmethod(checkpoint.from_pretrained)
 
+    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
+        """As in transformers, with a model card, ``README.md``, unless somebody wrote one."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():  # else it holds an adapter
+            write_card(save_directory, self)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing: a folder names the installed package and holds no copy of the class."""
+
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
         *args,
-        draft_length: int | Literal["auto"] | None = None,
-        think: float | Literal["always", "never"] = "always",
+        draft_length: int | Literal["auto", "default"] | None = DEFAULT,
+        think: Think | Literal["default"] = DEFAULT,
         return_thoughts: bool = False,
         thoughts: Literal["own", "shuffled", "random"] | Tensor = "own",
         **kwargs,
@@ -71,7 +88,9 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
                 text is distributed as without drafts, greedy text is the same. ``"auto"`` chooses the length from how
                 many drafts were accepted so far; None drafts nothing.
             think: ``"always"``; ``"never"`` for the base model alone; or a threshold in nats: think only in front of
-                tokens whose base prediction has more entropy.
+                tokens whose base prediction has more entropy. ``"default"``, as for ``draft_length``: what the
+                generation config of the call or the model's own says, or else the model's configuration: ``"always"``
+                and None where nobody has set it.
             return_thoughts: return a :class:`QuietStarGenerateOutput` with every thought. So does
                 ``return_dict_in_generate`` with one of the other options, without the thoughts.
             thoughts: what is thought in front of the tokens. ``"own"``: what the model thinks. Given ones: int64
@@ -91,10 +110,12 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
                 four options also beam search, assistants, a cache, ``custom_generate``, ``guidance_scale``,
                 ``synced_gpus`` and scores, logits or hidden states in the output.
         """
-        thinking = Thinking(draft_length, think, return_thoughts, thoughts)
         if args:
             kwargs |= inspect.signature(super().generate).bind_partial(inputs, *args).arguments
             kwargs.pop("inputs", None)
+        sources = kwargs.get("generation_config"), self.generation_config, self.config
+        think, draft_length = choose("think", think, *sources), choose("draft_length", draft_length, *sources)
+        thinking = Thinking(draft_length, think, return_thoughts, thoughts)
         self._check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
         if (cache := only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
             kwargs[CACHE] = cache
@@ -206,5 +227,4 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
                 )
 
 
-AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
-AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)
+register(QuietStarConfig, QuietStarForCausalLM)

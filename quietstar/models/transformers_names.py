@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
@@ -19,6 +19,7 @@ __all__ = [
     "LeftByQuantisers",
     "only_cache",
     "pad_token_id",
+    "register",
     "sdpa_attention_forward",
     "sdpa_mask",
 ]  # fmt: skip
@@ -46,6 +47,13 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """The padding token that transformers prepared for a call of ``generate``: without one the end of text."""
     token: Tensor | None = generation_config._pad_token_tensor
     return None if token is None else int(token)
+
+
+def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
+    """Tell transformers of a causal language model, by the type and by the class that its folders name."""
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
+    setattr(transformers, model.__name__, model)  # where ``transformers serve`` looks for it
 
 
 class GenerationHooks:

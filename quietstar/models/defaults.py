@@ -1,0 +1,63 @@
+"""When to think and how much to draft: which values there are, and which holds where a call does not say.
+
+Pipelines, servers and evaluation harnesses cannot hand every argument on to ``generate``, so a model may say it itself:
+in ``model.generation_config``, or in the fields ``think`` and ``draft_length`` of its configuration.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+DEFAULT = "default"
+
+Think = float | Literal["always", "never"]
+
+
+def check_think(value: object) -> None:
+    """Check a value of ``think``.
+
+    Raises:
+        TypeError, ValueError: neither of the words nor a number of nats.
+    """
+    if value in ("always", "never"):
+        return
+    wanted = "think must be 'always', 'never' or a threshold in nats >= 0"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{wanted}, got {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{wanted}, got {value}")
+
+
+def check_draft_length(value: object) -> None:
+    """Check a value of ``draft_length``.
+
+    Raises:
+        TypeError, ValueError: neither None nor "auto" nor a number of tokens.
+    """
+    if value in (None, "auto"):
+        return
+    wanted = "draft_length must be None, 'auto' or an integer >= 1"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{wanted}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{wanted}, got {value}")
+
+
+CHECKS: dict[str, Callable[[object], None]] = {"think": check_think, "draft_length": check_draft_length}
+
+
+def check_defaults(source: object) -> None:
+    """Check what a configuration says of the two; most say nothing.
+
+    Raises:
+        TypeError, ValueError: a value that ``generate`` does not take.
+    """
+    for name, check in CHECKS.items():
+        if hasattr(source, name):
+            check(getattr(source, name))
+
+
+def choose(name: str, given: Any, *sources: object) -> Any:
+    """``given``, unless it is "default": then what the first of the sources says that has an attribute of the name."""
+    if given != DEFAULT:
+        return given
+    return next(getattr(source, name) for source in sources if hasattr(source, name))
