@@ -28,7 +28,12 @@ from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
 from quietstar.models.text import check_tokens
 from quietstar.models.transformers_names import (
-    ASSISTANTS_WORK, CACHE, CACHE_NAMES, GenerationHooks, only_cache, register,
+    ASSISTANTS_WORK,
+    CACHE,
+    CACHE_NAMES,
+    GenerationHooks,
+    only_cache,
+    register,
 )  # fmt: skip
 
 # Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.

@@ -53,7 +53,8 @@ def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> No
     """Tell transformers of a causal language model, by the type and by the class that its folders name."""
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
-    setattr(transformers, model.__name__, model)  # where ``transformers serve`` looks for it
+    # ``transformers serve`` looks it up in the package, of which there may be several module objects of one class.
+    setattr(type(transformers), model.__name__, model)
 
 
 class GenerationHooks:
