@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),
     "evaluate": ("measure answers to GSM8K, CommonsenseQA or your own questions", "quietstar.evaluation.command:main"),
+    "export": ("write a model's plain base model, for engines that cannot think", "quietstar.export:main"),
     "estimate": ("predict memory and time of a training step before running it", "quietstar.estimate.command:main"),
     "env": ("print versions, devices and usable backends, for bug reports", "quietstar.env:main"),
 }

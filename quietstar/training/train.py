@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         resume = _checkpoint_to_resume(training_args)
         trainer = make_trainer(model_args, data_args, training_args)
+        trainer.data_source = data_args.data
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"quietstar train: {error}", file=sys.stderr)
         return 2
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()
     return 0
 
 

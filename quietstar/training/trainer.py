@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
@@ -12,7 +12,9 @@ from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
+from quietstar.models.card import write_card
 from quietstar.models.documents import text_labels, token_starts
+from quietstar.training.card import training_table
 from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.difficulty import GainByDifficulty
 from quietstar.training.metrics import Stopwatch, ThoughtMetrics
@@ -64,6 +66,8 @@ class QuietStarTrainer(Trainer):
     reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights that
     are not finite are never saved.
 
+    Saved folders hold a model card with what is known about the training; ``data_source`` is what it calls the text.
+
     Training warns where ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
 
     Arguments are those of ``Trainer``. ``compute_metrics`` is given the mixed logits [texts, L, V] after the first
@@ -76,10 +80,12 @@ class QuietStarTrainer(Trainer):
             whole; weights of 4 bits that a CPU cannot train any more.
     """
 
+    data_source: str | Sequence[str] | None = None
+
     def __init__(self, *args, **kwargs):
         _check_arguments(**signature(Trainer).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
-        if not isinstance(base := unwrap_peft_model(self.accelerator.unwrap_model(self.model)), QuietStarForCausalLM):
+        if not isinstance(base := self._plain_model(), QuietStarForCausalLM):
             raise TypeError(f"model must be a QuietStarForCausalLM, adapted or not, got {type(base).__name__}")
         _keep_trainable(base)
         if self.args.n_gpu > 1:  # the Trainer would make torch.nn.DataParallel of the model
@@ -163,9 +169,33 @@ class QuietStarTrainer(Trainer):
         self._check_weights()
         with nullcontext() if _internal_call else self._whole_weights():
             super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:  # a checkpoint
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # sharded weights come later
-            self._gains.save(output_dir)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            Path(folder).mkdir(parents=True, exist_ok=True)  # sharded weights come later
+            write_card(folder, self._plain_model(), training_table(self))
+            if _internal_call:  # a checkpoint
+                self._gains.save(folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        *_,
+        **__,
+    ) -> None:
+        """Write the model card of ``output_dir``, with what is known now, unless somebody wrote or changed it."""
+        if self.is_world_process_zero():
+            write_card(
+                self.args.output_dir, self._plain_model(), training_table(self), language=language, license=license,
+                tags=tags, model_name=model_name, base_model=finetuned_from,
+            )  # fmt: skip
+
+    def _plain_model(self) -> QuietStarForCausalLM:
+        """The model without what accelerate and adapters have put around it."""
+        return unwrap_peft_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _check_weights(self) -> None:
         """All processes find the same, whichever holds the part of a weight that is not finite."""

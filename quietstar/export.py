@@ -1,0 +1,52 @@
+"""The command ``quietstar export``: the plain base model, for engines that cannot run thoughts."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from quietstar.models import QuietStarForCausalLM
+from quietstar.models.export import check_new, export_base
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code: 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="quietstar export",
+        description="Write the base model of a Quiet-STaR model as a plain checkpoint of its own family, for vLLM, "
+        "SGLang, llama.cpp and others. The thoughts stay behind: it predicts what the model does with --think never.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a Quiet-STaR checkpoint")
+    parser.add_argument("--base", required=True, metavar="DIR", help="new or empty folder for the base model")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    try:
+        _export(options.model, check_new("--base", options.base))
+    except ValueError as error:
+        print(f"quietstar export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(name: str, folder: Path) -> None:
+    try:
+        model = QuietStarForCausalLM.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {name}: {error}") from error
+    tokenizer = _tokenizer(name)
+    family, dtype = model.config.text_config.model_type, str(model.dtype).removeprefix("torch.")
+    size = export_base(model, tokenizer, folder)
+    print(f"{folder}: the base model, of type {family}, with {size} tokens, in {dtype}")
+    if tokenizer is None:
+        print(f"quietstar export: no tokenizer in {name}, so none was written", file=sys.stderr)
+    print("The thoughts stay behind: it predicts what the model does with --think never.", file=sys.stderr)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,125 @@
+"""The base model alone, as a plain checkpoint of its family, for programs that know nothing of thoughts."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from quietstar.models.checkpoint import END_THOUGHT_TOKEN, START_THOUGHT_TOKEN, contents
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.defaults import CHECKS
+from quietstar.models.family_check import with_parts_of
+from quietstar.models.modeling import ThinkingModel
+
+_CARD = """\
+---
+{metadata}
+---
+
+# The base model of {name}
+
+A plain model of type `{family}`, written by `quietstar export`: it predicts what {name} predicts with `think="never"`. The
+thoughts stayed behind, with the two thought tokens, the mixing head and all that they gain.
+"""
+
+
+def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | PathLike) -> int:
+    """Write the model without thoughts, as ``AutoModelForCausalLM`` and other engines load it, and its tokenizer.
+
+    Its logits are those of the base prediction; thought tokens are in neither vocabulary, where they were added to it.
+
+    Args:
+        model: a :class:`~quietstar.QuietStarForCausalLM`, of no use afterwards: its parts are taken and cut.
+        tokenizer: the model's; None if it has none.
+        folder: new or empty.
+
+    Returns:
+        The number of tokens that the base model has.
+
+    Raises:
+        ValueError: a folder that holds something, a quantised model.
+    """
+    folder = check_new("folder", folder)
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model must not be quantised: other engines read other formats, which they quantise themselves")
+    name, thoughts = model.name_or_path, model.config.thought_token_ids
+    size = base_vocab_size(model.config, tokenizer)
+    base = with_parts_of("model", model)
+    base.resize_token_embeddings(size)
+    base.generation_config = _generation_config(model, [token for token in thoughts if token < size])
+    if hasattr(base.config, "auto_map"):  # names files of the checkpoint that Quiet-STaR started from
+        del base.config.auto_map
+    base.save_pretrained(folder)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder, {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}, size)
+    _write_card(base, name, folder)
+    return size
+
+
+def check_new(name: str, folder: str | PathLike) -> Path:
+    """A folder that is to be written, called ``name`` in the message.
+
+    Raises:
+        ValueError: there is something already.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = f"which holds {contents(path).removeprefix('only ')}" if path.is_dir() else "a file"
+        raise ValueError(f"{name} must be a new or an empty folder, got {path}, {found}")
+    return path
+
+
+def base_vocab_size(config: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """How many tokens the base model had: as many as are known, but no fewer than the tokenizer has beside thoughts."""
+    thoughts = config.thought_token_ids
+    size = config.base_vocab_size
+    if size is None:  # of a folder of version 0.1, or of the authors
+        size = config.vocab_size
+        while size - 1 in thoughts:
+            size -= 1
+    known = {} if tokenizer is None else tokenizer.get_vocab()
+    others = max((token for token in known.values() if token not in thoughts), default=-1) + 1
+    return min(max(size, others), config.vocab_size)
+
+
+def _generation_config(model: ThinkingModel, thought_tokens: list[int]) -> GenerationConfig:
+    """The model's, without what is ours; thought tokens that are still in the vocabulary are never generated."""
+    saved = {name: value for name, value in model.generation_config.to_dict().items() if name not in CHECKS}
+    if thought_tokens:
+        saved["suppress_tokens"] = sorted({*(saved.get("suppress_tokens") or ()), *thought_tokens})
+    return GenerationConfig.from_dict(saved)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, added: set[str], size: int) -> None:
+    """Save a tokenizer without some of its tokens. There is no call that removes one, but files are JSON."""
+    before = set(folder.iterdir())
+    tokenizer.save_pretrained(folder)
+    for file in set(folder.glob("*.json")) - before:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(_without(content, added), indent=2, ensure_ascii=False), encoding="utf-8")
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    if left := sorted(token for token, number in vocabulary.items() if token in added or number >= size):
+        raise ValueError(f"tokenizer must hold the thought tokens where they can be removed, got {', '.join(left)}")
+
+
+def _without(content: Any, tokens: set[str]) -> Any:
+    """JSON without the entries of some tokens: by name, or as objects with their ``content``."""
+
+    def kept(value: Any) -> bool:
+        text = value.get("content") if isinstance(value, dict) else value
+        return not (isinstance(text, str) and text in tokens)
+
+    if isinstance(content, dict):
+        return {key: _without(value, tokens) for key, value in content.items() if key not in tokens and kept(value)}
+    if isinstance(content, list):
+        return [_without(value, tokens) for value in content if kept(value)]
+    return content
+
+
+def _write_card(base: PreTrainedModel, name: str, folder: Path) -> None:
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
+    card = _CARD.format(metadata=metadata.to_yaml(), name=f"`{name}`", family=base.config.model_type)
+    (folder / "README.md").write_text(card, encoding="utf-8")
