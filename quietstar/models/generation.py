@@ -32,6 +32,7 @@ from quietstar.models.transformers_names import (
     CACHE,
     CACHE_NAMES,
     GenerationHooks,
+    keep_own_fields,
     only_cache,
     register,
 )  # fmt: skip
@@ -65,7 +66,7 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
         """As in transformers, with a model card, ``README.md``, unless somebody wrote one."""
-        self.generation_config._from_model_config = False  # which says that fields of our own are to be passed over
+        keep_own_fields(self.generation_config)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():  # else it holds an adapter
             write_card(save_directory, self)

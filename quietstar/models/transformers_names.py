@@ -17,6 +17,7 @@ __all__ = [
     "CACHE_NAMES",
     "GenerationHooks",
     "LeftByQuantisers",
+    "keep_own_fields",
     "only_cache",
     "pad_token_id",
     "register",
@@ -47,6 +48,11 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """The padding token that transformers prepared for a call of ``generate``: without one the end of text."""
     token: Tensor | None = generation_config._pad_token_tensor
     return None if token is None else int(token)
+
+
+def keep_own_fields(generation_config: GenerationConfig) -> None:
+    """Loading passes over fields that transformers does not know if they might come from a model's configuration."""
+    generation_config._from_model_config = False
 
 
 def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
