@@ -21,8 +21,8 @@ _CARD = """\
 
 # The base model of {name}
 
-A plain model of type `{family}`, written by `quietstar export`: it predicts what {name} predicts with `think="never"`. The
-thoughts stayed behind, with the two thought tokens, the mixing head and all that they gain.
+A plain model of type `{family}`, written by `quietstar export`: it predicts what {name} predicts with `think="never"`.
+The thoughts stayed behind, with the two thought tokens, the mixing head and all that they gain.
 """
 
 
@@ -44,7 +44,9 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
     """
     folder = check_new("folder", folder)
     if getattr(model, "is_quantized", False):
-        raise ValueError("model must not be quantised: other engines read other formats, which they quantise themselves")
+        raise ValueError(
+            "model must not be quantised: other engines read other formats, which they quantise themselves"
+        )
     name, thoughts = model.name_or_path, model.config.thought_token_ids
     size = base_vocab_size(model.config, tokenizer)
     base = with_parts_of("model", model)

@@ -6,6 +6,7 @@ streamers either way.
 """
 
 import inspect
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from quietstar.models.transformers_names import (
     CACHE,
     CACHE_NAMES,
     GenerationHooks,
+    UploadsOwnCard,
     keep_own_fields,
     only_cache,
     register,
@@ -49,7 +51,7 @@ _NOT_OF_GENERATE = (
 )  # fmt: skip
 
 
-class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
+class QuietStarForCausalLM(GenerationHooks, UploadsOwnCard, ThinkingModel, GenerationMixin):
     """A decoder with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
 
     Any decoder whose attention goes through transformers' AttentionInterface can think;
@@ -69,7 +71,10 @@ class QuietStarForCausalLM(GenerationHooks, ThinkingModel, GenerationMixin):
         keep_own_fields(self.generation_config)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():  # else it holds an adapter
-            write_card(save_directory, self)
+            self.write_card(save_directory)
+
+    def write_card(self, folder: str | PathLike, tags: Sequence[str] = ()) -> None:
+        write_card(folder, self, tags=list(tags))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:

@@ -1,10 +1,13 @@
 """Everything of transformers that is private, was renamed, or differs between the versions we run on (5.15 to 5.24)."""
 
 import inspect
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,6 +20,7 @@ __all__ = [
     "CACHE_NAMES",
     "GenerationHooks",
     "LeftByQuantisers",
+    "UploadsOwnCard",
     "keep_own_fields",
     "only_cache",
     "pad_token_id",
@@ -31,6 +35,10 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 # 5.15 keeps in the cache of an assistant model what it drafted in vain, and fails some rounds later.
 ASSISTANTS_WORK = not transformers.__version__.startswith("5.15.")
+
+
+# Of the card with nothing in it that transformers writes where a repository has none.
+_TEMPLATE = "This model card has been automatically generated."
 
 
 def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -105,6 +113,21 @@ class GenerationHooks:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if given is None and (made := model_kwargs.get(CACHE)) is not None:
             self.on_new_cache(made)
+
+
+class UploadsOwnCard:
+    """Mixin in front of a transformers model: to the hub goes its own model card, where a repository has none yet."""
+
+    def write_card(self, folder: str | PathLike, tags: list[str]) -> None:
+        """Write ``README.md`` into a folder."""
+        raise NotImplementedError
+
+    def _upload_modified_files(self, working_dir: str | PathLike, *args, **kwargs):
+        path = Path(working_dir) / "README.md"
+        if path.is_file() and _TEMPLATE in (card := path.read_text(encoding="utf-8")):
+            path.unlink()
+            self.write_card(working_dir, ModelCard(card).data.tags or [])
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class LeftByQuantisers:

@@ -1,7 +1,10 @@
 """The model card that is saved beside a model."""
 
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 
 from quietstar.models.card import write_card
 
@@ -69,3 +72,46 @@ def test_more_may_be_said(make_model, tmp_path):
     assert "\n# Thinker\n" in card.text
     assert "\n## Training\n" in card.text
     assert "| steps | 7 |" in card.text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What is uploaded to a hub that has the cards in ``cards``: file -> content."""
+    uploaded, cards = {}, {}
+
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, operations, **_):
+            for operation in operations:
+                with operation.as_file() as file:
+                    uploaded[operation.path_in_repo] = file.read()
+
+    def load(repo_id, **_):
+        if repo_id not in cards:
+            raise EntryNotFoundError("no card")
+        return ModelCard(cards[repo_id])
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", load)
+    return SimpleNamespace(uploaded=uploaded, cards=cards)
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_it_goes_to_the_hub_unless_there_is_one(make_model, tmp_path, hub, way):
+    def push():
+        if way == "push_to_hub":
+            make_model().push_to_hub("me/thinker", tags=["mine"])
+        else:
+            make_model().save_pretrained(tmp_path, push_to_hub=True, repo_id="me/thinker")
+
+    push()
+    assert {"config.json", "modeling_quietstar.py", "README.md"} <= hub.uploaded.keys()
+    assert b"\n## How it thinks\n" in hub.uploaded["README.md"]
+    assert (b"- mine\n" in hub.uploaded["README.md"]) == (way == "push_to_hub")
+    hub.cards["me/thinker"] = "---\nlicense: mit\n---\n# Mine\n"
+    push()
+    assert b"\n# Mine\n" in hub.uploaded["README.md"]
+    assert b"How it thinks" not in hub.uploaded["README.md"]

@@ -32,8 +32,8 @@ def test_the_defaults_are_those_of_before(make_model):
 @pytest.mark.parametrize("place", ["config", "generation_config"])
 def test_a_model_may_say_it_and_a_call_overrides_it(make_model, tmp_path, place):
     model = make_model()
-    setattr(getattr(model, place), "think", "never")
-    setattr(getattr(model, place), "draft_length", 2)
+    getattr(model, place).think = "never"
+    getattr(model, place).draft_length = 2
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     share, drafts = drawn(loaded)
