@@ -16,8 +16,8 @@ from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter, load_merged
+from quietstar.models.defaults import CHECKS
 from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
-from quietstar.models.speculation import Thinking
 
 # Which numbers the flags may have; what else makes no sense, `generate` says.
 INTERVALS = {
@@ -67,11 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thought_temperature", type=float, help="temperature of the thoughts (default: the model's)")
     parser.add_argument(
         "--draft_length", type=number_or("auto", int), metavar="N",
-        help="let the base model draft N tokens and think behind all of them at once: the same text, faster; or auto",
+        help="let the base model draft N tokens and think behind all of them at once: the same text, faster; or auto "
+        "(default: the model's, usually no drafts)",
     )  # fmt: skip
     parser.add_argument(
-        "--think", type=number_or("always never", float), default="always", metavar="WHEN",
-        help="always, never, or a threshold in nats: only where the base prediction has more entropy",
+        "--think", type=number_or("always never", float), metavar="WHEN",
+        help="always, never, or a threshold in nats: only where the base prediction has more entropy "
+        "(default: the model's, usually always)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
@@ -80,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_thinking(options: argparse.Namespace) -> None:
     """``--draft_length`` and ``--think``, as ``generate`` checks them."""
     try:
-        Thinking(options.draft_length, options.think)
+        for name, check in CHECKS.items():
+            if (value := getattr(options, name)) is not None:
+                check(value)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
 
@@ -132,8 +136,8 @@ class Generator(NamedTuple):
         overrides = {} if options.thought_temperature is None else {"thought_temperature": options.thought_temperature}
         tokenizer, model = load_model(options.model, **overrides)
         torch.manual_seed(options.seed)
-        settings = {name: getattr(options, name) for name in ("max_new_tokens", "draft_length", "think")}
-        settings["do_sample"] = options.temperature > 0
+        given = {name: value for name in CHECKS if (value := getattr(options, name)) is not None}
+        settings = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0} | given
         settings["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if options.temperature > 0:
             settings |= {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}

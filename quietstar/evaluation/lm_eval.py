@@ -14,7 +14,7 @@ from quietstar._numbers import SEED
 from quietstar.evaluation.held_out import evaluating
 from quietstar.evaluation.predictions import Think, batches, next_token_logits, padded
 from quietstar.models import QuietStarForCausalLM
-from quietstar.models.speculation import Thinking
+from quietstar.models.defaults import CHECKS, DEFAULT, choose
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class QuietStarLM(HFLM):
     Args:
         pretrained: folder or hub name of a Quiet-STaR checkpoint, or a model.
         think: ``"always"``, ``"never"`` (the base prediction), or a threshold in nats, as for ``generate``; for
-            log-likelihoods too.
+            log-likelihoods too. Default what the model says.
         draft_length: as for ``generate``; it changes no results, only how fast text is generated.
         seed: of the thoughts, at the beginning of every call.
         device: default the GPU where there is one.
@@ -46,21 +46,25 @@ class QuietStarLM(HFLM):
         self,
         pretrained: str | QuietStarForCausalLM,
         *,
-        think: Think = "always",
-        draft_length: int | Literal["auto"] | None = None,
+        think: Think | Literal["default"] = DEFAULT,
+        draft_length: int | Literal["auto", "default"] | None = DEFAULT,
         seed: int = 0,
         device: str | None = None,
         **kwargs: object,
     ):
-        Thinking(draft_length, think)
+        for name, value in (given := {"think": think, "draft_length": draft_length}).items():
+            if value != DEFAULT:
+                CHECKS[name](value)
         SEED.check("seed", seed)
         if not isinstance(pretrained, str | QuietStarForCausalLM):
             raise TypeError(f"pretrained must be a name or a QuietStarForCausalLM, got {type(pretrained).__name__}")
         if kwargs.get("peft"):
             raise ValueError(f"peft must be left out, got {kwargs['peft']}: merge the adapter into the model")
-        self.think, self.draft_length, self.seed = think, draft_length, seed
+        self.seed = seed
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, device=device, **kwargs)
+        sources = self.model.generation_config, self.model.config
+        self.think, self.draft_length = (choose(name, value, *sources) for name, value in given.items())
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         with evaluating(self.model, self.seed):
