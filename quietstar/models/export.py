@@ -14,6 +14,8 @@ from quietstar.models.defaults import CHECKS
 from quietstar.models.family_check import with_parts_of
 from quietstar.models.modeling import ThinkingModel
 
+_THOUGHT_TOKENS = {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}
+
 _CARD = """\
 ---
 {metadata}
@@ -29,7 +31,8 @@ The thoughts stayed behind, with the two thought tokens, the mixing head and all
 def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | PathLike) -> int:
     """Write the model without thoughts, as ``AutoModelForCausalLM`` and other engines load it, and its tokenizer.
 
-    Its logits are those of the base prediction; thought tokens are in neither vocabulary, where they were added to it.
+    Its logits are those of the base prediction. The thought tokens leave both vocabularies if they are the last there;
+    else they are never generated.
 
     Args:
         model: a :class:`~quietstar.QuietStarForCausalLM`, of no use afterwards: its parts are taken and cut.
@@ -56,7 +59,7 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
         del base.config.auto_map
     base.save_pretrained(folder)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, folder, {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}, size)
+        _save_tokenizer(tokenizer, folder)
     _write_card(base, name, folder)
     return size
 
@@ -95,16 +98,24 @@ def _generation_config(model: ThinkingModel, thought_tokens: list[int]) -> Gener
     return GenerationConfig.from_dict(saved)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, added: set[str], size: int) -> None:
-    """Save a tokenizer without some of its tokens. There is no call that removes one, but files are JSON."""
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer without the thought tokens, if they are its last: those behind them would get other numbers.
+
+    No call removes tokens, but the files are JSON.
+    """
+    vocabulary = tokenizer.get_vocab()
+    rest = {text: token for text, token in vocabulary.items() if text not in _THOUGHT_TOKENS}
     before = set(folder.iterdir())
     tokenizer.save_pretrained(folder)
+    if len(rest) == len(vocabulary) or max(rest.values()) > min(vocabulary[text] for text in vocabulary.keys() - rest):
+        return
     for file in set(folder.glob("*.json")) - before:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(_without(content, added), indent=2, ensure_ascii=False), encoding="utf-8")
-    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    if left := sorted(token for token, number in vocabulary.items() if token in added or number >= size):
-        raise ValueError(f"tokenizer must hold the thought tokens where they can be removed, got {', '.join(left)}")
+        content = _without(json.loads(file.read_text(encoding="utf-8")), _THOUGHT_TOKENS)
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != rest:
+        raise ValueError(
+            f"tokenizer must be one that thought tokens can be removed from, got {type(tokenizer).__name__}"
+        )
 
 
 def _without(content: Any, tokens: set[str]) -> Any:
