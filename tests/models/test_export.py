@@ -104,13 +104,15 @@ def test_it_loads_without_quietstar(tmp_path):
     base, ours, out = (tmp_path / name for name in ("base", "ours", "out"))
     think(base, ours, make_base(base))
     assert main(["export", str(ours), "--base", str(out)]) == 0
-    code = f"""
+    code = """
 import sys
 sys.modules["quietstar"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-print(type(AutoModelForCausalLM.from_pretrained({str(out)!r})).__name__, len(AutoTokenizer.from_pretrained({str(out)!r})))
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+print(type(model).__name__, len(tokenizer))
 """
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code, str(out)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["MistralForCausalLM", str(VOCABULARY)]
 
 
