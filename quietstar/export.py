@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quietstar.models import QuietStarForCausalLM
+from quietstar.models.checkpoint import check_tokenizer
 from quietstar.models.export import check_new, export_base
 
 
@@ -33,10 +34,11 @@ def main(arguments: list[str]) -> int:
 
 def _export(name: str, folder: Path) -> None:
     try:
-        model = QuietStarForCausalLM.from_pretrained(name)
+        model, tokenizer = QuietStarForCausalLM.from_pretrained(name), _tokenizer(name)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model.config)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {name}: {error}") from error
-    tokenizer = _tokenizer(name)
     family, dtype = model.config.text_config.model_type, str(model.dtype).removeprefix("torch.")
     size = export_base(model, tokenizer, folder)
     print(f"{folder}: the base model, of type {family}, with {size} tokens, in {dtype}")

@@ -16,6 +16,7 @@ from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter, load_merged
+from quietstar.models.checkpoint import check_tokenizer
 from quietstar.models.defaults import CHECKS
 from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
 
@@ -106,12 +107,14 @@ def load_model(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, Qu
         fields: of the configuration, instead of the saved ones.
 
     Raises:
-        ValueError: no Quiet-STaR checkpoint there, or no tokenizer, or no PEFT to load an adapter with.
+        ValueError: no Quiet-STaR checkpoint there, or no tokenizer, or that of another model, or no PEFT to load an
+            adapter with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         load = load_merged if is_adapter(name) else QuietStarForCausalLM.from_pretrained
         model = load(name, **fields)
+        check_tokenizer(tokenizer, model.config)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"cannot load --model {name}: {error}") from error
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -248,6 +248,23 @@ def contents(folder: Path, most: int = 8) -> str:
     return f"only {', '.join(names[:most])}{more}" if names else "which is empty"
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig) -> None:
+    """Whether a tokenizer may be that of a Quiet-STaR model: it knows fewer tokens, or as many, and the same thoughts.
+
+    Raises:
+        ValueError: it is another model's.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if (most := max(vocabulary.values(), default=-1)) >= config.vocab_size:
+        raise ValueError(
+            f"tokenizer must be that of the model, whose vocabulary has {config.vocab_size} tokens, got one with token "
+            f"{most}"
+        )
+    for text, token in zip((START_THOUGHT_TOKEN, END_THOUGHT_TOKEN), config.thought_token_ids, strict=True):
+        if (found := vocabulary.get(text, token)) != token:
+            raise ValueError(f"tokenizer must be that of the model, where {text} is token {token}, got token {found}")
+
+
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """A tokenizer may know fewer tokens than its model, which are often padded, but no more, save those added to it."""
     if tokenizer.vocab_size > vocab_size:

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter
-from quietstar.models.checkpoint import contents
+from quietstar.models.checkpoint import check_tokenizer, contents
 from quietstar.models.family_check import check_decoder
 from quietstar.training.adapted_model import check_packages, with_adapters
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
@@ -127,7 +127,9 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
     initial_token_ids = _initial_token_ids(model_args.initial_text, tokenizer)
     try:
         if is_ours:
-            return QuietStarForCausalLM.from_pretrained(name, **options), tokenizer
+            model = QuietStarForCausalLM.from_pretrained(name, **options)
+            check_tokenizer(tokenizer, model.config)
+            return model, tokenizer
         model = QuietStarForCausalLM.from_base(name, tokenizer, initial_token_ids=initial_token_ids, **options)
         return model, tokenizer
     except (RuntimeError, SafetensorError) as error:  # a file that ends too early, tensors of other shapes

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import word_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.cli import main
 from quietstar.models.folder import AUTO_MAP
 
 CODE = "modeling_quietstar.py"
@@ -142,3 +144,56 @@ def test_merged_adapters_are_saved_with_it(folder, tmp_path):
     assert type(again.get_base_model()) is QuietStarForCausalLM
     again.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert (tmp_path / "merged" / CODE).is_file()
+
+
+COMMANDS = {
+    "generate": lambda folder, out: ["generate", "--model", folder, "--prompt", "the"],
+    "export": lambda folder, out: ["export", folder, "--base", str(out)],
+    "train": lambda folder, out: [
+        "train",
+        "--model",
+        folder,
+        "--data",
+        str(out.with_suffix(".txt")),
+        "--output_dir",
+        str(out),
+    ],
+}
+
+
+def lose_a_shard(folder):
+    QuietStarForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="3KB")
+    (folder / "model.safetensors").unlink()
+    lost = sorted(folder.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    return lost.name
+
+
+def add_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{i}" for i in range(3)])
+    tokenizer.save_pretrained(folder)
+    return "tokenizer must be that of the model, whose vocabulary has 9 tokens, got one with token 9"
+
+
+def move_thought_tokens(folder):
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|startthought|>", "<|endthought|>"])
+    tokenizer.save_pretrained(folder)
+    config |= {"start_thought_token_id": 8, "end_thought_token_id": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    return r"tokenizer must be that of the model, where <\|startthought\|> is token 8, got token 7"
+
+
+@pytest.mark.parametrize("damage", [lose_a_shard, add_tokens, move_thought_tokens])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_say_what_is_wrong_with_a_folder(folder, tmp_path, capsys, command, damage):
+    (tmp_path / "out.txt").write_text("the cat\n")
+    problem = damage(Path(folder))
+    assert main(COMMANDS[command](folder, tmp_path / "out")) == 2
+    assert re.search(problem, capsys.readouterr().err)
+    if damage is lose_a_shard:
+        for load in (QuietStarForCausalLM, AutoModelForCausalLM):
+            with pytest.raises(OSError, match=problem):
+                load.from_pretrained(folder)
