@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from quietstar.models.checkpoint import END_THOUGHT_TOKEN, START_THOUGHT_TOKEN, contents
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.defaults import CHECKS
-from quietstar.models.family_check import with_parts_of
+from quietstar.models.family_check import family_of
 from quietstar.models.modeling import ThinkingModel
 
 _THOUGHT_TOKENS = {START_THOUGHT_TOKEN, END_THOUGHT_TOKEN}
@@ -52,7 +52,7 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
         )
     name, thoughts = model.name_or_path, model.config.thought_token_ids
     size = base_vocab_size(model.config, tokenizer)
-    base = with_parts_of("model", model)
+    base = family_of(model)
     base.resize_token_embeddings(size)
     base.generation_config = _generation_config(model, [token for token in thoughts if token < size])
     if hasattr(base.config, "auto_map"):  # names files of the checkpoint that Quiet-STaR started from

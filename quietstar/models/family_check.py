@@ -69,8 +69,7 @@ def check_family(name: str, model: ThinkingModel) -> None:
         raise
     except (RuntimeError, ValueError) as error:  # masks that fit nothing, keywords that are not handed on
         raise UnsupportedFamilyError(name, config, str(error)) from error
-    family = _without_weights(config).eval()
-    family.model, family.lm_head = model.model, model.lm_head
+    family = family_of(model).eval()
     with _own_attention(config):
         alone = [
             family(inputs_embeds=torch.cat([text[:, : anchor + 1], thought], dim=1), use_cache=False).logits[0]
@@ -108,6 +107,13 @@ def _step_by_step(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tens
         layout, rows, positions = cache, rows[:, :0], positions[:0]
     steps = torch.stack([states[-len(anchors) :] for states in hidden], dim=1)  # [P, S, H]
     return torch.cat([hidden[0][:_TEXT], steps.flatten(0, 1)])
+
+
+def family_of(model: ThinkingModel) -> PreTrainedModel:
+    """The family's own model, made of the decoder and the head of ``model``; attention stays ours."""
+    family = _without_weights(model.config.text_config)
+    family.model, family.lm_head = model.model, model.lm_head
+    return family
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
