@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import word_model
 
+from quietstar import QuietStarForCausalLM
 from quietstar.cli import main
 
 WORDS = set(word_model.WORDS)
@@ -29,6 +31,16 @@ def test_continues_the_prompt(folder, capsys, options):
     assert len(out.split()) == 7
     assert set(out.split()) <= WORDS
     assert ("drafts accepted" in err) == ("--draft_length" in options)
+
+
+def test_thinks_as_the_model_says_unless_told_otherwise(folder, tmp_path, capsys):
+    quiet = tmp_path / "quiet"
+    shutil.copytree(folder, quiet)
+    QuietStarForCausalLM.from_pretrained(folder, think="never", draft_length=2).save_pretrained(quiet)
+    options = ["--model", str(quiet), "--prompt", "the cat", "--max_new_tokens", "4", "--json"]
+    said = {think: json.loads(run(capsys, *options, *think)[1]) for think in ((), ("--think", "always"))}
+    assert [statistics["thought_share"] for statistics in said.values()] == [0, 1]
+    assert said[()]["acceptance_rate"] == 1  # of the drafts of a model that does not think
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=" ".join)

@@ -139,6 +139,15 @@ def test_generates_until_a_stop(make, tokenizer, think, options):
     assert texts == [text.split(stop)[0] for text in said.values()]
 
 
+def test_thinks_as_the_model_says_unless_told_otherwise(tokenizer):
+    model = character_model.make_model(think="never")
+    model.generation_config.draft_length = 3
+    lm = QuietStarLM(model, tokenizer=tokenizer)
+    assert (lm.think, lm.draft_length) == ("never", 3)
+    told = QuietStarLM(model, tokenizer=tokenizer, think=2.0, draft_length=None)
+    assert (told.think, told.draft_length) == (2.0, None)
+
+
 def test_finds_the_batch_size(make):
     lm = make(batch_size="auto", max_batch_size=4, fields={"max_position_embeddings": 32})
     assert [answer for answer, _ in lm.loglikelihood(requests(*PAIRS[:2]))] == pytest.approx(

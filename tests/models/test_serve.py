@@ -15,7 +15,7 @@ import word_model
 
 from quietstar import QuietStarForCausalLM
 
-for package in ("fastapi", "uvicorn", "openai", "rich"):
+for package in ("fastapi", "uvicorn", "openai", "rich", "transformers.cli.transformers"):  # with what each imports
     pytest.importorskip(package)
 pytestmark = pytest.mark.slow
 
