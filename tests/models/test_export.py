@@ -148,6 +148,24 @@ def test_how_many_tokens_the_base_had(tmp_path, known, tokens, size):
         assert plain.generation_config.suppress_tokens is None
 
 
+def test_files_that_only_the_first_checkpoint_had_are_not_named(tmp_path):
+    base, ours, out = (tmp_path / name for name in ("base", "ours", "out"))
+    tokenizer = make_base(base)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_mistral.MistralConfig"}
+    (base / "config.json").write_text(json.dumps(config))
+    think(base, ours, tokenizer)
+    assert main(["export", str(ours), "--base", str(out)]) == 0
+    assert "auto_map" not in contents(out)["config.json"]
+
+
+def test_a_quantised_model_is_refused(make_model, tmp_path):
+    model = make_model()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="model must not be quantised"):
+        export_base(model, None, tmp_path / "out")
+
+
 def test_what_is_there_is_not_overwritten(tmp_path, capsys):
     base, ours = tmp_path / "base", tmp_path / "ours"
     think(base, ours, make_base(base))

@@ -15,7 +15,8 @@ import word_model
 
 from quietstar import QuietStarForCausalLM
 
-for package in ("fastapi", "uvicorn", "openai", "rich", "transformers.cli.transformers"):  # with what each imports
+# The last imports what else it needs.
+for package in ("fastapi", "uvicorn", "openai", "rich", "transformers.cli.transformers"):
     pytest.importorskip(package)
 pytestmark = pytest.mark.slow
 
