@@ -33,11 +33,14 @@ def test_what_it_says(make_model, tmp_path):
     assert "{" not in card.text
 
 
-def test_a_local_base_is_named_but_no_link(make_model, tmp_path):
-    make_model(base_model_name_or_path=str(tmp_path)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["/somewhere/a/base", "looks/like-a-name"])
+def test_a_local_base_is_named_but_no_link(make_model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "looks" / "like-a-name").mkdir(parents=True)
+    make_model(base_model_name_or_path=name).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model is None
-    assert f"`{tmp_path}`" in card.text
+    assert f"`{name}`" in card.text
 
 
 def test_it_follows_the_model_until_somebody_changes_it(make_model, tmp_path):

@@ -129,23 +129,27 @@ def test_thought_tokens_in_the_padding_of_the_vocabulary(tmp_path):
     assert len(AutoTokenizer.from_pretrained(out)) == 29
 
 
-@pytest.mark.parametrize(("known", "tokens", "size"), [(32, 0, 32), (None, 0, 32), (32, 3, 37), (None, 3, 37)], ids=str)
-def test_how_many_tokens_the_base_had(tmp_path, known, tokens, size):
-    """Also where it is not known, and where the user has added tokens behind those of thoughts."""
+@pytest.mark.parametrize(
+    ("known", "tokens", "rows", "size"),
+    [(32, 0, 34, 32), (None, 0, 34, 32), (32, 3, 37, 37), (None, 3, 37, 37), (32, 0, 64, 32), (None, 0, 64, 64)],
+)
+def test_how_many_tokens_the_base_had(tmp_path, known, tokens, rows, size):
+    """Also where it is not known, and where the user has added tokens or padding behind those of thoughts."""
     base, ours, out = (tmp_path / name for name in ("base", "ours", "out"))
     model = think(base, ours, tokenizer := make_base(base), base_vocab_size=known)
     tokenizer.add_tokens([f"new{i}" for i in range(tokens)])
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(rows)
+    model.generation_config.think = "never"
     assert export_base(model, tokenizer, out) == size
     plain = AutoModelForCausalLM.from_pretrained(out)
     assert plain.get_input_embeddings().num_embeddings == size
     words = AutoTokenizer.from_pretrained(out).get_vocab()
     if tokens:  # which would get other numbers without thought tokens in front of them
         assert words == tokenizer.get_vocab()
-        assert plain.generation_config.suppress_tokens == [32, 33]
     else:
         assert words == {text: i for text, i in tokenizer.get_vocab().items() if "thought" not in text}
-        assert plain.generation_config.suppress_tokens is None
+    assert plain.generation_config.suppress_tokens == ([32, 33] if size > 32 else None)
+    assert not hasattr(plain.generation_config, "think")
 
 
 def test_files_that_only_the_first_checkpoint_had_are_not_named(tmp_path):
