@@ -110,7 +110,9 @@ def from_base(
         )
 
     thought_tokens = {"start_thought_token_id": start_token, "end_thought_token_id": end_token}
-    origin = {"base_model_name_or_path": str(name_or_path), "base_vocab_size": base.vocab_size}
+    is_folder = Path(name_or_path).is_dir()  # whose relative name might elsewhere be one of the hub's
+    name = str(Path(name_or_path).resolve() if is_folder else name_or_path)
+    origin = {"base_model_name_or_path": name, "base_vocab_size": base.vocab_size}
     config = QuietStarConfig(text_config=base, **(origin | thought_tokens | own))
     with_info = kwargs.pop("output_loading_info", False)
     with _expected_warnings():

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.card import write_card
 from quietstar.models.documents import text_labels, token_starts
+from quietstar.models.folder import write_code
 from quietstar.training.card import training_table
 from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.difficulty import GainByDifficulty
@@ -175,6 +176,8 @@ class QuietStarTrainer(Trainer):
             write_card(folder, self._plain_model(), training_table(self))
             if _internal_call:  # a checkpoint
                 self._gains.save(folder)
+                if self.args.push_to_hub:  # of which the Trainer copies weights and configuration there
+                    write_code(self.args.output_dir)
 
     def create_model_card(
         self,

@@ -42,6 +42,7 @@ def test_from_base(base):
     model = QuietStarForCausalLM.from_base(folder, tokenizer=tokenizer, thought_length=5)
     assert model.config.thought_token_ids == (30, 31)
     assert tokenizer.convert_tokens_to_ids(["<|startthought|>", "<|endthought|>"]) == [30, 31]
+    assert (model.config.base_model_name_or_path, model.config.base_vocab_size) == (str(folder.resolve()), 30)
     assert (model.config.thought_length, model.config.vocab_size) == (5, 32)
     assert not model.mixing_head[-1].weight.any()
     for embedding in (model.start_embedding(), model.end_embedding()):

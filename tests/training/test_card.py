@@ -59,6 +59,17 @@ def test_a_card_of_the_users_is_left_alone(make_model, make_trainer):
     assert card.read_text() == "# Mine\n"
 
 
+def test_what_is_pushed_while_training_loads(make_model, make_trainer, monkeypatch):
+    trainer = make_trainer(make_model(), max_steps=2, save_steps=1)
+    trainer.args.push_to_hub = True
+    pushed = []
+    monkeypatch.setattr(
+        trainer, "_push_from_checkpoint", lambda _: pushed.append((Path(trainer.args.output_dir) / CODE).is_file())
+    )
+    trainer.train()
+    assert pushed == [True, True]
+
+
 def test_adapters_keep_the_card_of_peft(make_model, make_trainer):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
