@@ -45,14 +45,12 @@ class MixingHead(nn.Sequential):
             base_index: int [...] into L: the base state each thought state is mixed with.
         """
         first, *others = self
-        if is_plain(first):
+        if base_index is not None and is_plain(first):
             # It is linear in the concatenation: each base state is projected once for all its thoughts.
             base_weight, thought_weight = first.weight.chunk(2, dim=1)
-            projected = nn.functional.linear(base_hidden, base_weight)
-            if base_index is not None:
-                projected = projected[:, base_index]
+            projected = nn.functional.linear(base_hidden, base_weight)[:, base_index]
             hidden = nn.functional.linear(thought_hidden, thought_weight, first.bias) + projected
-        else:  # an adapter or a quantiser has put another module in its place
+        else:  # as many base states, or an adapter or a quantiser has put another module in its place
             base_hidden = base_hidden if base_index is None else base_hidden[:, base_index]
             hidden = first(torch.cat([base_hidden.expand_as(thought_hidden), thought_hidden], dim=-1))
         for layer in others:

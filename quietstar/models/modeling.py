@@ -70,6 +70,14 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             self.config, decoder, self.lm_head, self.start_embedding, self.end_embedding, self.mixing_head
         )  # fmt: skip
 
+    def _predictor_of(self, states: ThoughtStates | None) -> Predictor:
+        """The same for all tokens of a call of ``generate``."""
+        if states is None or torch.compiler.is_compiling():
+            return self.predictor()
+        if states.parts is None:
+            states.parts = self.predictor()
+        return states.parts
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -133,7 +141,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         if labels is None:
             checkpointing = getattr(self.model, "gradient_checkpointing", False)
             recomputed = checkpointing and self.training and torch.is_grad_enabled()
-            output = self.predictor().predict(
+            output = self._predictor_of(thought_states).predict(
                 text, cache, use_cache, logits_to_keep, thought_tokens, suppress_thought_tokens, thought_states,
                 collect, recomputed,
             )  # fmt: skip

@@ -114,7 +114,6 @@ class TextCache:
     def extend(self, rows: TextRows, end: int) -> "TextCache":
         """Prepare a pass over ``rows``; ``end``, a host copy of their largest column + 1: no later key is read."""
         self.rows, self.end = rows, end
-        self._row = torch.arange(len(rows.columns), device=rows.columns.device)[:, None]
         return self
 
     def first(self, _layer: int) -> int:
@@ -136,8 +135,12 @@ class TextCache:
             self.keys[layer], self.values[layer] = (
                 new.new_zeros(*new.shape[:2], self.capacity, new.shape[3]) for new in (key, value)
             )
-        self.keys[layer][self._row, :, self.rows.columns] = key.transpose(1, 2)
-        self.values[layer][self._row, :, self.rows.columns] = value.transpose(1, 2)
+        for states, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if self.rows.together:
+                states[:, :, self.end - new.shape[2] : self.end] = new
+            else:
+                row = torch.arange(len(new), device=new.device)[:, None]
+                states[row, :, self.rows.columns] = new.transpose(1, 2)
         return self.seen(layer)
 
     def seen(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Rows of thoughts: steps behind anchors of a base pass, by themselves, beside that pass, or all in one sequence."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ _TEXT_KEYS = 256  # the most keys of thoughts that ``generate`` attends to as if
 
 
 class ThoughtStates:
-    """What one thought leaves to the next in ``generate``: room for keys and values, masks, and where the texts begin.
+    """What one thought leaves to the next in ``generate``: room for keys and values, masks, where the texts begin.
 
     The room is allocated at the first thought and reused by all that follow.
 
@@ -24,6 +26,7 @@ class ThoughtStates:
     def __init__(self, max_anchors: int = 1) -> None:
         self.max_anchors = max_anchors
         self.masks: dict[tuple, Tensor] = {}  # of ``ThoughtsAsText``
+        self.parts: Any = None  # of the model, which are the same for all thoughts
         self._room: dict[int, tuple[Tensor, Tensor]] = {}
         self._first_key: tuple[Tensor | None] | None = None
 
