@@ -7,7 +7,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from quietstar._packages import require
-from quietstar.models.modeling import QuietStarForCausalLM
+from quietstar.models.generation import QuietStarForCausalLM
 
 BASE_FOLDER = "base_model"  # beside an adapter, where ``quietstar train`` leaves the model that it is for
 

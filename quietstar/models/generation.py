@@ -25,6 +25,7 @@ from quietstar.models.decoding import decode
 from quietstar.models.defaults import DEFAULT, Think, choose
 from quietstar.models.layouts import ThoughtStates
 from quietstar.models.modeling import ThinkingModel
+from quietstar.models.other_trainers import RefusesOtherTrainers
 from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer
 from quietstar.models.speculation import Thinking
 from quietstar.models.text import check_tokens
@@ -51,7 +52,7 @@ _NOT_OF_GENERATE = (
 )  # fmt: skip
 
 
-class QuietStarForCausalLM(GenerationHooks, UploadsOwnCard, ThinkingModel, GenerationMixin):
+class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard, ThinkingModel, GenerationMixin):
     """A decoder with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
 
     Any decoder whose attention goes through transformers' AttentionInterface can think;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from quietstar.models.other_trainers import check_thinks
 from quietstar.models.transformers_names import sdpa_attention_forward, sdpa_mask
 from quietstar.ops import thought_attention
 
@@ -87,7 +88,8 @@ def quietstar_attention(
     Without ``thoughts`` it is ordinary attention.
 
     Raises:
-        ValueError: the layer asks for what would be silently left out, or did not hand on the layout of the pass.
+        ValueError: the layer asks for what would be silently left out, or did not hand on the layout of the pass; it is
+            trained without one.
     """
     unknown = [name for name, value in options.items() if value is not None and name not in _SAYS_NOTHING]
     unknown += ["dropout"] * bool(dropout) + ["is_causal=False"] * (is_causal is False)
@@ -98,6 +100,7 @@ def quietstar_attention(
         return thoughts.attend(layer, query, key, value), None
     if attention_mask is not None and attention_mask.numel() == 0:  # of a pass that has a layout
         raise ValueError(f"layers around {type(module).__name__} must hand on keyword arguments to think, got none")
+    check_thinks(module, query)
     return layer.attend(query, key, value, attention_mask), None
 
 
