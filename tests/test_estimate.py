@@ -255,7 +255,7 @@ def test_gpus_share_what_is_sharded():
     """Weights, gradients and states at the peak of a step whose activations are nothing beside them."""
     alone = training_step(SMALL | {"num_hidden_layers": 40}, 1, 8, optimizer="adamw", checkpointing=True)
     held = {}
-    for sharding in ("ddp", "zero2", "fsdp2"):
+    for sharding in ("ddp", "zero2", "zero3", "fsdp2"):
         step = replace(alone, gpus=8, sharding=sharding)
         held[sharding] = step_memory(step).peaks["update"]
         assert step_memory(replace(step, gpus=1)).peaks == step_memory(alone).peaks
@@ -265,7 +265,10 @@ def test_gpus_share_what_is_sharded():
     assert held["ddp"].items() >= whole.items()
     assert held["zero2"]["weights"] == parameters
     assert held["zero2"]["gradients"] == held["fsdp2"]["gradients"] == held["fsdp2"]["weights"] == share
+    assert held["zero3"] == held["fsdp2"]
     assert held["fsdp2"]["optimizer states"] == 2 * share.expected
+    half = replace(alone, dtype=torch.bfloat16, gpus=8, sharding="zero2")
+    assert half.states == pytest.approx(3 * 4 * alone.parameters / 8, rel=1e-3)  # with a copy of the weights in float32
 
 
 def test_prediction_is_consistent():

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="that train together; everything printed is of one of them")
     parser.add_argument(
         "--sharding", choices=SHARDINGS, default="ddp",
-        help="how they share the model: nothing, gradients and optimizer states, or weights too; ZeRO-3 is as fsdp2 "
+        help="how they share the model: nothing (ddp), gradients and optimizer states (zero2), or weights too "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, FLOPs and seconds")

@@ -112,11 +112,11 @@ class _Walk:
     def hold_for_others(self) -> None:
         """What several GPUs need to work together.
 
-        DDP copies gradients into buckets; ZeRO-2 has two buckets; FSDP gathers the layer at work and the next one, and
-        keeps whole, from the first to the last use in a step, what is in no layer.
+        DDP copies gradients into buckets; ZeRO-2 has two buckets; where weights are in parts, the layer at work and the
+        next one are gathered, and what is in no layer is whole from the first to the last use in a step.
         """
         step = self.step
-        self.layers_at_work = 2 * step.layer_parameters if step.gpus > 1 and step.sharding == "fsdp2" else 0
+        self.layers_at_work = 0
         if step.gpus == 1:
             return
         if step.sharding == "ddp":
@@ -124,6 +124,7 @@ class _Walk:
         elif step.sharding == "zero2":
             self.memory.hold(BUCKETS, 2 * min(_ZERO_BUCKET, step.parameters) * step.element)
         else:
+            self.layers_at_work = 2 * step.layer_parameters
             self.memory.hold(GATHERED, (step.other_parameters + self.layers_at_work) * step.element)
 
     # Sampling, without gradients.
@@ -309,7 +310,7 @@ class _Walk:
             memory.moment("backward of the layers", self.attention_backward_temporary())
             memory.hold(KEPT, mlp + _kept_by_norm(step) - kept - (self.kept_by_layer if step.checkpointing else 0))
             memory.hold(GRADIENTS, step.share("gradients", step.layer_parameters) * step.element)
-            # FSDP: a layer's whole gradient, and that of the one before on its way.
+            # A layer's whole gradient, and that of the one before on its way.
             memory.moment("backward of the layers", step.tree_rows * self.row + self.layers_at_work * step.element)
 
     def norm_backward_temporary(self) -> int:

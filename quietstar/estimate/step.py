@@ -23,6 +23,7 @@ OPTIMIZERS: dict[str, tuple[int, torch.dtype | None]] = {
 SHARDINGS: dict[str, frozenset[str]] = {
     "ddp": frozenset(),
     "zero2": frozenset({"gradients", "states"}),
+    "zero3": frozenset({"gradients", "states", "weights"}),
     "fsdp2": frozenset({"gradients", "states", "weights"}),
 }
 
@@ -43,7 +44,8 @@ class TrainingStep:
         helpful: share of thoughts with a positive advantage. Only these have a policy term, and a CPU computes no
             logits for the others. ½ is what chance gives.
         gpus: how many train together.
-        sharding: a key of ``SHARDINGS``. DeepSpeed's ZeRO-3 is as FSDP2.
+        sharding: a key of ``SHARDINGS``. DeepSpeed (ZeRO-2 and ZeRO-3) keeps optimizer states in float32, and beside
+            them a copy of weights that are not.
 
     Raises:
         ValueError: a size that no step can have, named.
@@ -98,7 +100,10 @@ class TrainingStep:
     def states(self) -> int:
         """Bytes that the optimizer keeps, for the weights that are this GPU's."""
         numbers, dtype = OPTIMIZERS[self.optimizer]
-        return self.share("states", self.parameters) * numbers * (dtype or self.dtype).itemsize
+        size = (dtype or self.dtype).itemsize
+        if self.gpus > 1 and self.sharding in ("zero2", "zero3") and self.optimizer != "none":
+            numbers, size = numbers + (self.element < self.wide), self.wide
+        return self.share("states", self.parameters) * numbers * size
 
     def share(self, of: str, elements: int) -> int:
         """How many of the ``elements`` of weights, gradients or states one GPU holds."""
