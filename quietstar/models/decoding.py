@@ -13,10 +13,7 @@ from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, t
 from quietstar.models.speculation import DraftLength, Thinking, verify
 from quietstar.models.text_rules import TextRules
 from quietstar.models.thoughts import Thinker
-from quietstar.models.transformers_names import CACHE_NAMES, pad_token_id
-
-# What transformers prepares for its own loops, and this one has no use for.
-_PREPARED = {"use_cache", "logits_to_keep", "tokenizer", *CACHE_NAMES}
+from quietstar.models.transformers_names import pad_token_id
 
 
 def decode(
@@ -38,15 +35,7 @@ def decode(
     Raises:
         ValueError: something this loop does not do is asked for.
     """
-    refused = {
-        name: getattr(generation_config, name)
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    }
-    refused |= {"guidance_scale": generation_config.guidance_scale not in (None, 1), "synced_gpus": synced_gpus}
-    refused |= {name: value is not None for name, value in others.items() if name not in _PREPARED}
-    if any(refused.values()):
-        names = ", ".join(name for name, value in refused.items() if value)
-        raise ValueError(f"{names} must be left out with {thinking.options}")
+    thinking.refuse_others(generation_config, synced_gpus=synced_gpus, **others)
     if isinstance(streamer, ThoughtStreamer) and len(input_ids) > 1:
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
     with torch.inference_mode():  # calls cost less in it
