@@ -158,6 +158,12 @@ def test_left_padding_changes_nothing(model, text, thoughts):
     torch.testing.assert_close(behind.talk_nll[:, :, 3:], output.talk_nll, atol=1e-4, rtol=1e-4)
 
 
+def test_thoughts_begin_with_embeddings_of_the_base(base, model):
+    expected = base[1].get_input_embeddings()(torch.tensor([5, 9])).mean(dim=0)  # some families scale them
+    torch.testing.assert_close(model.start_embedding(), expected)
+    torch.testing.assert_close(model.end_embedding(), expected)
+
+
 def test_without_thoughts_it_is_the_base_model(base, model, text):
     assert torch.equal(greedy(model, text, think="never"), greedy(base[1], text))
 
