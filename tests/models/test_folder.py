@@ -150,15 +150,10 @@ COMMANDS = {
     "generate": lambda folder, out: ["generate", "--model", folder, "--prompt", "the"],
     "export": lambda folder, out: ["export", folder, "--base", str(out)],
     "train": lambda folder, out: [
-        "train",
-        "--model",
-        folder,
-        "--data",
-        str(out.with_suffix(".txt")),
-        "--output_dir",
-        str(out),
+        "train", "--model", folder, "--data", str(out.with_suffix(".txt")), "--held_out_fraction", "0",
+        "--output_dir", str(out),
     ],
-}
+}  # fmt: skip
 
 
 def lose_a_shard(folder):
