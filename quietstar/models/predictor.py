@@ -1,7 +1,6 @@
 """Passes over a text and the thoughts behind it: what is thought, what is predicted, what is learned from."""
 
 from contextlib import nullcontext
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +42,14 @@ class Predictor:
         self.config, self.decoder, self.lm_head, self.mixing_head = config, decoder, lm_head, mixing_head
         self.start, self.end = start_embedding(), end_embedding()
         self.head = Head.of(lm_head, config.text_config, self.start.dtype)
+        self._thought_token_ids: tuple[int, int] | None = None
 
-    @cached_property
+    @property
     def thought_token_ids(self) -> tuple[int, int]:
         """As of the configuration, which checks them every time."""
-        return self.config.thought_token_ids
+        if self._thought_token_ids is None:  # no cached_property: Dynamo knows no locks
+            self._thought_token_ids = self.config.thought_token_ids
+        return self._thought_token_ids
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H]."""

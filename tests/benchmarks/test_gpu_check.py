@@ -131,10 +131,11 @@ def test_key_benchmarks_exist(tmp_path):
     [step] = gpu_check.benchmarks(tmp_path, 10.0)
     collect = "import torch; torch.cuda.is_available = lambda: True; import pytest; raise SystemExit(pytest.main())"
     options = [*step.command[step.command.index("pytest") + 1 :], "--collect-only"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     collected = subprocess.run(
         [sys.executable, "-c", collect, *options],
         cwd=gpu_check.ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (gpu_check.ROOT, gpu_check.ROOT / "benchmarks")))},
+        env=outside | {"PYTHONPATH": os.pathsep.join(map(str, (gpu_check.ROOT, gpu_check.ROOT / "benchmarks")))},
         capture_output=True,
         text=True,
     )
