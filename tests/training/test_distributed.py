@@ -12,7 +12,9 @@ from transformers import TrainingArguments
 from two_processes import new_model, texts
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.training import NonFiniteError
 from quietstar.training.data import collate_windows
+from quietstar.training.trainer import part_here
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
@@ -97,6 +99,11 @@ def train(rank, way, folder, port, resume):
     trainer.save_model(folder / "model")
     if rank == 0:
         (folder / "logged.json").write_text(json.dumps(values(trainer)))
+    if rank == 1:  # of its part of a weight, all processes are to know
+        with torch.no_grad():
+            part_here(trainer.model.lm_head.weight).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"lm_head\.weight is not finite after step 4"):
+        trainer.save_model(folder / "poisoned")
     dist.destroy_process_group()
 
 
