@@ -202,7 +202,7 @@ class QuietStarTrainer(Trainer):
 
     def _check_weights(self) -> None:
         """All processes find the same, whichever holds the part of a weight that is not finite."""
-        parts = {name: part_here(parameter) for name, parameter in self.model.named_parameters()}
+        parts = {name: _part_here(parameter) for name, parameter in self.model.named_parameters()}
         bad = torch.stack([~part.isfinite().all() for part in parts.values()]).to(self.args.device, torch.int32)
         for name, count in zip(parts, self.accelerator.reduce(bad, reduction="sum").tolist(), strict=True):
             if count:
@@ -310,7 +310,7 @@ def _keep_trainable(model: QuietStarForCausalLM) -> None:
                 )
 
 
-def part_here(parameter: Tensor) -> Tensor:
+def _part_here(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, or its part where FSDP or DeepSpeed has sharded it."""
     parameter = getattr(parameter, "ds_tensor", parameter)
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
