@@ -1,4 +1,8 @@
-"""For tests of training on two processes: a model of which thoughts are the same in any batch."""
+"""For tests on two processes: starting them, and a model of which thoughts are the same in any batch."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -6,6 +10,16 @@ from torch import nn
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 
 VOCABULARY = 40
+ROOT = str(Path(__file__).parents[1])
+
+
+def run_on_two(function: Callable, *arguments: object) -> None:
+    """Call ``function(rank, *arguments)`` of a test's module in two new processes."""
+    sys.path.append(ROOT)  # they take it over, and find `tests` there; pytest imports tests by their files
+    try:
+        torch.multiprocessing.spawn(function, arguments, nprocs=2)
+    finally:
+        sys.path.remove(ROOT)
 
 
 def new_model() -> QuietStarForCausalLM:

@@ -69,7 +69,9 @@ class Thinker:
     def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""
         anchors, device = self.cache.anchors.shape, self.cache.anchors.device
-        seeds = torch.randint(2**62, (self.thought_length,), device=device, generator=generator)
+        # generator=None is left out: with it, torch.compile has no randint of a symbolic length.
+        options = {} if generator is None else {"generator": generator}
+        seeds = torch.randint(2**62, (self.thought_length,), device=device, **options)
         tokens: list[Tensor] = []
         for j in range(self.thought_length):
             if self.cache.steps == j:

@@ -1,6 +1,7 @@
 """``quietstar export``: the base model alone, as its family's own class saves it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -112,7 +113,8 @@ model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForC
 print(type(model).__name__, len(tokenizer))
 """
     command = [sys.executable, "-c", code, str(out)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # or PyTorch imports quietstar's plugin
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert printed.split() == ["MistralForCausalLM", str(VOCABULARY)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from two_processes import new_model, texts
+from two_processes import new_model, run_on_two, texts
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
@@ -95,4 +95,4 @@ def run(rank, file):
 
 def test_two_processes_learn_what_one_does():
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (f"{folder}/meeting",), nprocs=2)
+        run_on_two(run, f"{folder}/meeting")

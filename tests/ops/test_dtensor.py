@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from two_processes import run_on_two
 
 from quietstar.ops import linear_cross_entropy, linear_sample, mix_logits, mixed_linear_cross_entropy
 
@@ -95,4 +96,4 @@ def run(rank, file):
 @pytest.mark.slow
 def test_two_processes_have_what_one_has():
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (f"{folder}/meeting",), nprocs=2)
+        run_on_two(run, f"{folder}/meeting")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
-from two_processes import new_model, texts
+from two_processes import new_model, run_on_two, texts
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
 from quietstar.training import NonFiniteError
@@ -116,7 +116,7 @@ def train_on_two(way, folder, resume=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train, (way, folder, port, resume), nprocs=2)
+    run_on_two(train, way, folder, port, resume)
     return json.loads((folder / "logged.json").read_text())
 
 
