@@ -13,6 +13,12 @@ from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.controls import random_thoughts, shuffle_thoughts
 
+# Fields of the configuration for a pass that thinks behind every token, and asks for no teacher.
+_EVERYWHERE = {
+    "lookahead": 1, "anchors_per_text": None, "anchor_choice": "random", "baseline": "self", "kl_weight": 0.0,
+    "clip_ratio": None,
+}  # fmt: skip
+
 Thoughts = Literal["own", "shuffled", "random"] | Tensor | None
 
 
@@ -128,7 +134,7 @@ def check_windows(windows: Tensor, thoughts: Thoughts = None, thought_length: in
 def evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> Iterator[None]:
     """Evaluation mode, seeded, looking one token ahead, with other fields of the configuration; all of it undone."""
     config, device, was_training = model.config, model.device, model.training
-    fields = {"lookahead": 1} | {name: value for name, value in fields.items() if value is not None}
+    fields = _EVERYWHERE | {name: value for name, value in fields.items() if value is not None}
     before = {name: getattr(config, name) for name in fields}
     model.eval()
     try:

@@ -200,9 +200,13 @@ def _check_loaded(
 ) -> None:
     """Every tensor is there but those whose names begin with ``may_lack``, and ops can read what they read."""
     lacking = sorted(key for key in info["missing_keys"] if not key.startswith(may_lack))
+    head = {key for key in model.state_dict() if key.startswith("mixing_head.")}
+    if head and head <= set(lacking):
+        raise ValueError(f"prediction must be 'thought' for {name}, which has no mixing_head, got 'mixed'")
     if lacking:
         raise ValueError(f"{argument} must hold every tensor of the model; {name} lacks {', '.join(lacking)}")
-    for layer_name in ("lm_head", "mixing_head.0"):  # their weights are read, not the layers called
+    read = ("lm_head", "mixing_head.0") if model.config.prediction == "mixed" else ("lm_head",)
+    for layer_name in read:  # their weights are read, not the layers called
         layer = model.get_submodule(layer_name)
         kinds = type(layer), type(getattr(layer, "weight", None))
         if getattr(model, "is_quantized", False) and kinds != (nn.Linear, nn.Parameter):

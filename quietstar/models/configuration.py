@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, MistralConfig, PreTrainedConfig
 
-from quietstar._numbers import Interval
+from quietstar._numbers import Interval, check_numbers
 from quietstar.models import folder
 from quietstar.models.defaults import CHECKS, Think, check_defaults
 
@@ -19,8 +19,26 @@ INTERVALS = {
     "policy_temperature": Interval(float, "(0, inf)"),
     "policy_weight": Interval(float, "[0, inf)"),
     "base_loss_weight": Interval(float, "[0, 1]"),
+    "teacher_decay": Interval(float, "[0, 1]"),
+    "policy_updates": Interval(int, "[1, inf)"),
+    "entropy_weight": Interval(float, "[0, inf)"),
+    "kl_weight": Interval(float, "[0, inf)"),
     "embedding_scale": Interval(float, "(0, inf)"),
 }
+# Of those that may be None too.
+OPTIONAL_INTERVALS = {
+    "talk_loss_weight": Interval(float, "[0, inf)"),
+    "clip_ratio": Interval(float, "(0, inf)"),
+    "anchors_per_text": Interval(int, "[1, inf)"),
+}
+CHOICES = {
+    "prediction": ("mixed", "thought"),
+    "baseline": ("self", "teacher", "none"),
+    "reward": ("log_likelihood", "likelihood", "log_mean"),
+    "advantage": ("mean", "leave_one_out", "none"),
+    "anchor_choice": ("random", "entropy", "given"),
+}
+SWITCHES = ("advantage_clamp", "normalize_advantage", "learned_thought_end")
 
 # What a Mistral's configuration may say, in the names of today and of older files.
 _OF_MISTRAL = MistralConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys() | {
@@ -43,7 +61,29 @@ class QuietStarConfig(PreTrainedConfig):
         thought_temperature: temperature at which thoughts are sampled; 0 is greedy.
         policy_temperature: temperature of the log-probabilities in the policy term.
         policy_weight: factor of the policy term in the loss.
-        base_loss_weight: factor of the loss of the prediction without a thought; the rest goes to the one with.
+        base_loss_weight: factor of the loss of the prediction without a thought.
+        talk_loss_weight: factor of that of the prediction after a thought; default what is left of 1.
+        prediction: which prediction after a thought is trained, rewarded and used: ``"mixed"``, with the one without by
+            a learned weight, or ``"thought"``, alone: the model then has no mixing head.
+        baseline: what a thought is rewarded against: the prediction without one of the model (``"self"``) or of a
+            teacher, or nothing (``"none"``).
+        teacher_decay: of the teacher, which the trainer keeps as a moving average of the model; 1 is frozen.
+        reward: what is to grow: the log-likelihood of the text after a thought, its ``"likelihood"`` (VeriFree,
+            arXiv 2505.21493), or ``"log_mean"``, the logarithm of its mean over the N thoughts of a position (JEPO,
+            arXiv 2503.19618).
+        advantage: the reward minus its mean over the N thoughts, minus the mean of the others (``"leave_one_out"``), or
+            as it is (``"none"``).
+        advantage_clamp: negative advantages count as 0.
+        normalize_advantage: divide advantages by their standard deviation over the rewarded thoughts of a pass.
+        clip_ratio: ε of PPO's clipping (arXiv 1707.06347), for several updates on the same thoughts.
+        policy_updates: so many.
+        entropy_weight: bonus for the entropy of what a thought token is drawn from, in nats.
+        kl_weight: what each nat costs by which a thought is likelier to the model than to the teacher.
+        anchors_per_text: how many positions of a text think in training; default all.
+        anchor_choice: which: ``"random"`` ones, those where the prediction without a thought has the most
+            ``"entropy"``, or those ``"given"`` with the batch as ``anchors``.
+        learned_thought_end: a thought may end before it has k tokens: from its second token on the end token may be
+            drawn.
         embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
         start_thought_token_id, end_thought_token_id: vocabulary ids of the two thought tokens. The model never
             produces them: neither inside a thought nor in generated text.
@@ -63,6 +103,21 @@ class QuietStarConfig(PreTrainedConfig):
     policy_temperature: float = 3.0
     policy_weight: float = 1e6
     base_loss_weight: float = 0.5
+    talk_loss_weight: float | None = None
+    prediction: Literal["mixed", "thought"] = "mixed"
+    baseline: Literal["self", "teacher", "none"] = "self"
+    teacher_decay: float = 0.999
+    reward: Literal["log_likelihood", "likelihood", "log_mean"] = "log_likelihood"
+    advantage: Literal["mean", "leave_one_out", "none"] = "mean"
+    advantage_clamp: bool = True
+    normalize_advantage: bool = False
+    clip_ratio: float | None = None
+    policy_updates: int = 1
+    entropy_weight: float = 0.0
+    kl_weight: float = 0.0
+    anchors_per_text: int | None = None
+    anchor_choice: Literal["random", "entropy", "given"] = "random"
+    learned_thought_end: bool = False
     embedding_scale: float = 100.0
     start_thought_token_id: int | None = None
     end_thought_token_id: int | None = None
@@ -107,10 +162,18 @@ class QuietStarConfig(PreTrainedConfig):
         """Look at the fields again: whoever sets them later, as ``AutoConfig.from_pretrained`` does, goes unchecked.
 
         Raises:
-            TypeError, ValueError: a field of another type or out of range, named.
+            TypeError, ValueError: a field of another type or out of range, named; fields that contradict each other.
         """
         for name, interval in INTERVALS.items():
             interval.check(name, getattr(self, name))
+        check_numbers(OPTIONAL_INTERVALS, {name: getattr(self, name) for name in OPTIONAL_INTERVALS})
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        for name in SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        self._check_together()
         check_defaults(self)
         for name in ("start_thought_token_id", "end_thought_token_id"):
             token = getattr(self, name)
@@ -118,6 +181,23 @@ class QuietStarConfig(PreTrainedConfig):
                 raise TypeError(f"{name} must be a token id or None, got {token!r}")
         if dropout := getattr(self.text_config, "attention_dropout", None):
             raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {dropout}")
+
+    def _check_together(self) -> None:
+        """Fields that are right alone may contradict each other."""
+        contradictions = (
+            ("advantage", self.advantage == "leave_one_out", "num_thoughts", self.num_thoughts == 1, "at least 2"),
+            ("reward", self.reward == "log_mean", "num_thoughts", self.num_thoughts == 1, "at least 2"),
+            ("reward", self.reward == "log_mean", "advantage", self.advantage == "mean", "'leave_one_out' or 'none'"),
+            ("policy_updates", self.policy_updates > 1, "clip_ratio", self.clip_ratio is None, "a number"),
+            ("learned_thought_end", self.learned_thought_end, "thought_length", self.thought_length == 0, "at least 1"),
+            ("anchor_choice", self.anchor_choice == "entropy", "anchors_per_text", self.anchors_per_text is None,
+             "a number"),
+        )  # fmt: skip
+        for first, switched, second, wrong, wanted in contradictions:
+            if switched and wrong:
+                raise ValueError(
+                    f"{second} must be {wanted} with {first} {getattr(self, first)!r}, got {getattr(self, second)!r}"
+                )
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
         """As in transformers, and what lets the folder load where nobody imports quietstar (``trust_remote_code``)."""
@@ -128,6 +208,12 @@ class QuietStarConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: a folder names the installed package and holds no copy of the class."""
+
+    @property
+    def text_loss_weights(self) -> tuple[float, float]:
+        """Factors of the losses of the predictions without and after a thought."""
+        talk = 1 - self.base_loss_weight if self.talk_loss_weight is None else self.talk_loss_weight
+        return self.base_loss_weight, talk
 
     @property
     def thought_token_ids(self) -> tuple[int, int]:

@@ -63,6 +63,12 @@ class Head(NamedTuple):
             base, thought, mixing_weight, self.weight, target, **self._scaled(1.0), **options
         )  # fmt: skip
 
+    @torch.no_grad()
+    def entropy(self, hidden: Tensor) -> Tensor:
+        """Entropy [rows] of the predictions of hidden states [rows, H], in nats."""
+        target = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return self.cross_entropy(hidden, target, reduction="none", return_entropy=True)[1]
+
     def draw(self, hidden: Tensor, *, temperature: float, suppress: tuple[int, ...], seed: Tensor) -> Tensor:
         """Tokens int64 [rows], as of ``linear_sample``; −1 where there is none."""
         return draw(hidden, self.weight, suppress=suppress, seed=seed, **self._scaled(temperature))

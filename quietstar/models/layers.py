@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from quietstar.models.anchors import select
 from quietstar.models.weights import is_plain
 
 
@@ -42,17 +43,27 @@ class MixingHead(nn.Sequential):
 
         Args:
             base_hidden: [B, L, H]; without ``base_index`` it broadcasts with ``thought_hidden``.
-            base_index: int [...] into L: the base state each thought state is mixed with.
+            base_index: int [...] into L, or [B, ...] where texts have their own: the base state each thought state is
+                mixed with.
         """
         first, *others = self
+        own = base_index is not None and base_index.dim() == thought_hidden.dim() - 1
         if base_index is not None and is_plain(first):
             # It is linear in the concatenation: each base state is projected once for all its thoughts.
             base_weight, thought_weight = first.weight.chunk(2, dim=1)
-            projected = nn.functional.linear(base_hidden, base_weight)[:, base_index]
+            projected = select(nn.functional.linear(base_hidden, base_weight), base_index, own)
             hidden = nn.functional.linear(thought_hidden, thought_weight, first.bias) + projected
         else:  # as many base states, or an adapter or a quantiser has put another module in its place
-            base_hidden = base_hidden if base_index is None else base_hidden[:, base_index]
+            base_hidden = base_hidden if base_index is None else select(base_hidden, base_index, own)
             hidden = first(torch.cat([base_hidden.expand_as(thought_hidden), thought_hidden], dim=-1))
         for layer in others:
             hidden = layer(hidden)
         return hidden.squeeze(-1)
+
+
+class ThoughtAlone(nn.Module):
+    """In the place of a mixing head: the thought prediction has all the weight."""
+
+    def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
+        """Ones, as of :class:`MixingHead`."""
+        return thought_hidden.new_ones(thought_hidden.shape[:-1])

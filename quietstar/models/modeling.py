@@ -10,11 +10,12 @@ from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoder import Decoder, HiddenStates
 from quietstar.models.documents import document_starts
 from quietstar.models.families import new_decoder, positions_of_short_texts
-from quietstar.models.layers import MixingHead, ThoughtEmbedding, ZeroLinear
+from quietstar.models.layers import MixingHead, ThoughtAlone, ThoughtEmbedding, ZeroLinear
 from quietstar.models.layouts import ATTENTION_NAME, ThoughtStates
+from quietstar.models.objective import Given
 from quietstar.models.outputs import QuietStarOutput
 from quietstar.models.predictor import Predictor
-from quietstar.models.text import Text, check_tokens
+from quietstar.models.text import Text, check_left_out, check_tokens
 from quietstar.models.transformers_names import CACHE, LeftByQuantisers, only_cache
 
 
@@ -45,7 +46,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.start_embedding = ThoughtEmbedding(text.hidden_size, config.embedding_scale)
         self.end_embedding = ThoughtEmbedding(text.hidden_size, config.embedding_scale)
-        self.mixing_head = MixingHead(text.hidden_size)
+        self.mixing_head = MixingHead(text.hidden_size) if config.prediction == "mixed" else ThoughtAlone()
         self._positions = positions_of_short_texts(text)
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.post_init()
@@ -98,6 +99,10 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         output_thought_entropy: bool = False,
+        anchors: Tensor | None = None,
+        baseline_nll: Tensor | None = None,
+        teacher_logprobs: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
     ) -> QuietStarOutput | tuple:
         """Think behind every position and predict.
 
@@ -124,6 +129,13 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
                 each layer, the last one normed; a list names those wanted, None stands for the others.
             output_attentions: must be left out: no attention probabilities are kept.
             output_thought_entropy: with labels: give ``thought_entropy``, which costs about one per cent of a step.
+            anchors: int64 [B, A], with labels: the positions that think, −1 for none; thoughts are then [B, N, A, k].
+                Default as ``anchors_per_text`` and ``anchor_choice`` of the configuration say.
+            baseline_nll: float [B, L−1], with labels and the baseline "teacher": what :meth:`base_nll` of it gives.
+            teacher_logprobs: float [B, N, A, k], with labels and a ``kl_weight``: the teacher's ``thought_logprobs`` of
+                the same thoughts.
+            old_logprobs: the same of the model that drew the thoughts, with labels and a ``clip_ratio``; default those
+                of this pass.
             return_dict: False returns the values that are there as a tuple.
 
         Raises:
@@ -139,6 +151,10 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         collect = None if output_hidden_states is False else HiddenStates(text.shape[1])
         if labels is None:
+            check_left_out(
+                "without labels", anchors=anchors, baseline_nll=baseline_nll, teacher_logprobs=teacher_logprobs,
+                old_logprobs=old_logprobs,
+            )  # fmt: skip
             checkpointing = getattr(self.model, "gradient_checkpointing", False)
             recomputed = checkpointing and self.training and torch.is_grad_enabled()
             output = self._predictor_of(thought_states).predict(
@@ -148,8 +164,9 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         elif cache is not None:
             raise ValueError(f"{CACHE} must be None with labels, got {type(cache).__name__}")
         else:
+            given = Given(baseline_nll, teacher_logprobs, old_logprobs)
             output = self.predictor().train(
-                text, labels, thought_tokens, output_thought_logprobs, output_thought_entropy, collect
+                text, labels, thought_tokens, anchors, given, output_thought_logprobs, output_thought_entropy, collect
             )  # fmt: skip
         if collect is not None:
             chosen = range(len(collect.states))
@@ -158,6 +175,43 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             output.hidden_states = tuple(states if i in chosen else None for i, states in enumerate(collect.states))
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def base_nll(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """What the model predicts without thoughts: ``baseline_nll`` for another that has it as its teacher.
+
+        Args:
+            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in :meth:`forward`.
+
+        Returns:
+            float [B, L−1], −log p of token i+1 in nats; 0 where there is no label.
+        """
+        text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
+        return self.predictor().base_nll(text, labels)
+
+    @torch.no_grad()
+    def choose_anchors(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | None:
+        """The positions that think in training, as the configuration says, int64 [B, A]; None is all of them.
+
+        Args:
+            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in :meth:`forward`.
+        """
+        text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
+        return self.predictor().chosen_anchors(text, labels)
 
     @torch.no_grad()
     def sample_thoughts(

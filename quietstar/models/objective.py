@@ -1,33 +1,80 @@
-"""The training objective of Quiet-STaR (arXiv 2403.09629, section 4.4) from hidden states and labels.
+"""The training objective: what thoughts add to the likelihood of text, and the policy gradient that rewards it.
 
-No logits of size rows × V are kept: every term is one fused linear cross-entropy.
+Quiet-STaR's (arXiv 2403.09629, section 4.4) are the defaults of the configuration; RLP, LaTRO, JEPO, VeriFree and
+others are other values of its fields, see docs/methods.md. From hidden states and labels; no logits of size rows × V
+are kept: every term is one fused linear cross-entropy.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quietstar.models.anchors import Ahead, predicted_from, select
 from quietstar.models.configuration import QuietStarConfig
-from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
+from quietstar.models.documents import IGNORE_INDEX
 from quietstar.models.entropy import thought_entropy
 from quietstar.models.head import Head
 
 
 class Objective(NamedTuple):
-    """The loss and what it is made of. i is a base position, n a thought, m a look-ahead step, j a thought token."""
+    """The loss and what it is made of. i is a base position, n a thought, m a look-ahead step, j a thought token.
+
+    A anchors are L−1, every position with something to predict, and R of them L−1−M, unless others were chosen.
+    """
 
     loss: Tensor  # scalar, differentiable
     base_nll: Tensor  # [B, L−1], −log p of token i+1 without a thought; 0 where there is no label
-    talk_nll: Tensor  # [B, N, L−1, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
-    reward: Tensor  # [B, N, L−1−M], sum over m of base_nll[i+m] − talk_nll[i, m]
-    advantage: Tensor  # [B, N, L−1−M], what the policy term multiplies log p of the thought by
+    talk_nll: Tensor  # [B, N, A, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
+    reward: Tensor  # [B, N, R], what the thought behind i was worth: see ``_rewards``
+    advantage: Tensor  # [B, N, R], what the policy term multiplies log p of the thought by
     policy_loss: Tensor  # scalar, before its weight
-    thought_logprobs: Tensor | None  # [B, N, L−1, k], log p of the thought tokens at policy_temperature
+    thought_logprobs: Tensor | None  # [B, N, A, k], log p of the thought tokens at policy_temperature
     thought_entropy: Tensor | None  # scalar, mean entropy of what a thought token is drawn from, in nats
 
 
-def quiet_star_objective(
+class Given(NamedTuple):
+    """What the objective compares with, from outside the pass."""
+
+    baseline_nll: Tensor | None = None  # [B, L−1], of a teacher
+    teacher_logprobs: Tensor | None = None  # [B, N, A, k], of the thought tokens
+    old_logprobs: Tensor | None = None  # the same when they were drawn
+
+    def check(self, config: QuietStarConfig, text: tuple[int, int], thoughts: tuple[int, ...]) -> None:
+        """What a configuration needs is there, in the right shape, and nothing else.
+
+        Args:
+            config: of the model.
+            text: B and L.
+            thoughts: B, N, A and k.
+
+        Raises:
+            TypeError, ValueError: too much, too little, or of another shape.
+        """
+        wanted = {
+            "baseline_nll": (config.baseline == "teacher", "baseline 'teacher'", (text[0], text[1] - 1)),
+            "teacher_logprobs": (config.kl_weight > 0, "a kl_weight", thoughts),
+            "old_logprobs": (config.clip_ratio is not None, "a clip_ratio", thoughts),
+        }
+        for name, (needed, switch, shape) in wanted.items():
+            value = getattr(self, name)
+            if value is None and (not needed or name == "old_logprobs"):  # of the first update
+                continue
+            if (value is not None) != needed:
+                raise ValueError(
+                    f"{name} must be {'given' if needed else 'left out'} {'with' if needed else 'without'} {switch}"
+                )
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+_NOTHING = Given()
+
+
+def likelihood_objective(
     base_hidden: Tensor,
     thought_hidden: Tensor,
     mixing_weight: Tensor,
@@ -36,92 +83,56 @@ def quiet_star_objective(
     thought_tokens: Tensor,
     config: QuietStarConfig,
     starts: Tensor | None = None,
+    anchors: Tensor | None = None,
+    given: Given = _NOTHING,
     output_thought_logprobs: bool = True,
     output_thought_entropy: bool = False,
 ) -> Objective:
-    """Base loss, mixed ("talk") loss and REINFORCE term of one batch.
+    """Losses of the text without and after thoughts, and the policy term, of one batch.
 
     Args:
         base_hidden: [B, L, H], final hidden states of the text.
-        thought_hidden: [B, L−1, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
-        mixing_weight: [B, L−1, N, M], weight of the thought prediction.
+        thought_hidden: [B, A, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
+        mixing_weight: [B, A, N, M], weight of the thought prediction.
         head: makes predictions of hidden states.
         labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
-        thought_tokens: int [B, L−1, N, k].
+        thought_tokens: int [B, A, N, k].
         starts: where documents begin, see :mod:`quietstar.models.documents`.
+        anchors: int64 [B, A], positions that think, −1 for none; None is every position but the last.
+        given: what the configuration's ``baseline``, ``kl_weight`` and ``clip_ratio`` need.
         output_thought_logprobs: without them, thoughts of no advantage need no logits.
         output_thought_entropy: measure it, on a sample of the thoughts that have something to predict.
     """
-    k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
-    batch, length = labels.shape
-    positions = length - 1
-    device = labels.device
-
-    # Every term comes out with its weight, so that the gradients made with it need no scaling.
-    next_tokens = labels[:, 1:].flatten()
-    base_count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
-    base_loss, base_nll = head.cross_entropy(
-        base_hidden[:, :-1].flatten(0, 1),
-        next_tokens,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        row_weight=(config.base_loss_weight / base_count).expand(next_tokens.shape),
-        return_nll=True,
-    )
-    base_nll = base_nll.view(batch, positions)
-
-    # Look-ahead m of the anchor at i predicts token i+m+1 and mixes with base position i+m; past the end: no label.
-    ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)  # [L−1, M]
-    ahead = ahead.clamp_max(positions - 1)
-    target = look_ahead(labels, lookahead, starts)  # [B, L−1, M]
-    counts = (target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
-    per_thought = (batch, positions, num_thoughts, lookahead)
-    base_index = ahead + torch.arange(batch, device=device)[:, None, None] * length
-    talk_loss, talk_nll = head.mixed_cross_entropy(
-        base_hidden.flatten(0, 1),
-        thought_hidden[:, :, :, k + 1 :].flatten(0, 3),
-        mixing_weight.flatten(),
-        target[:, :, None].expand(per_thought).flatten(),
-        base_index=base_index[:, :, None].expand(per_thought).flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        row_weight=((1 - config.base_loss_weight) / (lookahead * counts.clamp_min(1))).expand(per_thought).flatten(),
-        return_nll=True,
-    )
-    talk_nll = talk_nll.view(per_thought)
-
-    base_ahead = base_nll[:, ahead].masked_fill(target == IGNORE_INDEX, 0)[:, :, None]  # [B, L−1, 1, M]
-    reward = (base_ahead - talk_nll)[:, : length - 1 - lookahead].sum(dim=-1)  # [B, L−1−M, N]
-    reward_count = reward.numel()
-    if (within := rewarded(labels, lookahead, starts)) is not None:
-        reward = reward.masked_fill(~within[:, :, None], 0)
-        reward_count = within.sum().clamp_min(1) * num_thoughts
-    advantage = (reward - reward.mean(dim=-1, keepdim=True) if num_thoughts > 1 else reward).clamp_min(0)
+    k = config.thought_length
+    ahead = predicted_from(labels, config.lookahead, starts, anchors)
+    base_loss, base_nll = _base_loss(base_hidden, head, labels, config)
+    talk_loss, talk_nll = _talk_loss(
+        base_hidden, thought_hidden[:, :, :, k + 1 :], mixing_weight, head, ahead, config
+    )  # fmt: skip
+    policy = _Policy(thought_hidden[:, :, :, :k], thought_tokens, head, config)
+    reward = _rewards(base_nll if config.baseline == "self" else given.baseline_nll, talk_nll, ahead, config)
+    count = reward.numel()
+    if ahead.rewarded is not None:
+        reward = reward.masked_fill(~ahead.rewarded[:, :, None], 0)
+        count = ahead.rewarded.sum().clamp_min(1) * config.num_thoughts
+    cost = policy.cost(given.teacher_logprobs) if config.kl_weight else None
+    advantage = _advantages(reward, None if cost is None else cost[:, : ahead.count], ahead.rewarded, config)
 
     loss = base_loss + talk_loss
-    policy_loss = base_loss.new_zeros(())
-    thought_nll = base_nll.new_zeros(batch, positions, num_thoughts, k)
+    policy_loss, thought_nll = base_loss.new_zeros(()), None
     if k > 0:
-        policy_weight = config.policy_weight or 1.0  # a term without weight is reported all the same
-        row_weight = torch.zeros_like(thought_nll)
-        row_weight[:, : reward.shape[1]] = advantage[..., None] * (policy_weight / (k * reward_count))
-        result = head.cross_entropy(
-            thought_hidden[:, :, :, :k].flatten(0, 3),
-            thought_tokens.flatten(),
-            temperature=config.policy_temperature,
-            suppress=config.thought_token_ids,
-            reduction="sum",
-            row_weight=row_weight.flatten(),
-            return_nll=output_thought_logprobs,
+        term, policy_loss, thought_nll = policy.term(
+            advantage, ahead, count, given.old_logprobs, output_thought_logprobs
         )
-        policy_term, thought_nll = result if output_thought_logprobs else (result, thought_nll)
-        policy_loss = policy_term.detach() / policy_weight
-        if config.policy_weight:
-            loss = loss + policy_term
+        if term is not None:
+            loss = loss + term
 
     entropy = None
     if output_thought_entropy:
-        entropy = thought_entropy(thought_hidden[:, :, :, :k], head, (target != IGNORE_INDEX).any(dim=-1), config)
+        counted = (ahead.target != IGNORE_INDEX).any(dim=-1)
+        entropy = thought_entropy(thought_hidden[:, :, :, :k], head, counted, config)
+    if output_thought_logprobs and thought_nll is None:
+        thought_nll = base_nll.new_zeros(thought_tokens.shape)
     return Objective(
         loss,
         base_nll,
@@ -129,6 +140,190 @@ def quiet_star_objective(
         reward.transpose(1, 2),
         advantage.transpose(1, 2),
         policy_loss,
-        -thought_nll.view(batch, positions, num_thoughts, k).transpose(1, 2) if output_thought_logprobs else None,
+        -thought_nll.view(thought_tokens.shape).transpose(1, 2) if output_thought_logprobs else None,
         entropy,
     )
+
+
+def _base_loss(base_hidden: Tensor, head: Head, labels: Tensor, config: QuietStarConfig) -> tuple[Tensor, Tensor]:
+    """The weighted loss of the text without thoughts, and its nll [B, L−1].
+
+    Here and below, every term comes out with its weight, so that the gradients made with it need no scaling.
+    """
+    next_tokens = labels[:, 1:].flatten()
+    count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
+    loss, nll = head.cross_entropy(
+        base_hidden[:, :-1].flatten(0, 1),
+        next_tokens,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        row_weight=(config.text_loss_weights[0] / count).expand(next_tokens.shape),
+        return_nll=True,
+    )
+    return loss, nll.view(len(labels), -1)
+
+
+def _talk_loss(
+    base_hidden: Tensor, hidden: Tensor, mixing_weight: Tensor, head: Head, ahead: Ahead,
+    config: QuietStarConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weighted loss of the text after thoughts, and its nll [B, A, N, M].
+
+    Args:
+        hidden: [B, A, N, M, H], behind the end token and the real tokens after it.
+    """
+    lookahead, num_thoughts = config.lookahead, config.num_thoughts
+    batch, length = base_hidden.shape[:2]
+    per_thought = hidden.shape[:4]
+    counts = (ahead.target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
+    row_weight = (config.text_loss_weights[1] / (lookahead * counts.clamp_min(1))).expand(per_thought)
+    rows = ahead.target[:, :, None].expand(per_thought).flatten()
+    if config.prediction == "thought":
+
+        def cross_entropy(**options):
+            return head.cross_entropy(hidden.flatten(0, 3), rows, ignore_index=IGNORE_INDEX, **options)
+    else:
+        index = ahead.index + torch.arange(batch, device=rows.device)[:, None, None] * length
+        index = index[:, :, None].expand(per_thought).flatten()
+
+        def cross_entropy(**options):
+            return head.mixed_cross_entropy(
+                base_hidden.flatten(0, 1), hidden.flatten(0, 3), mixing_weight.flatten(), rows, base_index=index,
+                ignore_index=IGNORE_INDEX, **options,
+            )  # fmt: skip
+
+    if config.reward != "log_likelihood":  # the gradient of a likelihood weighs with it
+        with torch.no_grad():
+            score = -cross_entropy(reduction="none").view(per_thought).sum(dim=-1)
+        share = score.exp() if config.reward == "likelihood" else score.softmax(dim=-1) * num_thoughts
+        row_weight = row_weight * share[..., None]
+    loss, nll = cross_entropy(reduction="sum", row_weight=row_weight.flatten(), return_nll=True)
+    return loss, nll.view(per_thought)
+
+
+def _rewards(baseline_nll: Tensor | None, talk_nll: Tensor, ahead: Ahead, config: QuietStarConfig) -> Tensor:
+    """What the thoughts behind the first R anchors were worth, [B, R, N].
+
+    The sum over m of baseline_nll[i+m] − talk_nll[i, m], where ``reward`` is "likelihood" the difference of their
+    exponentials. Where ``baseline`` is "none", its nll counts as 0, and its likelihood too.
+    """
+    gain = -talk_nll
+    if config.baseline != "none":
+        at = select(baseline_nll, ahead.index, ahead.index.dim() == 3)
+        baseline = at.masked_fill(ahead.target == IGNORE_INDEX, 0)[:, :, None]  # [B, A, 1, M]
+        gain = baseline - talk_nll
+    if config.reward != "likelihood":
+        return gain[:, : ahead.count].sum(dim=-1)
+    likelihood = (-talk_nll[:, : ahead.count].sum(dim=-1)).exp()
+    if config.baseline == "none":
+        return likelihood
+    return likelihood - (-baseline[:, : ahead.count].sum(dim=-1)).exp()
+
+
+def _advantages(
+    reward: Tensor, cost: Tensor | None, rewarded: Tensor | None, config: QuietStarConfig
+) -> Tensor:  # fmt: skip
+    """What the policy term multiplies log p of thoughts by, [B, R, N], from their rewards and what they cost."""
+    if config.reward == "log_mean":
+        advantage = _of_log_mean(reward, config.advantage)
+        if cost is not None:
+            advantage = advantage - _centred(cost, config.advantage)
+    else:
+        advantage = _centred(reward if cost is None else reward - cost, config.advantage)
+    if rewarded is not None:
+        advantage = advantage.masked_fill(~rewarded[:, :, None], 0)
+    if config.normalize_advantage:
+        counted = torch.ones_like(advantage) if rewarded is None else rewarded[:, :, None].expand_as(advantage)
+        count = counted.sum().clamp_min(1)
+        deviation = (((advantage - advantage.sum() / count) * counted).square().sum() / count).sqrt()
+        advantage = torch.where(deviation > 0, advantage / deviation, advantage)
+    return advantage.clamp_min(0) if config.advantage_clamp else advantage
+
+
+def _centred(reward: Tensor, how: str) -> Tensor:
+    """Rewards [..., N] against those of the same position."""
+    num_thoughts = reward.shape[-1]
+    if how == "none" or num_thoughts == 1:
+        return reward
+    advantage = reward - reward.mean(dim=-1, keepdim=True)
+    return advantage * (num_thoughts / (num_thoughts - 1)) if how == "leave_one_out" else advantage
+
+
+def _of_log_mean(reward: Tensor, how: str) -> Tensor:
+    """The logarithm of the mean of N likelihoods, as it is or minus that of the others (JEPO)."""
+    num_thoughts = reward.shape[-1]
+    whole = reward.logsumexp(dim=-1, keepdim=True) - math.log(num_thoughts)
+    if how == "none":
+        return whole.expand_as(reward)
+    own = torch.eye(num_thoughts, dtype=torch.bool, device=reward.device)
+    others = reward[..., None, :].masked_fill(own, -torch.inf).logsumexp(dim=-1) - math.log(num_thoughts - 1)
+    return whole - others
+
+
+class _Policy:
+    """What thoughts were drawn with.
+
+    Args:
+        hidden: [B, A, N, k, H], the states that thought tokens are drawn from.
+        tokens: int [B, A, N, k]; negative where there is none.
+        head: makes predictions of hidden states.
+        config: of the model.
+    """
+
+    def __init__(self, hidden: Tensor, tokens: Tensor, head: Head, config: QuietStarConfig):
+        self.hidden, self.tokens = hidden, tokens.masked_fill(tokens < 0, IGNORE_INDEX)
+        self.head, self.config = head, config
+        self._known: Tensor | None = None
+
+    def nll(self) -> Tensor:
+        """[B, A, N, k], of each token; no gradient."""
+        if self._known is None:
+            with torch.no_grad():
+                self._known = self._cross_entropy(reduction="none").view(self.tokens.shape)
+        return self._known
+
+    def cost(self, teacher_logprobs: Tensor) -> Tensor:
+        """kl_weight · Σ_j (log p − log p of the teacher), [B, A, N]."""
+        return self.config.kl_weight * (-self.nll() - teacher_logprobs.transpose(1, 2)).sum(dim=-1)
+
+    def term(
+        self, advantage: Tensor, ahead: Ahead, count: int | Tensor, old_logprobs: Tensor | None, return_nll: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The weighted term, if it has any weight; the term as it is reported; the nll of all tokens if asked for.
+
+        Args:
+            advantage: [B, R, N].
+            count: of rewarded thoughts.
+        """
+        config, k = self.config, self.config.thought_length
+        weight = config.policy_weight or 1.0  # a term without weight is reported all the same
+        row_weight = torch.zeros(self.tokens.shape, dtype=advantage.dtype, device=advantage.device)
+        rewarded = row_weight[:, : ahead.count]
+        rewarded[:] = advantage[..., None] * (weight / (k * count))
+        if old_logprobs is not None and config.clip_ratio is not None:
+            ratio = (-self.nll() - old_logprobs.transpose(1, 2)).exp()[:, : ahead.count]
+            clipped = torch.where(
+                advantage[..., None] > 0, ratio > 1 + config.clip_ratio, ratio < 1 - config.clip_ratio
+            )
+            rewarded *= ratio.masked_fill(clipped, 0)
+        if not config.entropy_weight:
+            result = self._cross_entropy(reduction="sum", row_weight=row_weight.flatten(), return_nll=return_nll)
+            term, nll = result if return_nll else (result, None)
+            return term if config.policy_weight else None, term.detach() / weight, nll
+        bonus = torch.zeros_like(row_weight)
+        within = 1.0 if ahead.rewarded is None else ahead.rewarded[:, :, None, None].to(bonus.dtype)
+        bonus[:, : ahead.count] = within * (config.entropy_weight / (k * count))
+        term, nll = self._cross_entropy(
+            reduction="sum", row_weight=(row_weight if config.policy_weight else 0 * row_weight).flatten(),
+            entropy_weight=bonus.flatten(), return_nll=True,
+        )  # fmt: skip
+        return term, (row_weight.flatten() * nll).sum() / weight, nll
+
+    def _cross_entropy(self, **options):
+        return self.head.cross_entropy(
+            self.hidden.flatten(0, 3),
+            self.tokens.flatten(),
+            temperature=self.config.policy_temperature,
+            suppress=self.config.thought_token_ids,
+            **options,
+        )

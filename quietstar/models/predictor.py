@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from quietstar.models.anchors import check_anchors, choose_anchors, eligible, select
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoder import Decoder, HiddenStates
 from quietstar.models.documents import IGNORE_INDEX, at_anchors, document_starts, text_labels
 from quietstar.models.head import Head
-from quietstar.models.layers import MixingHead, ThoughtEmbedding
+from quietstar.models.layers import MixingHead, ThoughtAlone, ThoughtEmbedding
 from quietstar.models.layouts import BaseStates, TextCache, TextRows, ThoughtStates, ThoughtTree
-from quietstar.models.objective import quiet_star_objective
+from quietstar.models.objective import Given, likelihood_objective
 from quietstar.models.outputs import QuietStarOutput
 from quietstar.models.text import Text, check_tokens
 from quietstar.models.thoughts import Thinker
@@ -37,7 +38,7 @@ class Predictor:
         lm_head: nn.Linear,
         start_embedding: ThoughtEmbedding,
         end_embedding: ThoughtEmbedding,
-        mixing_head: MixingHead,
+        mixing_head: MixingHead | ThoughtAlone,
     ):
         self.config, self.decoder, self.lm_head, self.mixing_head = config, decoder, lm_head, mixing_head
         self.start, self.end = start_embedding(), end_embedding()
@@ -93,6 +94,14 @@ class Predictor:
         temperature = self.config.thought_temperature if temperature is None else temperature
         return thinker.sample(temperature, self.thought_token_ids, generator)
 
+    def thoughts_at(self, text: Text, starts: Tensor | None, anchors: Tensor | None) -> Tensor:
+        """N sampled thoughts behind ``anchors`` [B, A] or every position, int64 [B, N, A or L, k]; −1 for none."""
+        if anchors is None:
+            return self.thoughts_everywhere(text, starts)
+        count = self.config.num_thoughts
+        tokens = self.thoughts_behind(text, starts, anchors.repeat_interleave(count, dim=1))
+        return tokens.unflatten(1, (-1, count)).transpose(1, 2).masked_fill(anchors[:, None, :, None] < 0, -1)
+
     def thoughts_everywhere(
         self, text: Text, starts: Tensor | None, temperature: float | None = None,
         generator: torch.Generator | None = None,
@@ -103,58 +112,111 @@ class Predictor:
         tokens = self.thoughts_behind(text, starts, anchors.expand(batch, -1), temperature, generator)
         return tokens.unflatten(1, (length, -1)).transpose(1, 2)
 
+    def _labels(self, text: Text, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Checked labels, −100 where nothing is predicted, and where documents begin."""
+        batch, length = text.shape
+        if labels.shape != text.shape:
+            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
+        least = self.config.lookahead + 2
+        if length < least:
+            raise ValueError(f"input_ids must have at least lookahead + 2 = {least} tokens per sequence, got {length}")
+        starts = document_starts(text.attention_mask, text.position_ids, text.shape)
+        labels = text_labels(labels, text.attention_mask, starts)
+        check_tokens("labels", labels, self.config.vocab_size, ignore=IGNORE_INDEX)
+        return labels, starts
+
+    def base_nll(self, text: Text, labels: Tensor) -> Tensor:
+        """Of the prediction without thoughts, [B, L−1]."""
+        labels, starts = self._labels(text, labels)
+        hidden = self._base_pass(text, starts)
+        rows = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return self.head.cross_entropy(*rows, ignore_index=IGNORE_INDEX, reduction="none").view(len(labels), -1)
+
+    def chosen_anchors(self, text: Text, labels: Tensor) -> Tensor | None:
+        """Positions that think in training, int64 [B, A], chosen as the configuration says; None is all of them."""
+        return self._anchors(text, *self._labels(text, labels), None)
+
+    def _anchors(self, text: Text, labels: Tensor, starts: Tensor | None, given: Tensor | None) -> Tensor | None:
+        """``given`` ones, checked, or those that the configuration chooses."""
+        if given is not None:
+            return check_anchors(given, text.shape)
+        choice, count = self.config.anchor_choice, self.config.anchors_per_text
+        if choice == "given":
+            raise ValueError("anchors must be given with anchor_choice 'given', got None")
+        if count is None:
+            return None
+        allowed, score = eligible(labels, self.config.lookahead, starts), None
+        if choice == "entropy":
+            hidden = self._base_pass(text, starts)[:, :-1]
+            score = self.head.entropy(hidden.flatten(0, 1)).view(allowed.shape)
+        return choose_anchors(allowed, count, score)
+
+    @torch.no_grad()
+    def _base_pass(self, text: Text, starts: Tensor | None) -> Tensor:
+        """Hidden states [B, L, H] of the text alone."""
+        rows = TextRows(torch.arange(text.shape[1], device=text.device)[None], starts)
+        return self.decoder(text.embedded(self.decoder.embed), text.positions(), BaseStates(rows))
+
     def train(
-        self, text: Text, labels: Tensor, thought_tokens: Tensor | None, output_thought_logprobs: bool,
-        output_thought_entropy: bool, collect: HiddenStates | None,
+        self, text: Text, labels: Tensor, thought_tokens: Tensor | None, anchors: Tensor | None, given: Given,
+        output_thought_logprobs: bool, output_thought_entropy: bool, collect: HiddenStates | None,
     ) -> QuietStarOutput:  # fmt: skip
         """One pass over base text and thoughts (the thought tree), and the objective."""
         config = self.config
         k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
         batch, length = text.shape
         device = text.device
-        if labels.shape != text.shape:
-            raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
-        if length < lookahead + 2:
-            raise ValueError(
-                f"input_ids must have at least lookahead + 2 = {lookahead + 2} tokens per sequence, got {length}"
-            )
-        starts = document_starts(text.attention_mask, text.position_ids, text.shape)
-        labels = text_labels(labels, text.attention_mask, starts)
-        check_tokens("labels", labels, config.vocab_size, ignore=IGNORE_INDEX)
+        labels, starts = self._labels(text, labels)
+        anchors = self._anchors(text, labels, starts, anchors)
         if thought_tokens is None:
-            thought_tokens = self.thoughts_everywhere(text, starts)
+            thought_tokens = self.thoughts_at(text, starts, anchors)
         else:
-            thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, length, k))
-        position_ids = text.positions()
-
-        # The last position has nothing to predict.
-        positions = length - 1
-        anchors = torch.arange(positions, device=device).repeat_interleave(num_thoughts)
-        own_tokens = thought_tokens[:, :, :positions].transpose(1, 2)  # [B, L−1, N, k]
-        embeddings = self._tree_embeddings(text, own_tokens.flatten(1, 2), anchors)
-        steps = k + lookahead + 1
-        slot_positions = position_ids[:, anchors, None] + torch.arange(1, steps + 1, device=device)
-        rows = TextRows(torch.arange(length, device=device)[None], starts)
-        hidden = self.decoder(
-            embeddings,
-            torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
-            ThoughtTree(rows, anchors, at_anchors(starts, anchors)),
-            collect,
-        )
-        del embeddings  # as large as the hidden states
+            count = length if anchors is None else anchors.shape[1]
+            thought_tokens = self._given_thoughts(thought_tokens, (batch, num_thoughts, count, k), anchors is not None)
+        own_tokens, chosen = thought_tokens, anchors
+        if anchors is None:  # the last position has nothing to predict
+            own_tokens, chosen = thought_tokens[:, :, :-1], torch.arange(length - 1, device=device)
+        given.check(config, (batch, length), own_tokens.shape)
+        own_tokens = own_tokens.transpose(1, 2)  # [B, A, N, k]
+        behind = chosen.repeat_interleave(num_thoughts, dim=-1)
+        hidden = self._tree(text, starts, own_tokens.flatten(1, 2), behind, collect)
         base_hidden = hidden[:, :length]
-        thought_hidden = hidden[:, length:].unflatten(1, (positions, num_thoughts, steps))
+        thought_hidden = hidden[:, length:].unflatten(1, (chosen.shape[-1], num_thoughts, k + lookahead + 1))
 
-        ahead = torch.arange(positions, device=device)[:, None] + torch.arange(lookahead, device=device)
-        mixing_weight = self.mixing_head(
-            base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(positions)[:, None]
+        ahead = chosen.clamp_min(0)[..., None] + torch.arange(lookahead, device=device)
+        weight = self.mixing_head(
+            base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(length - 1)[..., None, :]
         )
-        parts = quiet_star_objective(
-            base_hidden, thought_hidden, mixing_weight, self.head, labels, own_tokens, config, starts,
+        parts = likelihood_objective(
+            base_hidden, thought_hidden, weight, self.head, labels, own_tokens, config, starts, anchors, given,
             output_thought_logprobs, output_thought_entropy,
         )  # fmt: skip
         return QuietStarOutput(
-            thought_tokens=thought_tokens, mixing_weight=mixing_weight.detach().transpose(1, 2), **parts._asdict()
+            thought_tokens=thought_tokens, mixing_weight=weight.detach().transpose(1, 2), anchors=anchors,
+            **parts._asdict(),
+        )  # fmt: skip
+
+    def _tree(
+        self, text: Text, starts: Tensor | None, thoughts: Tensor, anchors: Tensor, collect: HiddenStates | None
+    ) -> Tensor:
+        """Hidden states [B, L + P·S, H] of one pass over the text and the slots behind anchors.
+
+        Args:
+            text: B texts of L tokens.
+            thoughts: int64 [B, P, k].
+            anchors: int64 [P] or [B, P], −1 for none.
+        """
+        position_ids, length = text.positions(), text.shape[1]
+        here = anchors.clamp_min(0)
+        positions = position_ids[:, here] if anchors.dim() == 1 else position_ids.gather(1, here)
+        steps = torch.arange(1, self.config.thought_length + self.config.lookahead + 2, device=text.device)
+        slot_positions = positions[:, :, None] + steps
+        rows = TextRows(torch.arange(length, device=text.device)[None], starts)
+        return self.decoder(
+            self._tree_embeddings(text, thoughts, here),
+            torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
+            ThoughtTree(rows, anchors, at_anchors(starts, anchors)),
+            collect,
         )
 
     def _tree_embeddings(self, text: Text, thoughts: Tensor, anchors: Tensor) -> Tensor:
@@ -163,17 +225,18 @@ class Predictor:
         Args:
             text: B texts of L tokens.
             thoughts: int64 [B, P, k].
-            anchors: int64 [P], the positions they stand behind.
+            anchors: int64 [P] or [B, P], the positions they stand behind.
         """
         batch, length = text.shape
-        embedded, inside = text.embedded_with(thoughts.flatten(1), self.decoder.embed)
-        following = anchors[:, None] + torch.arange(1, self.config.lookahead, device=anchors.device)
+        embedded, inside = text.embedded_with(thoughts.clamp_min(0).flatten(1), self.decoder.embed)
+        following = anchors[..., None] + torch.arange(1, self.config.lookahead, device=anchors.device)
+        following = following.clamp_max(length - 1)
         slots = torch.cat(
             [
-                self.start.expand(batch, len(anchors), 1, -1),
+                self.start.expand(batch, anchors.shape[-1], 1, -1),
                 inside.unflatten(1, thoughts.shape[1:]),
-                self.end.expand(batch, len(anchors), 1, -1),
-                embedded[:, following.clamp_max(length - 1)],
+                self.end.expand(batch, anchors.shape[-1], 1, -1),
+                select(embedded, following, anchors.dim() == 2),
             ],
             dim=2,
         )
@@ -230,10 +293,12 @@ class Predictor:
             mixing_weight=weight[:, None, :, None],
         )
 
-    def _given_thoughts(self, thought_tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-        """Checked thought tokens [B, N, positions, k]."""
+    def _given_thoughts(
+        self, thought_tokens: Tensor, shape: tuple[int, int, int, int], may_lack: bool = False
+    ) -> Tensor:
+        """Checked thought tokens [B, N, positions, k], of which some may be −1, for none."""
         flat = shape[0] * shape[1], *shape[2:]
         if tuple(thought_tokens.shape) not in (shape, flat):
             raise ValueError(f"thought_tokens must have shape {list(shape)}, got {list(thought_tokens.shape)}")
-        check_tokens("thought_tokens", thought_tokens, self.config.vocab_size)
+        check_tokens("thought_tokens", thought_tokens, self.config.vocab_size, ignore=-1 if may_lack else None)
         return thought_tokens.reshape(shape)

@@ -23,6 +23,17 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignore: int | None 
     check_range(name, tokens if ignore is None else tokens.masked_fill(tokens == ignore, 0), 0, vocab_size - 1)
 
 
+def check_left_out(why: str, **arguments: object) -> None:
+    """Arguments that mean nothing here.
+
+    Raises:
+        ValueError: one of them is not None.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} must be left out {why}, got {type(value).__name__}")
+
+
 @dataclass(frozen=True)
 class Text:
     """B texts of L tokens, as the caller gave them.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RANK = Interval(int, "[1, inf)")
 
 # What Quiet-STaR adds to a model is small and new: it is trained as a whole and saved with the adapter.
-_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head")
+_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head")  # as far as the model has them
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts, which adapters leave alone
 
@@ -44,10 +44,14 @@ def lora_config(
         raise TypeError(f"model must be a QuietStarForCausalLM, got {type(model).__name__}")
     _RANK.check("r", r)
     defaults = {
-        "task_type": "CAUSAL_LM", "target_modules": _linear_layers(model), "modules_to_save": list(_TRAINED_WHOLE),
+        "task_type": "CAUSAL_LM", "target_modules": _linear_layers(model), "modules_to_save": _trained_whole(model),
     }  # fmt: skip
     alpha = 2 * r if lora_alpha is None else lora_alpha
     return peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=lora_dropout, **defaults | options)
+
+
+def _trained_whole(model: QuietStarForCausalLM) -> list[str]:
+    return [name for name in _TRAINED_WHOLE if any(True for _ in model.get_submodule(name).parameters())]
 
 
 def _linear_layers(model: QuietStarForCausalLM) -> list[str]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quietstar.models import QuietStarOutput
-from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded, text_labels, token_starts
+from quietstar.models.anchors import predicted_from
+from quietstar.models.documents import IGNORE_INDEX, text_labels, token_starts
 
 
 class ThoughtMetrics:
@@ -33,10 +34,11 @@ class ThoughtMetrics:
         starts = token_starts(attention_mask, position_ids, labels.shape)
         labels = text_labels(labels, attention_mask, starts)
         labelled = labels[:, 1:] != IGNORE_INDEX
-        predicted = look_ahead(labels, lookahead, starts) != IGNORE_INDEX  # [B, L−1, M]
-        gains = predicted[:, : output.reward.shape[2]].any(dim=-1)
-        if (within := rewarded(labels, lookahead, starts)) is not None:
-            gains &= within
+        ahead = predicted_from(labels, lookahead, starts, output.anchors)
+        predicted = ahead.target != IGNORE_INDEX  # [B, A, M]
+        gains = predicted[:, : ahead.count].any(dim=-1)
+        if ahead.rewarded is not None:
+            gains &= ahead.rewarded
         rewarded_count, predicted_count = gains.sum() * num_thoughts, predicted.sum(dim=(0, 1)) * num_thoughts
         talk = zip(output.talk_nll.sum(dim=(0, 1, 2)), predicted_count, strict=True)
         entries = {
@@ -51,7 +53,7 @@ class ThoughtMetrics:
         if k > 0:
             thinks = predicted.any(dim=-1)[:, None].expand(-1, num_thoughts, -1)
             count = thinks.sum()
-            entries["distinct_thoughts"] = _distinct(output.thought_tokens[:, :, :-1], thinks), count
+            entries["distinct_thoughts"] = _distinct(output.thought_tokens[:, :, : predicted.shape[1]], thinks), count
             entropy = output.thought_entropy
             if entropy is not None:
                 entries["thought_entropy"] = torch.where(count > 0, entropy * count, 0), count

@@ -58,7 +58,8 @@ class QuietStarTrainer(Trainer):
     Evaluations also say what thoughts gain, base nll minus nll after a thought, on the hardest and the easiest tenth of
     the tokens: ``eval_gain_hard`` and ``eval_gain_easy``. The tenths are chosen by the base prediction before the first
     step, in a short pass over ``eval_dataset``, and kept for the run and in its checkpoints. Chosen by the prediction
-    that is compared, as happens to text that was not there then, they would flatter the thoughts.
+    that is compared, as happens to text that was not there then, they would flatter the thoughts. Where only chosen
+    anchors think, neither is reported.
 
     The loss of an accumulated batch is the mean of the losses of its micro-batches, which for windows of equal length
     is the loss of the whole batch.
@@ -225,7 +226,7 @@ class QuietStarTrainer(Trainer):
     @torch.no_grad()
     def _rate_held_out_text(self) -> None:
         """Base predictions of all held-out text; thoughts of no tokens are the least that the objective computes."""
-        if self.eval_dataset is None:
+        if self.eval_dataset is None or not self._thinks_everywhere():
             return
         model = self.model_wrapped
         model.eval()
@@ -242,12 +243,18 @@ class QuietStarTrainer(Trainer):
                 self._gains.rate()
         model.train()
 
+    def _thinks_everywhere(self) -> bool:
+        config = self._plain_model().config
+        return config.anchors_per_text is None and config.anchor_choice != "given"
+
     def _own_random_numbers(self) -> AbstractContextManager:
         """Within it the state of the generators may change; behind it, it is as before."""
         return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     def _add_gains(self, inputs: dict[str, Tensor], outputs: QuietStarOutput) -> None:
-        """Of held-out text, from all processes."""
+        """Of held-out text, from all processes; not where only some of its tokens are thought behind."""
+        if outputs.anchors is not None:
+            return
         mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
         labels = text_labels(inputs["labels"], mask, token_starts(mask, position_ids, inputs["labels"].shape))
         gain = outputs.base_nll - outputs.talk_nll[..., 0].mean(dim=1)
@@ -319,7 +326,8 @@ def _part_here(parameter: Tensor) -> Tensor:
 @contextmanager
 def _least_thoughts(config: QuietStarConfig) -> Iterator[None]:
     """One thought per position, of no tokens, that predicts one token."""
-    least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1}
+    least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1, "reward": "log_likelihood", "baseline": "self"}
+    least |= {"kl_weight": 0.0, "learned_thought_end": False}
     usual = {name: getattr(config, name) for name in least}
     try:
         for name, value in least.items():

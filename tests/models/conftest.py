@@ -37,7 +37,8 @@ def make_model():
             | fields
         )
         model = QuietStarForCausalLM(config).eval()
-        torch.nn.init.normal_(model.mixing_head[-1].weight)
+        if config.prediction == "mixed":
+            torch.nn.init.normal_(model.mixing_head[-1].weight)
         return model
 
     return make

@@ -5,13 +5,14 @@ import math
 import pytest
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.models.configuration import INTERVALS
+from quietstar.models.configuration import CHOICES, INTERVALS, OPTIONAL_INTERVALS, SWITCHES
 
-INTEGERS = {"thought_length": 0, "lookahead": 1, "num_thoughts": 1}
+INTEGERS = {"thought_length": 0, "lookahead": 1, "num_thoughts": 1, "policy_updates": 1}
 OUTSIDE = {
     "thought_temperature": -0.1, "policy_temperature": 0, "policy_weight": -1, "base_loss_weight": 1.1,
-    "embedding_scale": 0.0,
+    "embedding_scale": 0.0, "teacher_decay": 1.1, "entropy_weight": -1, "kl_weight": -1,
 }  # fmt: skip
+OPTIONAL = {"talk_loss_weight": -0.1, "clip_ratio": 0, "anchors_per_text": 0}
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, *OUTSIDE])
@@ -41,6 +42,44 @@ def test_every_field_with_a_range_is_tested_and_may_have_its_least_value():
     for name, least in INTEGERS.items():
         assert getattr(QuietStarConfig(**{name: least}), name) == least
     assert QuietStarConfig(thought_temperature=0, policy_weight=0, base_loss_weight=1).base_loss_weight == 1
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONAL.items())
+def test_numbers_that_may_be_none(name, value):
+    assert OPTIONAL.keys() == OPTIONAL_INTERVALS.keys()
+    assert getattr(QuietStarConfig(**{name: None}), name) is None
+    with pytest.raises(ValueError, match=f"^{name} must be .*got {value}"):
+        QuietStarConfig(**{name: value})
+    with pytest.raises(TypeError, match=f"^{name} must be .*got '1'"):
+        QuietStarConfig(**{name: "1"})
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    with pytest.raises(ValueError, match=f"^{name} must be '.*' or '.*', got 'other'"):
+        QuietStarConfig(**{name: "other"})
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got 1"):
+        QuietStarConfig(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"advantage": "leave_one_out", "num_thoughts": 1}, "num_thoughts .* advantage 'leave_one_out', got 1"),
+        ({"reward": "log_mean", "num_thoughts": 1, "advantage": "none"}, "num_thoughts .* reward 'log_mean', got 1"),
+        ({"reward": "log_mean"}, "advantage .* with reward 'log_mean', got 'mean'"),
+        ({"policy_updates": 2}, "clip_ratio must be a number with policy_updates 2, got None"),
+        ({"learned_thought_end": True, "thought_length": 0}, "thought_length .* with learned_thought_end True, got 0"),
+        ({"anchor_choice": "entropy"}, "anchors_per_text must be a number with anchor_choice 'entropy', got None"),
+    ],
+)
+def test_contradictions_are_refused_with_both_names(fields, message):
+    with pytest.raises(ValueError, match=message):
+        QuietStarConfig(**fields)
 
 
 @pytest.mark.parametrize("name", ["start_thought_token_id", "end_thought_token_id"])

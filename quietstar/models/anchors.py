@@ -1,0 +1,94 @@
+"""Anchors: the positions of a text that think, what is predicted from there, and which ones to choose in training."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
+
+
+class Ahead(NamedTuple):
+    """What the thoughts behind A anchors predict: M tokens, the first of them the anchor's next."""
+
+    index: Tensor  # int64 [A, M], or [B, A, M] where texts have anchors of their own: base positions it is mixed with
+    target: Tensor  # int64 [B, A, M], labels; −100 where there is none
+    rewarded: Tensor | None  # bool [B, R], which of the first R anchors are rewarded; None is all of these
+    count: int  # R
+
+
+def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchors: Tensor | None) -> Ahead:
+    """What is predicted from anchors, and which of them look no further than their text: those are rewarded.
+
+    Args:
+        labels: int [B, L], from :func:`~quietstar.models.documents.text_labels`.
+        lookahead: M.
+        starts: where documents begin, see :mod:`quietstar.models.documents`.
+        anchors: int64 [B, A], −1 for none; None is every position but the last.
+    """
+    last = labels.shape[1] - 2  # that has something to predict
+    target = look_ahead(labels, lookahead, starts)
+    within = rewarded(labels, lookahead, starts)
+    step = torch.arange(lookahead, device=labels.device)
+    if anchors is None:
+        index = torch.arange(last + 1, device=labels.device)[:, None] + step
+        return Ahead(index.clamp_max(last), target, within, last + 1 - lookahead)
+    here = anchors.clamp(0, last)
+    index = (here[:, :, None] + step).clamp_max(last)
+    active = (anchors >= 0) & (anchors <= last)
+    target = target.gather(1, here[:, :, None].expand(-1, -1, lookahead)).masked_fill(~active[..., None], IGNORE_INDEX)
+    counts = active & (anchors <= last - lookahead)
+    if within is not None:
+        counts = counts & within.gather(1, here.clamp_max(within.shape[1] - 1))
+    return Ahead(index, target, counts, anchors.shape[1])
+
+
+def select(states: Tensor, index: Tensor, own: bool) -> Tensor:
+    """``states`` [B, L, ...] at positions int64 [...], the same for all texts, or [B, ...], ``own`` ones."""
+    if not own:
+        return states[:, index]
+    offset = torch.arange(len(states), device=index.device) * states.shape[1]
+    return states.flatten(0, 1)[index + offset.view(-1, *[1] * (index.dim() - 1))]
+
+
+def eligible(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
+    """Which positions may be chosen, bool [B, L−1]: those rewarded, with a label for every token they predict."""
+    target = look_ahead(labels, lookahead, starts)
+    return (target != IGNORE_INDEX).all(dim=-1)
+
+
+def choose_anchors(allowed: Tensor, count: int, score: Tensor | None = None) -> Tensor:
+    """``count`` positions of every text, ascending; −1 where fewer are allowed.
+
+    Args:
+        allowed: bool [B, positions].
+        score: float [B, positions], those with the highest are taken; default at random, from torch's generator.
+
+    Returns:
+        int64 [B, count].
+    """
+    if score is None:
+        score = torch.rand(allowed.shape, device=allowed.device)
+    score = score.masked_fill(~allowed, -torch.inf)
+    count, missing = min(count, allowed.shape[1]), max(0, count - allowed.shape[1])
+    found = score.topk(count, dim=1)
+    last = allowed.shape[1]  # sorts behind all others
+    anchors = found.indices.masked_fill(found.values == -torch.inf, last).sort(dim=1).values
+    return torch.nn.functional.pad(anchors.masked_fill(anchors == last, -1), (0, missing), value=-1)
+
+
+def check_anchors(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Given ``anchors`` of texts [B, L] as int64 [B, A].
+
+    Raises:
+        TypeError, ValueError: another shape, no integers, or a position that is not in the text.
+    """
+    if not isinstance(anchors, Tensor) or anchors.is_floating_point() or anchors.dtype == torch.bool:
+        raise TypeError(f"anchors must be an integer tensor, got {getattr(anchors, 'dtype', type(anchors).__name__)}")
+    if anchors.dim() != 2 or anchors.shape[0] != shape[0] or anchors.shape[1] < 1:
+        raise ValueError(f"anchors must have shape [{shape[0]}, A] with A >= 1, got {list(anchors.shape)}")
+    if bool(((anchors < -1) | (anchors >= shape[1])).any()):
+        raise ValueError(
+            f"anchors must be positions in [0, {shape[1]}) or -1, got {int(anchors.min())} to {int(anchors.max())}"
+        )
+    return anchors.to(torch.int64)
