@@ -31,6 +31,20 @@ def test_chosen_anchors_have_the_values_they_have_among_all(make_model, text):
     assert output.advantage.shape == (2, 2, 3)
 
 
+def test_anchors_of_packed_documents(make_model, text):
+    """What would be predicted in the next document has no label, and is no reward."""
+    model = make_model()
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    anchors = torch.tensor([[1, 3, 8]] * 2)
+    output = model(text, labels=text, position_ids=position_ids, anchors=anchors)
+    assert not output.talk_nll[:, :, 1, 1].any()  # of the token behind the document's last
+    assert output.talk_nll[:, :, [0, 2]].all()
+    assert not output.reward[:, :, 1].any()
+    assert output.reward[:, :, [0, 2]].all()
+    chosen = make_model(anchors_per_text=10)(text, labels=text, position_ids=position_ids).anchors
+    assert chosen[0].tolist() == [0, 1, 2, *range(5, 10), -1, -1]
+
+
 def test_random_anchors(make_model, text):
     model = make_model(anchors_per_text=4)
     labels = text.clone()

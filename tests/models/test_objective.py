@@ -27,7 +27,7 @@ METHODS = {
         "advantage_clamp": False,
     },
     "log_mean, no baseline": {"reward": "log_mean", "advantage": "none", "advantage_clamp": False},
-    "likelihood, mixed": {"reward": "likelihood"},
+    "likelihood, mixed": {"reward": "likelihood", "advantage": "none"},
     "teacher, mixed": {"baseline": "teacher", "kl_weight": 0.5, "clip_ratio": 0.1},
     "no baseline": {"baseline": "none", "advantage": "none", "advantage_clamp": False},
     "normalised": {"normalize_advantage": True},
