@@ -30,6 +30,11 @@ SMALL = {
 # The training step of the benchmarks in small: the same thoughts, head and batch, a quarter of the rest.
 BENCHMARK = SMALL | {"vocab_size": 8002, "intermediate_size": 224, "thought_length": 9, "lookahead": 4}
 
+# One switch after the other towards RLP, which learns from its policy term alone. A quarter of the positions think.
+ANCHORS = BENCHMARK | {"anchors_per_text": 8}
+ALONE = ANCHORS | {"prediction": "thought"}
+NO_TEXT_LOSS = {"base_loss_weight": 0.0, "talk_loss_weight": 0.0}
+
 # Attention takes the most.
 WIDE_HEADS = SMALL | {"num_key_value_heads": 4, "intermediate_size": 64, "head_dim": 32}
 
@@ -43,7 +48,8 @@ def training_step(fields: dict, batch: int = 2, length: int = 32, **options) -> 
 
 def model_of(step: TrainingStep) -> QuietStarForCausalLM:
     model = QuietStarForCausalLM(step.config)
-    torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)  # at zero, thoughts would have no gradient
+    if step.mixes:
+        torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)  # at zero, thoughts would have no gradient
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(step.device, step.dtype).train()
@@ -86,6 +92,10 @@ def measured_peak(step: TrainingStep, model: QuietStarForCausalLM, peak: Callabl
         (SMALL | {"sliding_window": 24, "tie_word_embeddings": True}, {"length": 64}),
         (WIDE_HEADS, {"length": 64}),
         (WIDE_HEADS, {"length": 64, "dtype": torch.bfloat16}),
+        (ANCHORS, {}),
+        (SMALL | {"anchors_per_text": 40}, {"dtype": torch.bfloat16}),
+        (ALONE, {"batch": 1}),
+        (ALONE | NO_TEXT_LOSS | {"num_thoughts": 8}, {}),
     ],
     ids=[
         "benchmark, one thought",
@@ -96,6 +106,10 @@ def measured_peak(step: TrainingStep, model: QuietStarForCausalLM, peak: Callabl
         "window",
         "wide heads",
         "wide heads, bfloat16",
+        "chosen anchors",
+        "more anchors than positions",
+        "thought alone",
+        "policy term alone",
     ],
 )
 def test_peak_memory(monkeypatch, fields, options, checkpointing):
@@ -144,7 +158,13 @@ def test_what_stays_is_exact(optimizer):
 
 
 @pytest.mark.parametrize(
-    "fields", [SMALL, SMALL | {"tie_word_embeddings": True, "head_dim": 32}, PRESETS["mistral-7b"]]
+    "fields",
+    [
+        SMALL,
+        SMALL | {"tie_word_embeddings": True, "head_dim": 32},
+        SMALL | {"prediction": "thought"},
+        PRESETS["mistral-7b"],
+    ],
 )
 def test_parameters(fields):
     config = QuietStarConfig(**fields)
@@ -176,17 +196,27 @@ def test_flops_of_layers_and_mixing_head(checkpointing):
     assert products.flops == flops_of(step, "matrices", "mixing head")
 
 
-@pytest.mark.parametrize("num_thoughts", [1, 2])
-def test_flops_of_all_but_attention(num_thoughts, monkeypatch):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_thoughts": 1},
+        {},
+        {"anchors_per_text": 8},
+        {"anchors_per_text": 40},
+        {"anchors_per_text": 8, "prediction": "thought"},
+        {"anchors_per_text": 8, "prediction": "thought", **NO_TEXT_LOSS},
+    ],
+)
+def test_flops_of_all_but_attention(fields, monkeypatch):
     """With the logits of sampling and of the losses, which on a CPU are those of thoughts that helped."""
     monkeypatch.setenv("QUIETSTAR_BACKEND", "torch")  # the products of compiled kernels are not counted
-    step = training_step(SMALL | {"num_thoughts": num_thoughts})
+    step = training_step(SMALL | fields)
     model = model_of(step)
     with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
         output = run(step, model)
     counted = sum(event.flops for event in profile.events() if event.name in ("aten::mm", "aten::addmm"))
-    baseline = output.reward.mean(dim=1, keepdim=True) if num_thoughts > 1 else 0
-    step = replace(step, helpful=(output.reward > baseline).double().mean().item())
+    thoughts = step.batch * step.rewarded * step.config.num_thoughts
+    step = replace(step, helpful=(output.advantage > 0).sum().item() / thoughts)
     assert counted == flops_of(step, "matrices", "head")
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from quietstar.estimate.configs import PRESETS, read_config
 from quietstar.estimate.devices import GPUS, Prediction, this_cpu
-from quietstar.estimate.flops import model_flops, step_parts
+from quietstar.estimate.flops import model_flops
 from quietstar.estimate.memory import step_memory
 from quietstar.estimate.step import DTYPES, OPTIMIZERS, SHARDINGS, TrainingStep
 
 # Above these a step is a slip of the hand: numbers overflow, and the tables of anchors fill the memory.
-LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4}
+LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4, "anchors_per_text": 10**6}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +32,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
     for name, most in LARGEST.items():
         if (value := getattr(options, name)) is not None and value > most:
             raise ValueError(f"{name} must be at most {most}, got {value}")
-    names = "num_thoughts", "thought_length", "lookahead"
+    names = "num_thoughts", "thought_length", "lookahead", "anchors_per_text"
     overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
         config = read_config(options.config, **overrides)
@@ -62,12 +62,13 @@ def report(prediction: Prediction) -> dict:
         "step": {
             "batch": step.batch, "length": step.length, "num_thoughts": config.num_thoughts,
             "thought_length": config.thought_length, "lookahead": config.lookahead,
+            "anchors_per_text": config.anchors_per_text,
             "checkpointing": step.checkpointing, "optimizer": step.optimizer, "helpful_thoughts": step.helpful,
             "gpus": step.gpus, "sharding": step.sharding,
         },
         "parts": [
             {"name": part.name, "flops": part.flops, "bytes": part.bytes, "seconds": device.seconds(part, step.dtype)}
-            for part in step_parts(step)
+            for part in prediction.parts
         ],
         "model_flops": model_flops(step),
         "peak_memory": {
@@ -90,7 +91,8 @@ def _lines(facts: dict) -> Iterable[str]:
     model, step, memory, device = facts["model"], facts["step"], facts["peak_memory"], facts["device"]
     yield (
         f"A training step of {model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}: {step['batch']} × "
-        f"{step['length']} tokens, {step['num_thoughts']} thoughts of {step['thought_length']} tokens per position, "
+        f"{step['length']} tokens, {step['num_thoughts']} thoughts of {step['thought_length']} tokens "
+        f"{'per position' if (chosen := step['anchors_per_text']) is None else f'at {chosen} positions of each'}, "
         f"lookahead {step['lookahead']}, optimizer {step['optimizer']}, "
         f"{'with' if step['checkpointing'] else 'without'} gradient checkpointing, on {device['name']}"
         + (f", one of {step['gpus']} by {step['sharding']}" if step["gpus"] > 1 else "")
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         ("num_thoughts", "independent thoughts per position"),
         ("thought_length", "sampled tokens in a thought"),
         ("lookahead", "real tokens predicted after a thought"),
+        ("anchors_per_text", "positions of a text that think, all where the configuration says nothing"),
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: the configuration's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights (default: bfloat16 on a GPU, float32 on a CPU)")

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -88,10 +89,15 @@ class Prediction:
     step: TrainingStep
     device: Device
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Of the step."""
+        return step_parts(self.step)
+
     @property
     def seconds(self) -> float:
         """Of a step: the sum over its parts, which run one after the other."""
-        return sum(self.device.seconds(part, self.step.dtype) for part in step_parts(self.step))
+        return sum(self.device.seconds(part, self.step.dtype) for part in self.parts)
 
     @property
     def tokens_per_s(self) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from quietstar.estimate.step import TrainingStep
-from quietstar.ops.thought_attention.cost import Cost, thought_attention_cost
+from quietstar.ops.thought_attention.cost import CallCost, Cost, thought_attention_cost
 
 
 class Part(NamedTuple):
@@ -65,7 +65,7 @@ def _sampling(step: TrainingStep) -> list[Part]:
     text, thoughts = _layers(step, step.text_rows), _layers(step, rows)
     head = _linear(step, rows, step.config.hidden_size, step.config.vocab_size, result=step.wide)
     drawn = rows * step.config.vocab_size * step.wide  # logits are read once more, to draw from
-    attention = [_thought_attention(step, step.length, 1, taken).forward for taken in range(1, k + 1)]
+    attention = [_thought_attention(step, step.sampling_positions, 1, taken).forward for taken in range(1, k + 1)]
     text_attention = _scaled(_text_attention(step).forward, layers)
     elementwise = _elementwise(step, step.text_rows) + k * _elementwise(step, rows)
     return [
@@ -90,25 +90,35 @@ def _heads(step: TrainingStep) -> list[Part]:
         _linear(step, step.talk_rows, hidden, hidden),
         _linear(step, step.talk_rows, hidden, 1),
     ]
-    parts = [Part("mixing head", 3 * sum(c.flops for c in mixing), 3 * sum(c.bytes for c in mixing))]
-    for name, rows in _head_rows(step).items():
+    parts = []
+    if step.mixes:
+        parts.append(Part("mixing head", 3 * sum(c.flops for c in mixing), 3 * sum(c.bytes for c in mixing)))
+    for name, (rows, products) in _head_rows(step).items():
         logits = _linear(step, rows, hidden, vocabulary, result=step.wide)
-        # Between the products, logits are read, and their gradient is written in their place.
-        parts.append(Part(name, 3 * logits.flops, 3 * logits.bytes + 2 * rows * vocabulary * step.wide))
+        # Behind the first product, logits are read; where others follow, their gradient is written in their place.
+        other = (1 + (products > 1)) * rows * vocabulary * step.wide
+        parts.append(Part(name, products * logits.flops, products * logits.bytes + other))
     return parts
 
 
-def _head_rows(step: TrainingStep, needed: bool = False) -> dict[str, int]:
-    """Rows of logits of every loss. A CPU computes those that are needed, a GPU all: finding them would be a wait."""
+def _head_rows(step: TrainingStep, needed: bool = False) -> dict[str, tuple[int, int]]:
+    """Rows of logits of every loss, and products with them: three, or one where it only measures.
+
+    A CPU computes the rows that are needed, a GPU all: finding them would be a wait.
+    """
     if needed or step.device == "cpu":
         talk, policy = step.labelled_talk_rows, step.helpful_policy_rows
     else:
         talk, policy = step.talk_rows, step.policy_rows
-    return {"head: base loss": step.base_rows, "head: mixed loss": talk, "head: policy loss": policy}
+    return {
+        "head: base loss": (step.base_rows, 3 if step.learns_base else 1),
+        "head: mixed loss" if step.mixes else "head: talk loss": (talk, 3 if step.learns_talk else 1),
+        "head: policy loss": (policy, 3),
+    }
 
 
 def _head_flops(step: TrainingStep, needed: bool = False) -> int:
-    return 3 * 2 * step.head_matrix * sum(_head_rows(step, needed).values())
+    return 2 * step.head_matrix * sum(rows * products for rows, products in _head_rows(step, needed).values())
 
 
 def _linear(step: TrainingStep, rows: int, inputs: int, outputs: int, result: int | None = None) -> Cost:
@@ -157,25 +167,40 @@ def _text_attention(step: TrainingStep) -> _AttentionCost:
 
 
 def _thought_attention(step: TrainingStep, positions: int, queries: int, keys: int) -> _AttentionCost:
-    """Thought attention in one layer behind the first ``positions``: S = ``queries`` of T = ``keys`` steps."""
+    """Thought attention in one layer behind ``positions``: S = ``queries`` of T = ``keys`` steps."""
     config = step.config
+    if config.anchors_per_text is None:
+        at = torch.arange(positions)
+    else:  # about where random ones are on average
+        middle = (torch.arange(step.predicting) + 0.5) * ((step.length - config.lookahead) / step.predicting)
+        at = torch.nn.functional.pad(middle.long(), (0, positions - step.predicting), value=-1)
 
     def states(heads: int, *sizes: int) -> torch.Tensor:
         return torch.empty(1, heads, *sizes, step.head_size, dtype=step.dtype, device="meta")
 
-    anchors = torch.arange(positions).repeat_interleave(config.num_thoughts)
-    query = states(config.num_attention_heads, len(anchors), queries)
-    text = states(config.num_key_value_heads, step.length)
-    thoughts = states(config.num_key_value_heads, len(anchors), keys)
-    cost = thought_attention_cost(
-        query, text, text, thoughts, thoughts, anchors=anchors, window=config.sliding_window, window_from="step"
+    def passes(num_thoughts: int) -> CallCost:
+        anchors = at.repeat_interleave(num_thoughts)
+        query = states(config.num_attention_heads, len(anchors), queries)
+        text = states(config.num_key_value_heads, step.length)
+        thoughts = states(config.num_key_value_heads, len(anchors), keys)
+        return thought_attention_cost(
+            query, text, text, thoughts, thoughts, anchors=anchors, window=config.sliding_window, window_from="step"
+        )
+
+    # Every further thought costs the same: what it sees of the text is read already.
+    one, two = passes(1), passes(2)
+    more = config.num_thoughts - 1
+    return _AttentionCost(
+        *(
+            _scaled(Cost(*(x + more * (y - x) for x, y in zip(first, second, strict=True))), step.batch)
+            for first, second in zip(one, two, strict=True)
+        )
     )
-    return _AttentionCost(*(_scaled(pass_cost, step.batch) for pass_cost in cost))
 
 
 def _tree_attention(step: TrainingStep) -> tuple[Cost, Cost]:
     """Attention of the tree in all layers, forward and backward: the text and all slots."""
-    passes = zip(_text_attention(step), _thought_attention(step, step.length - 1, step.slots, step.slots), strict=True)
+    passes = zip(_text_attention(step), _thought_attention(step, step.positions, step.slots, step.slots), strict=True)
     return tuple(
         _scaled(Cost(text.flops + slots.flops, text.bytes + slots.bytes), step.config.num_hidden_layers)
         for text, slots in passes

@@ -4,7 +4,6 @@ The walk mirrors the code it describes: ``quietstar.models`` and what autograd k
 Counted are bytes of tensors. What a process needs besides (CUDA context, fragments of the allocator, kernels) is not.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -189,39 +188,41 @@ class _Walk:
         step, memory, phase = self.step, self.memory, "forward of the head"
         head, talk, text = step.head_matrix, step.talk_rows * self.row, step.text_rows * self.row
         # Mixing head: its two inputs and two hidden layers.
-        self.kept_by_mixing = 3 * talk + (text if step.batch > 1 else self.final)
-        if step.batch == 1:
-            memory.hold(TEMPORARY, -self.final)
-        memory.hold(KEPT, self.kept_by_mixing)
-        memory.moment(phase, 2 * talk)
+        self.kept_by_mixing = 3 * talk + (text if step.batch > 1 else self.final) if step.mixes else 0
+        if step.mixes:
+            memory.hold(TEMPORARY, 0 if step.batch > 1 else -self.final)
+            memory.hold(KEPT, self.kept_by_mixing)
+            memory.moment(phase, 2 * talk)
 
         # Of every loss its gradients are kept, that of the head in the compute dtype.
         base = step.base_rows * self.row
-        self.head_base = base + head * step.wide
+        self.head_base = (base + head * step.wide) * step.learns_base
         self.linear_cross_entropy(phase, step.base_rows, self.head_base, inputs=base, rows_held=2)
         # Several slots share a state of the text: their gradients are summed in the compute dtype.
-        widened = step.text_rows * self.wide_row if self.is_half else 0
-        self.head_talk = text + talk + head * step.wide
+        shared = text * step.mixes
+        widened = step.text_rows * self.wide_row if self.is_half and step.mixes else 0
+        self.head_talk = (shared + talk + head * step.wide) * step.learns_talk
         self.linear_cross_entropy(
-            phase, step.talk_rows, self.head_talk, inputs=talk + text + widened, rows_held=6 if self.on_cpu else 2
-        )
+            phase, step.labelled_talk_rows if self.on_cpu else step.talk_rows, self.head_talk,
+            inputs=talk + shared + widened, rows_held=6 if self.on_cpu and step.mixes else 2,
+        )  # fmt: skip
         self.head_policy = 0
         if step.policy_rows:
             policy = step.policy_rows * self.row
             self.head_policy = policy + head * step.wide
-            # A CPU leaves out the last thoughts, which get no reward, and those that did not help, about half.
-            rewarded = (step.length - 1 - step.config.lookahead) / (step.length - 1)
-            rows = math.ceil(step.policy_rows * rewarded / 2) if self.on_cpu else step.policy_rows
+            # A CPU leaves out thoughts that get no reward, and those that did not help.
+            rows = step.helpful_policy_rows if self.on_cpu else step.policy_rows
             self.linear_cross_entropy(phase, rows, self.head_policy, inputs=policy, rows_held=2)
-        self.memory.hold(TEMPORARY, -self.final if step.batch > 1 else 0)
+        if step.batch > 1 or not step.mixes:
+            memory.hold(TEMPORARY, -self.final)
 
     def linear_cross_entropy(self, phase: str, rows: int, gradients: int, inputs: int, rows_held: int) -> None:
         """One loss: ``gradients`` are kept; ``inputs`` and ``rows_held`` rows per logits row are held meanwhile."""
         step = self.step
-        head = step.head_matrix * step.wide
+        head = min(gradients, step.head_matrix * step.wide)
         self.memory.hold(HEAD, gradients - head)
         most = self.chunk_rows(rows, step.config.vocab_size)
-        chunk_rows = -(-rows // -(-rows // most))
+        chunk_rows = -(-rows // -(-rows // most)) if rows else 0
         chunk = self.take_chunk(chunk_rows)
         self.memory.hold(HEAD, head)  # made by the first chunk
         widened = _WIDENED_ROWS * self.wide_row if self.on_cpu and self.is_half and not self.is_compiled else 0
@@ -264,29 +265,38 @@ class _Walk:
             memory.hold(HEAD, -head)
             if step.policy_rows:
                 self.head_policy -= head
-            else:
+            elif step.learns_talk:
                 self.head_talk -= head
+            else:
+                self.head_base -= head
+        gradients = 0  # of slots and text
         if step.policy_rows:
             policy = step.policy_rows * self.row
             memory.moment(phase, policy * self.is_scaled)
             memory.hold(HEAD, -self.head_policy)
             memory.moment(phase, policy + slots)
             memory.hold(TEMPORARY, slots)
-        memory.moment(phase, (text + talk + head) * self.is_scaled)
-        memory.hold(HEAD, -self.head_talk)
-        memory.moment(phase, text + talk + head + slots)
-        memory.hold(TEMPORARY, text + (0 if step.policy_rows else slots))
-        memory.moment(phase, (step.base_rows * self.row + head) * self.is_scaled)
-        memory.hold(HEAD, -self.head_base)
+            gradients = slots
+        if step.learns_talk:
+            shared = text * step.mixes
+            memory.moment(phase, (shared + talk + head) * self.is_scaled)
+            memory.hold(HEAD, -self.head_talk)
+            memory.moment(phase, shared + talk + head + slots)
+            memory.hold(TEMPORARY, shared + slots - gradients)
+            gradients = shared + slots
+        if step.learns_base:
+            memory.moment(phase, (step.base_rows * self.row + head) * self.is_scaled)
+            memory.hold(HEAD, -self.head_base)
 
         # The mixing head: gradients of a hidden layer and of its input, then spread over all slots.
-        memory.moment(phase, talk + max(2 * talk, slots))
-        memory.hold(KEPT, -self.kept_by_mixing)
-        memory.hold(GRADIENTS, step.mixing_parameters * step.element)
+        if step.mixes:
+            memory.moment(phase, talk + max(2 * talk, slots))
+            memory.hold(KEPT, -self.kept_by_mixing)
+            memory.hold(GRADIENTS, step.mixing_parameters * step.element)
 
         # Gradients of text and slots become one of all rows, which goes through the last norm.
         memory.moment(phase, 2 * tree)
-        memory.hold(TEMPORARY, -text - slots)
+        memory.hold(TEMPORARY, -gradients)
         memory.moment(phase, self.norm_backward_temporary())
         memory.hold(KEPT, -_kept_by_norm(step))
         memory.hold(TEMPORARY, tree)  # the gradient that goes down the layers

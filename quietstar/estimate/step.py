@@ -130,9 +130,44 @@ class TrainingStep:
         return self.config.thought_length + 2 + self.config.lookahead - 1
 
     @property
+    def positions(self) -> int:
+        """A, positions of a sequence that think in the tree: all but the last, or as many as are chosen."""
+        return self.config.anchors_per_text or self.length - 1
+
+    @property
+    def sampling_positions(self) -> int:
+        """Positions of a sequence whose thoughts are sampled: where all think, the last one too."""
+        return self.config.anchors_per_text or self.length
+
+    @property
+    def predicting(self) -> int:
+        """Positions of a sequence that are chosen: those with a label for all they predict. The rest stays empty."""
+        return min(self.positions, self.length - self.config.lookahead)
+
+    @property
+    def rewarded(self) -> int:
+        """Positions of a sequence with a policy term, if their thoughts help."""
+        return min(self.positions, self.length - 1 - self.config.lookahead)
+
+    @property
     def anchors(self) -> int:
-        """P, anchors of a sequence in the tree: all positions but the last think N times."""
-        return (self.length - 1) * self.config.num_thoughts
+        """P, anchors of a sequence in the tree: each position thinks N times."""
+        return self.positions * self.config.num_thoughts
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there is a mixing head."""
+        return self.config.prediction == "mixed"
+
+    @property
+    def learns_base(self) -> bool:
+        """Whether the loss without thoughts has gradients."""
+        return self.config.text_loss_weights[0] > 0
+
+    @property
+    def learns_talk(self) -> bool:
+        """Whether the loss after thoughts has: with a mixing head they may be 0, but are there."""
+        return self.config.text_loss_weights[1] > 0 or self.mixes
 
     @property
     def is_windowed(self) -> bool:
@@ -146,8 +181,8 @@ class TrainingStep:
 
     @property
     def sampled_rows(self) -> int:
-        """Rows of a sampling step: every position thinks, the last one too."""
-        return self.text_rows * self.config.num_thoughts
+        """Rows of a sampling step."""
+        return self.batch * self.sampling_positions * self.config.num_thoughts
 
     @property
     def slot_rows(self) -> int:
@@ -171,9 +206,11 @@ class TrainingStep:
 
     @property
     def labelled_talk_rows(self) -> int:
-        """Rows of the mixed loss that have a label: m steps ahead, m positions at the end have none."""
+        """Rows of the mixed loss that have a label: m steps ahead of all positions, m at the end have none."""
         ahead = range(self.config.lookahead)
-        return self.batch * self.config.num_thoughts * sum(self.length - 1 - m for m in ahead)
+        if self.config.anchors_per_text is None:
+            return self.batch * self.config.num_thoughts * sum(self.length - 1 - m for m in ahead)
+        return self.batch * self.config.num_thoughts * self.predicting * len(ahead)
 
     @property
     def policy_rows(self) -> int:
@@ -183,7 +220,7 @@ class TrainingStep:
     @property
     def helpful_policy_rows(self) -> int:
         """Rows of the policy loss with a weight: of rewarded positions and helpful thoughts."""
-        thoughts = self.batch * (self.length - 1 - self.config.lookahead) * self.config.num_thoughts
+        thoughts = self.batch * self.rewarded * self.config.num_thoughts
         return round(self.helpful * thoughts) * self.config.thought_length
 
     @property
@@ -204,7 +241,9 @@ class TrainingStep:
 
     @property
     def mixing_parameters(self) -> int:
-        """The mixing head: matrices [H, 2H], [H, H] and [1, H], two biases."""
+        """The mixing head, if there is one: matrices [H, 2H], [H, H] and [1, H], two biases."""
+        if not self.mixes:
+            return 0
         hidden = self.config.hidden_size
         return 3 * hidden**2 + 3 * hidden
 

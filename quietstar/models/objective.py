@@ -6,6 +6,8 @@ are kept: every term is one fused linear cross-entropy.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,16 +153,24 @@ def _base_loss(base_hidden: Tensor, head: Head, labels: Tensor, config: QuietSta
     Here and below, every term comes out with its weight, so that the gradients made with it need no scaling.
     """
     next_tokens = labels[:, 1:].flatten()
-    count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
-    loss, nll = head.cross_entropy(
-        base_hidden[:, :-1].flatten(0, 1),
-        next_tokens,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        row_weight=(config.text_loss_weights[0] / count).expand(next_tokens.shape),
-        return_nll=True,
-    )
+    weight = config.text_loss_weights[0]
+    cross_entropy = partial(
+        head.cross_entropy, base_hidden[:, :-1].flatten(0, 1), next_tokens, ignore_index=IGNORE_INDEX
+    )  # fmt: skip
+    if weight == 0:
+        loss, nll = _without_loss(cross_entropy)
+    else:
+        count = (next_tokens != IGNORE_INDEX).sum().clamp_min(1)
+        row_weight = (weight / count).expand(next_tokens.shape)
+        loss, nll = cross_entropy(reduction="sum", row_weight=row_weight, return_nll=True)
     return loss, nll.view(len(labels), -1)
+
+
+@torch.no_grad()
+def _without_loss(cross_entropy: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """A loss of 0 and the nll of its rows: one product with the head where gradients take three."""
+    nll = cross_entropy(reduction="none")
+    return nll.new_zeros(()), nll
 
 
 def _talk_loss(
@@ -176,21 +186,21 @@ def _talk_loss(
     batch, length = base_hidden.shape[:2]
     per_thought = hidden.shape[:4]
     counts = (ahead.target != IGNORE_INDEX).sum(dim=(0, 1)) * num_thoughts  # [M]
-    row_weight = (config.text_loss_weights[1] / (lookahead * counts.clamp_min(1))).expand(per_thought)
+    weight = config.text_loss_weights[1]
+    row_weight = (weight / (lookahead * counts.clamp_min(1))).expand(per_thought)
     rows = ahead.target[:, :, None].expand(per_thought).flatten()
     if config.prediction == "thought":
-
-        def cross_entropy(**options):
-            return head.cross_entropy(hidden.flatten(0, 3), rows, ignore_index=IGNORE_INDEX, **options)
+        cross_entropy = partial(head.cross_entropy, hidden.flatten(0, 3), rows, ignore_index=IGNORE_INDEX)
+        if weight == 0:  # a mixing head has gradients of 0, as processes that train together expect
+            loss, nll = _without_loss(cross_entropy)
+            return loss, nll.view(per_thought)
     else:
         index = ahead.index + torch.arange(batch, device=rows.device)[:, None, None] * length
         index = index[:, :, None].expand(per_thought).flatten()
-
-        def cross_entropy(**options):
-            return head.mixed_cross_entropy(
-                base_hidden.flatten(0, 1), hidden.flatten(0, 3), mixing_weight.flatten(), rows, base_index=index,
-                ignore_index=IGNORE_INDEX, **options,
-            )  # fmt: skip
+        cross_entropy = partial(
+            head.mixed_cross_entropy, base_hidden.flatten(0, 1), hidden.flatten(0, 3), mixing_weight.flatten(), rows,
+            base_index=index, ignore_index=IGNORE_INDEX,
+        )  # fmt: skip
 
     if config.reward != "log_likelihood":  # the gradient of a likelihood weighs with it
         with torch.no_grad():

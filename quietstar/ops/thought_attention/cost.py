@@ -49,12 +49,13 @@ def thought_attention_cost(
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length, value_size = key.shape[1], key.shape[2], value.shape[-1]
 
-    # What the queries of every step see: base keys first … last, int64 [B, P, S], and own keys, bool [B, P, S, T].
+    # What the queries of every step see: base keys first … last, int64 [B, P, S], and own keys, bool [B, P, S, T], or
+    # [1, 1, S, T] behind all active anchors.
     last = mask.anchors_in(length, torch.device("cpu")).expand(batch, num_anchors)[:, :, None].expand(-1, -1, steps)
-    exists = last >= 0
+    active = last[:, :, 0] >= 0
     lengths = torch.full((1, 1), inputs.thought_steps) if mask.thought_lengths is None else mask.thought_lengths
     step = torch.arange(inputs.thought_steps - steps, inputs.thought_steps)
-    exists = exists & (step < lengths[:, :, None])
+    exists = active[:, :, None] & (step < lengths[:, :, None])
     first = torch.zeros_like(last)
     if mask.key_start is not None:
         first = first.maximum(mask.key_start[:, :, None])
@@ -63,14 +64,14 @@ def thought_attention_cost(
         moved = torch.arange(offset, offset + steps) if mask.window_from_step else 0
         first = first.maximum(last + moved - mask.window + 1)
     base_pairs = torch.where(exists, last - first + 1, 0).clamp_min(0)
-    own = mask.sees_thought(lengths, inputs, torch.device("cpu")) & exists[..., None]
-    pairs = query_heads * int(base_pairs.sum() + own.sum())
+    own = mask.sees_thought(lengths, inputs, torch.device("cpu"))
+    pairs = query_heads * int(base_pairs.sum() + (own.sum(dim=(2, 3)) * active).sum())
 
     # Base keys that some query sees: +1 where its range begins, −1 behind its end.
     begin, end = torch.where(base_pairs > 0, first, 0).flatten(1), torch.where(base_pairs > 0, last + 1, 0).flatten(1)
     ends = torch.zeros(batch, length + 1, dtype=torch.int64)
     ends.scatter_add_(1, begin, torch.ones_like(begin)).scatter_add_(1, end, -torch.ones_like(end))
-    keys = kv_heads * int((ends.cumsum(1) > 0).sum() + own.any(dim=2).sum())
+    keys = kv_heads * int((ends.cumsum(1) > 0).sum() + (own.any(dim=2).sum(dim=2) * active).sum())
 
     size = query.element_size()
     active_rows = query_heads * int(exists.sum())
