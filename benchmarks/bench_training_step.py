@@ -11,7 +11,7 @@ import torch
 from baselines import SequentialStep, model_weights, sequential_training_step
 from bench_generation import mistral_inside
 from measure import DEVICE, own_peak_memory, peak_memory
-from shapes import TRAINING_STEP
+from shapes import TRAINING_STEP, TrainingShape
 from torch import Tensor
 from transformers import MistralForCausalLM
 
@@ -25,23 +25,25 @@ BASE = "base model, no thoughts"
 BEFORE_RELU = "mixing_head.0", "mixing_head.2"
 
 
-def random_model() -> QuietStarForCausalLM:
+def random_model(shape: TrainingShape = SHAPE, **fields: object) -> QuietStarForCausalLM:
     config = QuietStarConfig(
-        vocab_size=SHAPE.vocab_size,
-        hidden_size=SHAPE.hidden_size,
-        num_hidden_layers=SHAPE.num_hidden_layers,
-        num_attention_heads=SHAPE.num_attention_heads,
-        num_key_value_heads=SHAPE.num_key_value_heads,
-        intermediate_size=SHAPE.intermediate_size,
-        num_thoughts=SHAPE.num_thoughts,
-        thought_length=SHAPE.thought_length,
-        lookahead=SHAPE.lookahead,
-        start_thought_token_id=SHAPE.vocab_size - 2,
-        end_thought_token_id=SHAPE.vocab_size - 1,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        intermediate_size=shape.intermediate_size,
+        num_thoughts=shape.num_thoughts,
+        thought_length=shape.thought_length,
+        lookahead=shape.lookahead,
+        start_thought_token_id=shape.vocab_size - 2,
+        end_thought_token_id=shape.vocab_size - 1,
+        **fields,
     )
     model = QuietStarForCausalLM(config).to(DEVICE)
-    # A fresh mixing head gives thoughts no weight, and then most gradients are zero.
-    torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)
+    if config.prediction == "mixed":
+        # A fresh mixing head gives thoughts no weight, and then most gradients are zero.
+        torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)
     return model
 
 

@@ -20,7 +20,7 @@ class TrainingShape:
     lookahead: int
     dtype: torch.dtype
     target: float | None
-    """How many times faster than the sequential program the step has to be, where a promise was made."""
+    """How many times faster than its first peer the step has to be, where a promise was made."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,12 @@ class ScalingShape:
 TRAINING_STEP = {
     "cpu": TrainingShape(256, 4, 8, 2, 896, 32002, 2, 128, 2, 9, 4, torch.float32, target=6),
     "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 2, 512, 2, 9, 4, torch.bfloat16, target=None),
+}
+# One position of a document thinks, as in RLP (arXiv 2510.01265), which predicts one token. The head has about a fifth
+# of the weights, as that of Qwen3-1.7B.
+RLP_STEP = {
+    "cpu": TrainingShape(256, 2, 8, 2, 896, 2002, 1, 2048, 16, 512, 1, torch.float32, target=3),
+    "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 1, 2048, 16, 512, 1, torch.bfloat16, target=None),
 }
 THOUGHT_ATTENTION = {
     "cpu": ThoughtAttentionShape(1, 512, 12, 8, 2, 64, torch.float32, target=9),
