@@ -72,16 +72,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the model's, usually no drafts)",
     )  # fmt: skip
     parser.add_argument(
-        "--think", type=number_or("always never", float), metavar="WHEN",
-        help="always, never, or a threshold in nats: only where the base prediction has more entropy "
-        "(default: the model's, usually always)",
+        "--think", type=number_or("always never learned", float), metavar="WHEN",
+        help="always, never, a threshold in nats: only where the base prediction has more entropy; or learned: only "
+        "where the model's gain head expects a thought to gain more than --gain_threshold (default: the model's, "
+        "usually always)",
     )  # fmt: skip
+    add_gain_threshold(parser)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
 
 
+def add_gain_threshold(parser: argparse.ArgumentParser) -> None:
+    """``--gain_threshold`` beside ``--think``."""
+    parser.add_argument(
+        "--gain_threshold", type=float, metavar="NATS", help="of --think learned (default: the model's, usually 0)"
+    )
+
+
 def check_thinking(options: argparse.Namespace) -> None:
-    """``--draft_length`` and ``--think``, as ``generate`` checks them."""
+    """``--draft_length``, ``--think`` and ``--gain_threshold``, as ``generate`` checks them."""
     try:
         for name, check in CHECKS.items():
             if (value := getattr(options, name)) is not None:

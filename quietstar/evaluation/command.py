@@ -18,7 +18,7 @@ from quietstar.evaluation.answers import AnswerProbabilities, answer_probabiliti
 from quietstar.evaluation.means import Mean, token_mean
 from quietstar.evaluation.said import greedy_answers, majority, sampled_answers
 from quietstar.evaluation.tasks import TASKS, Task, load_task
-from quietstar.generate import check_thinking, load_model, number_or
+from quietstar.generate import add_gain_threshold, check_thinking, load_model, number_or
 
 INTERVALS = {
     "samples": Interval(int, "[1, 1000]"),
@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     try:
         check_numbers(INTERVALS, vars(options), prefix="--")
         check_thinking(options)
+        if options.gain_threshold is not None and options.think != "learned":
+            raise ValueError(f"--think must be learned with --gain_threshold, got {options.think}")
         _check_output(options)
         task = load_task(options.task, options.data, options.limit)
         results = _evaluate(options, task)
@@ -64,6 +66,8 @@ def _check_output(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
     """All measures of a task, printed; for JSON."""
     tokenizer, model = load_model(options.model)
+    if options.gain_threshold is not None:
+        model.generation_config.gain_threshold = options.gain_threshold
     if options.samples is not None:  # found out now, not behind the other measures
         most = model.config.max_position_embeddings - 1
         Interval(int, f"[1, {most}]").check("--max_new_tokens", options.max_new_tokens)
@@ -158,9 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         "name of a dataset (default: the task's own, from the hub)",
     )  # fmt: skip
     parser.add_argument(
-        "--think", type=number_or("always never", float), default="always", metavar="WHEN",
-        help="always, never, or a threshold in nats: only where the base prediction has more entropy",
+        "--think", type=number_or("always never learned", float), default="always", metavar="WHEN",
+        help="always, never, a threshold in nats: only where the base prediction has more entropy; or learned: only "
+        "where the model's gain head expects more than --gain_threshold",
     )  # fmt: skip
+    add_gain_threshold(parser)
     parser.add_argument(
         "--samples", type=int, metavar="N",
         help="also the majority of N answers, each after reasoning (\"Let's think step by step\"), temperature 0.7",

@@ -1,13 +1,10 @@
 """Predictions of the next token where they are wanted, after thinking where that is wanted."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from quietstar.models import QuietStarForCausalLM
-
-Think = float | Literal["always", "never"]
+from quietstar.models.defaults import DEFAULT, Think, choose
 
 
 @torch.no_grad()
@@ -21,19 +18,22 @@ def next_token_logits(
         input_ids: int64 [B, L], padded on the right with any token.
         positions: int64 [K], of the same tokens in every text.
         think: as for ``generate``: with a threshold in nats, predictions without a thought stand where they have no
-            more entropy. One thought is drawn behind every position, from torch's global generator.
+            more entropy; with "learned", where no more than the model's ``gain_threshold`` is expected. One thought is
+            drawn behind every position, from torch's global generator.
     """
     if think == "always":
         return model(input_ids, logits_to_keep=positions, use_cache=False).logits.float()
-    logits = model.predictor().logits(model.model(input_ids).last_hidden_state[:, positions]).float()
+    predictor, hidden = model.predictor(), model.model(input_ids).last_hidden_state[:, positions]
+    logits = predictor.logits(hidden).float()
     if think == "never":
         return logits
     text = logits.index_fill(-1, torch.tensor(model.config.thought_token_ids, device=logits.device), -torch.inf)
-    unsure = torch.special.entr(text.softmax(dim=-1)).sum(dim=-1) > think
-    wanted = unsure.any(dim=0)
+    threshold = choose("gain_threshold", DEFAULT, model.generation_config, model.config)
+    worth_it = predictor.worth_a_thought(hidden, text, think, threshold)
+    wanted = worth_it.any(dim=0)
     if wanted.any():
         mixed = next_token_logits(model, input_ids, positions[wanted])
-        logits[:, wanted] = torch.where(unsure[:, wanted, None], mixed, logits[:, wanted])
+        logits[:, wanted] = torch.where(worth_it[:, wanted, None], mixed, logits[:, wanted])
     return logits
 
 

@@ -37,9 +37,9 @@ print(pipe("Once upon a time", max_new_tokens=50, think="always"))
 ```
 
 `trust_remote_code` is not needed behind `from quietstar import QuietStarForCausalLM`; the file `modeling_quietstar.py`
-does no more than that. `think` may be `"always"`, `"never"` (the base model alone) or a threshold in nats: only where
-the base prediction has more entropy. `draft_length="auto"` is faster and leaves the distribution of the text as it is.
-Without these arguments the configuration decides.
+does no more than that. `think` may be `"always"`, `"never"` (the base model alone), a threshold in nats: only where
+the base prediction has more entropy, or `"learned"`, if it was trained to know where. `draft_length="auto"` is faster
+and leaves the distribution of the text as it is. Without these arguments the configuration decides.
 
 ## How it thinks
 
@@ -109,7 +109,9 @@ def _card(model: PreTrainedModel, training: Mapping[str, object], metadata: dict
     thinking = {
         "tokens in a thought": config.thought_length,
         "temperature of the thoughts": config.thought_temperature,
-        "when it thinks, unless told otherwise": _when(choose("think", DEFAULT, *sources)),
+        "when it thinks, unless told otherwise": _when(
+            choose("think", DEFAULT, *sources), choose("gain_threshold", DEFAULT, *sources)
+        ),
         "tokens drafted at once, unless told otherwise": choose("draft_length", DEFAULT, *sources) or "none",
         "in training: thoughts per position, tokens predicted after one": f"{config.num_thoughts}, {config.lookahead}",
         "in training: weight of the policy term": f"{config.policy_weight:g}",
@@ -124,7 +126,9 @@ def _card(model: PreTrainedModel, training: Mapping[str, object], metadata: dict
     )
 
 
-def _when(think: float | str) -> str:
+def _when(think: float | str, gain_threshold: float) -> str:
+    if think == "learned":
+        return f"where its gain head expects a thought to gain more than {gain_threshold:g} nats"
     return think if isinstance(think, str) else f"where the base prediction has more than {think:g} nats of entropy"
 
 

@@ -42,7 +42,7 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 _WHERE = (*_HUB, "gguf_file", "trust_remote_code")
 
 # What Quiet-STaR adds to the tensors of a decoder.
-_ADDED = ("start_embedding.", "end_embedding.", "mixing_head.")
+_ADDED = ("start_embedding.", "end_embedding.", "mixing_head.", "gain_head.")
 
 # The one architecture the authors trained and released; their code has switches for others.
 _AUTHORS_SWITCHES = {
@@ -68,7 +68,7 @@ def from_base(
     """Start Quiet-STaR from the ordinary checkpoint of a decoder.
 
     Adds the two thought tokens to the vocabulary, starts both thought embeddings from the embedding of "---" and the
-    mixing head from zero, so that every prediction is the base model's until training moves it.
+    mixing head from zero, so that every prediction is the base model's until training moves it. So does a gain head.
 
     Args:
         name_or_path: folder or hub name of the checkpoint, of any family that can think.
@@ -140,7 +140,8 @@ def from_pretrained(
     """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
 
     Arguments as for every transformers model; keyword arguments that are fields of :class:`QuietStarConfig` override
-    the saved ones. Quantisers leave ``lm_head`` and the mixing head alone.
+    the saved ones. Quantisers leave ``lm_head`` and the mixing head alone. A ``gain_weight`` given to a checkpoint that
+    has no gain head yet starts one from zero.
 
     Raises:
         ValueError: a checkpoint that is neither (an ordinary one, for example), or lacks tensors; a
@@ -148,6 +149,7 @@ def from_pretrained(
     """
     path = pretrained_model_name_or_path
     with_info = kwargs.pop("output_loading_info", False)
+    may_lack = ("gain_head.",) if kwargs.get("gain_weight") else ()
     if config is None and path is not None:
         path, config, kwargs = _resolve(path, kwargs)
     elif config is not None and not isinstance(config, PreTrainedConfig):
@@ -155,7 +157,7 @@ def from_pretrained(
     if config is not None and not isinstance(config, QuietStarConfig):
         raise TypeError(f"config must be a QuietStarConfig, got {type(config).__name__}")
     model, info = _load(cls, path, *args, config=config, **kwargs)
-    _check_loaded("pretrained_model_name_or_path", pretrained_model_name_or_path, model, info)
+    _check_loaded("pretrained_model_name_or_path", pretrained_model_name_or_path, model, info, may_lack)
     check_defaults(model.generation_config)
     if path is None and pretrained_model_name_or_path is not None:
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)

@@ -23,6 +23,7 @@ INTERVALS = {
     "policy_updates": Interval(int, "[1, inf)"),
     "entropy_weight": Interval(float, "[0, inf)"),
     "kl_weight": Interval(float, "[0, inf)"),
+    "gain_weight": Interval(float, "[0, inf)"),
     "embedding_scale": Interval(float, "(0, inf)"),
 }
 # Of those that may be None too.
@@ -79,6 +80,8 @@ class QuietStarConfig(PreTrainedConfig):
         policy_updates: so many.
         entropy_weight: bonus for the entropy of what a thought token is drawn from, in nats.
         kl_weight: what each nat costs by which a thought is likelier to the model than to the teacher.
+        gain_weight: factor of the squared error, in the loss, of a head that predicts from the text alone what a thought
+            will gain for the next token; 0: the model has no such head. The head's own Adam steps hardly depend on it.
         anchors_per_text: how many positions of a text think in training; default all.
         anchor_choice: which: ``"random"`` ones, those where the prediction without a thought has the most
             ``"entropy"``, or those ``"given"`` with the batch as ``anchors``.
@@ -87,7 +90,7 @@ class QuietStarConfig(PreTrainedConfig):
         embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
         start_thought_token_id, end_thought_token_id: vocabulary ids of the two thought tokens. The model never
             produces them: neither inside a thought nor in generated text.
-        think, draft_length: what ``generate`` does where neither the call nor its ``generation_config`` says.
+        think, gain_threshold, draft_length: what ``generate`` does where neither the call nor its ``generation_config`` says.
         base_model_name_or_path: the checkpoint that Quiet-STaR started from, if it is known.
         base_vocab_size: how many tokens that checkpoint had, if it is known.
     """
@@ -115,6 +118,7 @@ class QuietStarConfig(PreTrainedConfig):
     policy_updates: int = 1
     entropy_weight: float = 0.0
     kl_weight: float = 0.0
+    gain_weight: float = 0.0
     anchors_per_text: int | None = None
     anchor_choice: Literal["random", "entropy", "given"] = "random"
     learned_thought_end: bool = False
@@ -122,6 +126,7 @@ class QuietStarConfig(PreTrainedConfig):
     start_thought_token_id: int | None = None
     end_thought_token_id: int | None = None
     think: Think = "always"
+    gain_threshold: float = 0.0
     draft_length: int | Literal["auto"] | None = None
     base_model_name_or_path: str | None = None
     base_vocab_size: int | None = None
@@ -192,6 +197,7 @@ class QuietStarConfig(PreTrainedConfig):
             ("learned_thought_end", self.learned_thought_end, "thought_length", self.thought_length == 0, "at least 1"),
             ("anchor_choice", self.anchor_choice == "entropy", "anchors_per_text", self.anchors_per_text is None,
              "a number"),
+            ("think", self.think == "learned", "gain_weight", self.gain_weight == 0, "> 0"),
         )  # fmt: skip
         for first, switched, second, wrong, wanted in contradictions:
             if switched and wrong:

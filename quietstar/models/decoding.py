@@ -140,7 +140,10 @@ class _Loop:
         base_logits = torch.stack(logits, dim=1)
 
         if thinker is None:
-            thinks = thinks & self._unsure(base_logits)
+            thinking = self.thinking
+            thinks = thinks & self.predictor.worth_a_thought(
+                torch.stack(states, dim=1), base_logits, thinking.think, thinking.gain_threshold
+            )
             most = int(self._thinking_behind(thinks).sum(dim=1).max())
             thinker = self._thinker(thinks, most) if most else None
         logits, thoughts = base_logits, None
@@ -171,12 +174,6 @@ class _Loop:
         if thinker is None:
             return self.predictor.decoder(text, positions, self.cache)[:, -1]
         return thinker.read(text, positions)[:, -1]
-
-    def _unsure(self, base_logits: Tensor) -> Tensor:
-        """Where base predictions [B, P, V] have so much entropy that a thought is worth it, bool [B, P]."""
-        if self.thinking.think == "never":
-            return torch.zeros(base_logits.shape[:2], dtype=torch.bool, device=base_logits.device)
-        return torch.special.entr(base_logits.softmax(dim=-1)).sum(dim=-1) > self.thinking.think
 
     def _thinker(self, thinks: Tensor, most: int) -> Thinker:
         """A thinker behind those positions of the round that ``thinks`` [B, P] names, ``most`` in a row.

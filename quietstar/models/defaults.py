@@ -1,15 +1,20 @@
 """When to think and how much to draft: which values there are, and which holds where a call does not say.
 
 Pipelines, servers and evaluation harnesses cannot hand every argument on to ``generate``, so a model may say it itself:
-in ``model.generation_config``, or in the fields ``think`` and ``draft_length`` of its configuration.
+in ``model.generation_config``, or in the fields ``think``, ``gain_threshold`` and ``draft_length`` of its
+configuration.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
+from quietstar._numbers import Interval
+
 DEFAULT = "default"
 
-Think = float | Literal["always", "never"]
+Think = float | Literal["always", "never", "learned"]
+
+_NATS = Interval(float, "(-inf, inf)")
 
 
 def check_think(value: object) -> None:
@@ -18,13 +23,22 @@ def check_think(value: object) -> None:
     Raises:
         TypeError, ValueError: neither of the words nor a number of nats.
     """
-    if value in ("always", "never"):
+    if value in ("always", "never", "learned"):
         return
-    wanted = "think must be 'always', 'never' or a threshold in nats >= 0"
+    wanted = "think must be 'always', 'never', 'learned' or a threshold in nats >= 0"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{wanted}, got {value!r}")
     if not value >= 0:
         raise ValueError(f"{wanted}, got {value}")
+
+
+def check_gain_threshold(value: object) -> None:
+    """Check a value of ``gain_threshold``.
+
+    Raises:
+        TypeError, ValueError: no finite number.
+    """
+    _NATS.check("gain_threshold", value)
 
 
 def check_draft_length(value: object) -> None:
@@ -42,11 +56,15 @@ def check_draft_length(value: object) -> None:
         raise ValueError(f"{wanted}, got {value}")
 
 
-CHECKS: dict[str, Callable[[object], None]] = {"think": check_think, "draft_length": check_draft_length}
+CHECKS: dict[str, Callable[[object], None]] = {
+    "think": check_think,
+    "gain_threshold": check_gain_threshold,
+    "draft_length": check_draft_length,
+}
 
 
 def check_defaults(source: object) -> None:
-    """Check what a configuration says of the two; most say nothing.
+    """Check what a configuration says of these; most say nothing.
 
     Raises:
         TypeError, ValueError: a value that ``generate`` does not take.

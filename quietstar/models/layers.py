@@ -1,4 +1,4 @@
-"""What Quiet-STaR adds to a decoder: the thought embeddings and the mixing head."""
+"""What Quiet-STaR adds to a decoder: the thought embeddings, the mixing head and the gain head."""
 
 import torch
 from torch import Tensor, nn
@@ -67,3 +67,18 @@ class ThoughtAlone(nn.Module):
     def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
         """Ones, as of :class:`MixingHead`."""
         return thought_hidden.new_ones(thought_hidden.shape[:-1])
+
+
+class GainHead(nn.Sequential):
+    """What a thought behind a position is expected to gain for the next token, in nats: MLP(base state).
+
+    The last layer starts at zero: before training no thought is expected to gain anything. No gradient reaches the
+    states, so that what is learnt here changes nothing else.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(nn.Linear(hidden_size, hidden_size), nn.ReLU(), ZeroLinear(hidden_size, 1))
+
+    def forward(self, base_hidden: Tensor) -> Tensor:
+        """Expected gains [...] of base states [..., H]."""
+        return super().forward(base_hidden.detach()).squeeze(-1)

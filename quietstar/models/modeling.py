@@ -10,7 +10,7 @@ from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoder import Decoder, HiddenStates
 from quietstar.models.documents import document_starts
 from quietstar.models.families import new_decoder, positions_of_short_texts
-from quietstar.models.layers import MixingHead, ThoughtAlone, ThoughtEmbedding, ZeroLinear
+from quietstar.models.layers import GainHead, MixingHead, ThoughtAlone, ThoughtEmbedding, ZeroLinear
 from quietstar.models.layouts import ATTENTION_NAME, ThoughtStates
 from quietstar.models.objective import Given
 from quietstar.models.outputs import QuietStarOutput
@@ -47,6 +47,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         self.start_embedding = ThoughtEmbedding(text.hidden_size, config.embedding_scale)
         self.end_embedding = ThoughtEmbedding(text.hidden_size, config.embedding_scale)
         self.mixing_head = MixingHead(text.hidden_size) if config.prediction == "mixed" else ThoughtAlone()
+        self.gain_head = GainHead(text.hidden_size) if config.gain_weight > 0 else None
         self._positions = positions_of_short_texts(text)
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.post_init()
@@ -68,7 +69,8 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         """The parts of the model as they are now, for one pass, or for several while no parameter changes."""
         decoder = Decoder(self.model, self._positions)
         return Predictor(
-            self.config, decoder, self.lm_head, self.start_embedding, self.end_embedding, self.mixing_head
+            self.config, decoder, self.lm_head, self.start_embedding, self.end_embedding, self.mixing_head,
+            self.gain_head,
         )  # fmt: skip
 
     def _predictor_of(self, states: ThoughtStates | None) -> Predictor:

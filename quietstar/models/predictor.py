@@ -9,9 +9,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from quietstar.models.anchors import check_anchors, choose_anchors, eligible, select
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoder import Decoder, HiddenStates
+from quietstar.models.defaults import Think
 from quietstar.models.documents import IGNORE_INDEX, at_anchors, document_starts, text_labels
+from quietstar.models.gain import gain_loss, require_gain_head
 from quietstar.models.head import Head
-from quietstar.models.layers import MixingHead, ThoughtAlone, ThoughtEmbedding
+from quietstar.models.layers import GainHead, MixingHead, ThoughtAlone, ThoughtEmbedding
 from quietstar.models.layouts import BaseStates, TextCache, TextRows, ThoughtStates, ThoughtTree
 from quietstar.models.objective import Given, likelihood_objective
 from quietstar.models.outputs import QuietStarOutput
@@ -29,6 +31,7 @@ class Predictor:
         lm_head: [V, H], the matrix of the head.
         start_embedding, end_embedding: of the thought tokens.
         mixing_head: weighs the predictions after a thought.
+        gain_head: predicts what a thought will gain, if the model has one.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class Predictor:
         start_embedding: ThoughtEmbedding,
         end_embedding: ThoughtEmbedding,
         mixing_head: MixingHead | ThoughtAlone,
+        gain_head: GainHead | None,
     ):
         self.config, self.decoder, self.lm_head, self.mixing_head = config, decoder, lm_head, mixing_head
+        self.gain_head = gain_head
         self.start, self.end = start_embedding(), end_embedding()
         self.head = Head.of(lm_head, config.text_config, self.start.dtype)
         self._thought_token_ids: tuple[int, int] | None = None
@@ -62,6 +67,17 @@ class Predictor:
         for token in self.thought_token_ids:
             logits[..., token] = -torch.inf
         return logits
+
+    def worth_a_thought(self, hidden: Tensor, logits: Tensor, think: Think, gain_threshold: float) -> Tensor:
+        """Behind which base states [..., H], which predict ``logits`` [..., V], to think, bool [...].
+
+        ``think`` and ``gain_threshold`` as of ``generate``.
+        """
+        if think in ("always", "never"):
+            return torch.full(hidden.shape[:-1], think == "always", device=hidden.device)
+        if think == "learned":
+            return require_gain_head(self.gain_head, self.config)(hidden) > gain_threshold
+        return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) > think
 
     def thinker(
         self,
@@ -191,10 +207,16 @@ class Predictor:
             base_hidden, thought_hidden, weight, self.head, labels, own_tokens, config, starts, anchors, given,
             output_thought_logprobs, output_thought_entropy,
         )  # fmt: skip
-        return QuietStarOutput(
+        output = QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=weight.detach().transpose(1, 2), anchors=anchors,
             **parts._asdict(),
         )  # fmt: skip
+        if config.gain_weight > 0:
+            expected = require_gain_head(self.gain_head, config)(base_hidden[:, :-1])
+            error = gain_loss(expected, output.base_nll, output.talk_nll, labels, anchors)
+            output.loss, output.gain_loss = output.loss + config.gain_weight * error, error.detach()
+            output.expected_gain = expected.detach()
+        return output
 
     def _tree(
         self, text: Text, starts: Tensor | None, thoughts: Tensor, anchors: Tensor, collect: HiddenStates | None

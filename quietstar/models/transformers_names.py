@@ -133,7 +133,7 @@ class UploadsOwnCard:
 class LeftByQuantisers:
     """Mixin in front of a transformers model: quantisers leave its heads alone, which ops read by their weights."""
 
-    _keep_in_fp32_modules = ["lm_head", "mixing_head"]
+    _keep_in_fp32_modules = ["lm_head", "mixing_head", "gain_head"]
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which modules have another dtype than the model: none; the list above is for quantisers only."""

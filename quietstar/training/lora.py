@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RANK = Interval(int, "[1, inf)")
 
 # What Quiet-STaR adds to a model is small and new: it is trained as a whole and saved with the adapter.
-_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head")  # as far as the model has them
+_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head", "gain_head")  # as far as the model has them
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts, which adapters leave alone
 
@@ -51,7 +51,8 @@ def lora_config(
 
 
 def _trained_whole(model: QuietStarForCausalLM) -> list[str]:
-    return [name for name in _TRAINED_WHOLE if any(True for _ in model.get_submodule(name).parameters())]
+    parts = dict(model.named_children())
+    return [name for name in _TRAINED_WHOLE if name in parts and any(True for _ in parts[name].parameters())]
 
 
 def _linear_layers(model: QuietStarForCausalLM) -> list[str]:
