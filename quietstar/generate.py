@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_gain_threshold(parser: argparse.ArgumentParser) -> None:
     """``--gain_threshold`` beside ``--think``."""
     parser.add_argument(
-        "--gain_threshold", type=float, metavar="NATS", help="of --think learned (default: the model's, usually 0)"
+        "--gain_threshold", type=float, metavar="NATS", help="of --think learned (default: the model's, usually 0.1)"
     )
 
 

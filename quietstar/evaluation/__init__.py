@@ -1,6 +1,7 @@
 """Measuring what thoughts do."""
 
 from quietstar.evaluation.answers import AnswerProbabilities, answer_probabilities
+from quietstar.evaluation.curve import CurvePoint, thinking_curve
 from quietstar.evaluation.held_out import HeldOutNll, held_out_nll, text_nll
 from quietstar.evaluation.likeliest import Likeliest, likeliest_tokens
 from quietstar.evaluation.means import (
@@ -20,6 +21,7 @@ from quietstar.models.controls import random_thoughts, shuffle_thoughts
 
 __all__ = [
     "AnswerProbabilities",
+    "CurvePoint",
     "Gain",
     "HeldOutNll",
     "Likeliest",
@@ -43,5 +45,6 @@ __all__ = [
     "score",
     "shuffle_thoughts",
     "text_nll",
+    "thinking_curve",
     "token_mean",
 ]

@@ -80,8 +80,9 @@ class QuietStarConfig(PreTrainedConfig):
         policy_updates: so many.
         entropy_weight: bonus for the entropy of what a thought token is drawn from, in nats.
         kl_weight: what each nat costs by which a thought is likelier to the model than to the teacher.
-        gain_weight: factor of the squared error, in the loss, of a head that predicts from the text alone what a thought
-            will gain for the next token; 0: the model has no such head. The head's own Adam steps hardly depend on it.
+        gain_weight: factor in the loss of the squared error of a gain head, which predicts from the text alone what a
+            thought will gain for the next token; 0: the model has no such head. Nothing else learns from this error,
+            but where gradients are clipped by their common norm, its own count.
         anchors_per_text: how many positions of a text think in training; default all.
         anchor_choice: which: ``"random"`` ones, those where the prediction without a thought has the most
             ``"entropy"``, or those ``"given"`` with the batch as ``anchors``.
@@ -90,7 +91,8 @@ class QuietStarConfig(PreTrainedConfig):
         embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
         start_thought_token_id, end_thought_token_id: vocabulary ids of the two thought tokens. The model never
             produces them: neither inside a thought nor in generated text.
-        think, gain_threshold, draft_length: what ``generate`` does where neither the call nor its ``generation_config`` says.
+        think, gain_threshold, draft_length: what ``generate`` does where neither the call nor its
+            ``generation_config`` says.
         base_model_name_or_path: the checkpoint that Quiet-STaR started from, if it is known.
         base_vocab_size: how many tokens that checkpoint had, if it is known.
     """
@@ -126,7 +128,7 @@ class QuietStarConfig(PreTrainedConfig):
     start_thought_token_id: int | None = None
     end_thought_token_id: int | None = None
     think: Think = "always"
-    gain_threshold: float = 0.0
+    gain_threshold: float = 0.1
     draft_length: int | Literal["auto"] | None = None
     base_model_name_or_path: str | None = None
     base_vocab_size: int | None = None

@@ -25,11 +25,11 @@ def check_think(value: object) -> None:
     """
     if value in ("always", "never", "learned"):
         return
-    wanted = "think must be 'always', 'never', 'learned' or a threshold in nats >= 0"
+    wanted, other = "think must be 'always', 'never' or a threshold in nats >= 0", "or 'learned', with a gain head"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{wanted}, got {value!r}")
+        raise TypeError(f"{wanted}, got {value!r}; {other}")
     if not value >= 0:
-        raise ValueError(f"{wanted}, got {value}")
+        raise ValueError(f"{wanted}, got {value}; {other}")
 
 
 def check_gain_threshold(value: object) -> None:

@@ -82,7 +82,7 @@ class ModelArguments:
     policy_temperature: float | None = _thoughts("of log-probabilities in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
     base_loss_weight: float | None = _thoughts("weight of the loss without thought; the rest is with")
-    gain_weight: float | None = _thoughts("weight of the error of a head that learns where to think (--think learned)")
+    gain_weight: float | None = _thoughts("of a head that learns where to think")
     embedding_scale: float | None = field(
         default=None,
         metadata={"help": "the two thought embeddings are multiplied by this on use, which multiplies their step size; "

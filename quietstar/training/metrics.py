@@ -51,7 +51,7 @@ class ThoughtMetrics:
             "policy_loss": (output.policy_loss, labelled.new_ones(())),
         }
         if output.gain_loss is not None:
-            count = (predicted[..., 0]).sum()
+            count = predicted[..., 0].sum()
             entries["gain_loss"] = torch.where(count > 0, output.gain_loss * count, 0), count
         if k > 0:
             thinks = predicted.any(dim=-1)[:, None].expand(-1, num_thoughts, -1)
@@ -78,9 +78,10 @@ class ThoughtMetrics:
 
         Returns:
             base_nll, talk_nll_0 … talk_nll_{M−1}, reward and mixing_weight, each per token, in nats where it is a
-            likelihood; with a gain head gain_loss in nats² per thinking position; policy_loss per forward pass (before its weight); mean and standard deviation of all advantages;
-            thought_entropy per thought token and distinct_thoughts, how many of the thoughts of a forward pass differ,
-            as a share of all (both not where thoughts have no tokens).
+            likelihood; policy_loss per forward pass (before its weight); mean and standard deviation of all advantages;
+            with a gain head gain_loss, its squared error in nats² per position that thinks; thought_entropy per
+            thought token and distinct_thoughts, how many of the thoughts of a forward pass differ, as a share of all
+            (both not where thoughts have no tokens).
         """
         sums, counts = totals.tolist()
         means = {name: total / max(count, 1) for name, total, count in zip(self._names, sums, counts, strict=True)}

@@ -45,10 +45,11 @@ class QuietStarTrainer(Trainer):
     """:class:`transformers.Trainer` for :class:`~quietstar.models.QuietStarForCausalLM`.
 
     Every log carries, besides the Trainer's own values, ``base_nll``, ``talk_nll_0`` … ``talk_nll_{M−1}``, ``reward``,
-    ``mixing_weight``, ``policy_loss`` and ``tokens_per_second``, with a gain head ``gain_loss`` too, all averaged over the steps since the last log;
-    evaluations carry ``eval_base_nll`` and so on. Tokens are text tokens with a label; evaluating and saving do not
-    count as training time. Evaluations draw the same thoughts every time and leave the state of the random number
-    generators alone, so that they compare with each other and training runs as it would without them.
+    ``mixing_weight``, ``policy_loss`` and ``tokens_per_second``, with a gain head ``gain_loss`` too (the squared error
+    of what it expects, in nats²), all averaged over the steps since the last log; evaluations carry ``eval_base_nll``
+    and so on. Tokens are text tokens with a label; evaluating and saving do not count as training time. Evaluations
+    draw the same thoughts every time and leave the state of the random number generators alone, so that they compare
+    with each other and training runs as it would without them.
 
     Whether thoughts collapse is seen by ``thought_entropy`` (mean entropy in nats of what a thought token is drawn
     from, at ``thought_temperature``; exact for up to 64 tokens of each pass, evenly spread), ``distinct_thoughts``

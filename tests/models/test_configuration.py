@@ -10,7 +10,7 @@ from quietstar.models.configuration import CHOICES, INTERVALS, OPTIONAL_INTERVAL
 INTEGERS = {"thought_length": 0, "lookahead": 1, "num_thoughts": 1, "policy_updates": 1}
 OUTSIDE = {
     "thought_temperature": -0.1, "policy_temperature": 0, "policy_weight": -1, "base_loss_weight": 1.1,
-    "embedding_scale": 0.0, "teacher_decay": 1.1, "entropy_weight": -1, "kl_weight": -1,
+    "embedding_scale": 0.0, "teacher_decay": 1.1, "entropy_weight": -1, "kl_weight": -1, "gain_weight": -1,
 }  # fmt: skip
 OPTIONAL = {"talk_loss_weight": -0.1, "clip_ratio": 0, "anchors_per_text": 0}
 

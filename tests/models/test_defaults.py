@@ -10,6 +10,7 @@ from quietstar import QuietStarConfig, QuietStarForCausalLM
 
 BAD = {
     "think": ["sometimes", -1.0, True, None, float("nan")],
+    "gain_threshold": ["much", True, None, float("nan"), float("inf")],
     "draft_length": ["none", 0, -2, True, 1.5],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
