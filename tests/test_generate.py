@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import word_model
+from transformers import AutoTokenizer
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main
@@ -81,6 +82,18 @@ def test_thinks_where_it_is_told_to(folder, capsys):
     assert err == ""
 
 
+def test_thinks_where_it_has_learned_to(folder, tmp_path, capsys):
+    model = QuietStarForCausalLM.from_pretrained(folder, gain_weight=1.0)
+    model.gain_head[-1].bias.data.fill_(0.5)  # nats, everywhere
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--prompt", "the cat", "--max_new_tokens", "5", "--think", "learned", "--json"]
+    for flags, share in ((["--gain_threshold", "0.6"], 0), (["--gain_threshold", "-1"], 1), ([], 1)):
+        assert json.loads(run(capsys, *options, *flags)[1])["thought_share"] == share
+    code, _, err = run(capsys, *options[:-3], "--gain_threshold", "0")
+    assert (code, "think must be 'learned' with gain_threshold 0.0, got 'always'" in err) == (2, True)
+
+
 def test_thinks_what_it_is_told_to(folder, capsys):
     options = ["--model", folder, "--prompt", "the cat", "--max_new_tokens", "5", "--show-thoughts", "--thoughts"]
     assert run(capsys, *options, "mat sat")[1].count("thought 'mat sat'") == 5
@@ -126,6 +139,11 @@ def test_json(folder, capsys):
             ["--prompt", "the", "--think", "nan"],
             "--think must be 'always', 'never' or a threshold in nats >= 0, got nan",
         ),
+        (
+            ["--prompt", "the", "--think", "learned"],
+            "for it to have the gain head of think='learned', got a model without",
+        ),
+        (["--prompt", "the", "--gain_threshold", "nan"], "--gain_threshold must be a finite number of nats, got nan"),
         (["--prompt", "the", "--temperature", "-1"], "--temperature must be >= 0, got -1.0"),
         (["--prompt", "the", "--thought_temperature", "-1"], "thought_temperature must be >= 0, got -1.0"),
         (["--prompt", "the", "--model", "./nowhere"], "cannot load --model ./nowhere"),

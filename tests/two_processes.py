@@ -29,10 +29,11 @@ def new_model() -> QuietStarForCausalLM:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=2,
         num_thoughts=1, policy_weight=1.0, thought_temperature=0.0, start_thought_token_id=VOCABULARY - 2,
-        end_thought_token_id=VOCABULARY - 1,
+        end_thought_token_id=VOCABULARY - 1, gain_weight=0.5,
     )  # fmt: skip
     model = QuietStarForCausalLM(config)
-    nn.init.normal_(model.mixing_head[-1].weight)
+    for head in (model.mixing_head, model.gain_head):
+        nn.init.normal_(head[-1].weight)
     return model
 
 

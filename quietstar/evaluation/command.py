@@ -92,6 +92,7 @@ def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
     _print(options, task, means, probability)
     return {
         "task": task.name, "data": task.source, "model": options.model, "think": options.think, "seed": options.seed,
+        "gain_threshold": options.gain_threshold,
         "quietstar": quietstar.__version__, "questions": len(task.questions), "cropped": probability.cropped,
         "left_out": int(probability.values.isnan().sum()),
         "valid_tokens": tokenizer.convert_ids_to_tokens(probability.valid_tokens),

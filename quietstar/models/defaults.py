@@ -5,16 +5,13 @@ in ``model.generation_config``, or in the fields ``think``, ``gain_threshold`` a
 configuration.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
-
-from quietstar._numbers import Interval
 
 DEFAULT = "default"
 
 Think = float | Literal["always", "never", "learned"]
-
-_NATS = Interval(float, "(-inf, inf)")
 
 
 def check_think(value: object) -> None:
@@ -38,7 +35,11 @@ def check_gain_threshold(value: object) -> None:
     Raises:
         TypeError, ValueError: no finite number.
     """
-    _NATS.check("gain_threshold", value)
+    wanted = "gain_threshold must be a finite number of nats"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{wanted}, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{wanted}, got {value}")
 
 
 def check_draft_length(value: object) -> None:

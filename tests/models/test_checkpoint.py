@@ -52,6 +52,18 @@ def test_from_base(base):
         torch.testing.assert_close(model(text).logits[..., :30], mistral(text).logits)
 
 
+def test_from_base_with_a_gain_head_thinks_nowhere_before_training(base):
+    folder, mistral = base
+    model = QuietStarForCausalLM.from_base(folder, gain_weight=0.5, think="learned")
+    text = torch.randint(0, 30, (1, 6))
+    with torch.no_grad():
+        assert not model.gain_head(model.model(text).last_hidden_state).any()
+    said = model.generate(text, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(
+        said, mistral.generate(text, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    )
+
+
 def test_from_base_without_a_tokenizer_needs_initial_tokens(base):
     folder, mistral = base
     for file in folder.glob("tokenizer*"):

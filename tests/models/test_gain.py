@@ -178,7 +178,7 @@ REFUSED = {
     "not a number": (
         {"gain_weight": 1.0},
         {"think": "learned", "gain_threshold": "0.1"},
-        "gain_threshold must be a num",
+        "gain_threshold must be a fin",
     ),
     "not finite": (
         {"gain_weight": 1.0},

@@ -39,7 +39,14 @@ WAYS = {
     "FSDP, first layer of the mixing head by itself": fsdp("mixing_head.0"),
     "FSDP, decoder by itself": fsdp("model"),
     "FSDP, everything by itself": fsdp(
-        "model.embed_tokens", "model.norm", "model", "lm_head", "start_embedding", "end_embedding", "mixing_head"
+        "model.embed_tokens",
+        "model.norm",
+        "model",
+        "lm_head",
+        "start_embedding",
+        "end_embedding",
+        "mixing_head",
+        "gain_head",
     ),
     "FSDP, nothing is gathered twice": fsdp("lm_head", reshard_after_forward=False),
 }

@@ -38,6 +38,7 @@ def test_the_configuration_is_of_attention_mlp_and_what_quiet_star_adds(make_mod
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0)
     assert set(config.target_modules) == set(PARTS)
     assert set(config.modules_to_save) == set(WHOLE)
+    assert set(lora_config(make_model(gain_weight=1.0)).modules_to_save) == {*WHOLE, "gain_head"}
     config = lora_config(make_model(), 4, 3, 0.1, target_modules=["q_proj"], use_rslora=True)
     assert (config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 0.1, True)
     assert set(config.target_modules) == {"q_proj"}
@@ -52,6 +53,24 @@ def test_the_trainer_trains_adapters_and_nothing_else(make_model, make_trainer, 
     moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if "lora_" in name or "modules_to_save" in name}
     assert len(moved) == 2 * len(PARTS) * 2 + 7  # two matrices each, two layers; two embeddings and the head's tensors
+
+
+def test_a_gain_head_is_trained_saved_and_asked_with_the_adapters(make_model, make_trainer, tmp_path):
+    make_model(gain_weight=1.0).save_pretrained(tmp_path / "base")
+    model = QuietStarForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, lora_config(model, r=4))
+    trainer = make_trainer(adapted, max_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    merged, text = load_merged(tmp_path / "adapter"), torch.arange(1, 9)[None]
+    assert merged.gain_head[-1].weight.any()
+    with torch.no_grad():
+        expected = merged.gain_head(merged.model(text).last_hidden_state[:, -1])
+    for each in (adapted, merged):
+        for above in (-1e-4, 1e-4):
+            options = {"gain_threshold": float(expected) - above, "max_new_tokens": 1, "pad_token_id": 0}
+            output = each.eval().generate(input_ids=text, think="learned", return_thoughts=True, **options)
+            assert bool(output.thinks) == (above > 0)
 
 
 @pytest.fixture

@@ -59,6 +59,20 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch(make_model, ma
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
+def test_a_gain_head_is_trained_and_its_error_logged(make_model, make_trainer):
+    model, errors = make_model(gain_weight=1.0), {True: [], False: []}
+    trainer = make_trainer(model, max_steps=6, logging_steps=2, per_device_eval_batch_size=2)
+    model.register_forward_hook(lambda *call: errors[model.training].append(call[-1].gain_loss))
+    trainer.train()
+    trainer.evaluate()
+    *logs, _, evaluated = trainer.state.log_history
+    expected = torch.stack(errors[True]).view(3, 2).mean(dim=1)
+    assert [log["gain_loss"] for log in logs] == pytest.approx(expected.tolist(), rel=1e-5)
+    *_, first, second = errors[False]
+    assert evaluated["eval_gain_loss"] == pytest.approx(float(2 * first + second) / 3, rel=1e-5)  # of three windows
+    assert model.gain_head[-1].bias.any()
+
+
 def test_logs_are_means_over_the_steps_since_the_last_log(make_model, make_trainer):
     model, outputs = make_model(), []
     trainer = make_trainer(model, max_steps=4, logging_steps=2, gradient_accumulation_steps=2)
