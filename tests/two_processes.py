@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.models.layers import GainHead
 
 VOCABULARY = 40
 ROOT = str(Path(__file__).parents[1])
@@ -29,11 +30,11 @@ def new_model() -> QuietStarForCausalLM:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=2,
         num_thoughts=1, policy_weight=1.0, thought_temperature=0.0, start_thought_token_id=VOCABULARY - 2,
-        end_thought_token_id=VOCABULARY - 1, gain_weight=0.5,
+        end_thought_token_id=VOCABULARY - 1,
     )  # fmt: skip
     model = QuietStarForCausalLM(config)
-    for head in (model.mixing_head, model.gain_head):
-        nn.init.normal_(head[-1].weight)
+    nn.init.normal_(model.mixing_head[-1].weight)
+    model.config.gain_weight, model.gain_head = 0.5, GainHead(model.config.hidden_size)
     return model
 
 
