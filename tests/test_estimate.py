@@ -161,7 +161,7 @@ def test_what_stays_is_exact(optimizer):
     "fields",
     [
         SMALL,
-        SMALL | {"tie_word_embeddings": True, "head_dim": 32},
+        SMALL | {"tie_word_embeddings": True, "head_dim": 32, "gain_weight": 0.1},
         SMALL | {"prediction": "thought"},
         PRESETS["mistral-7b"],
     ],

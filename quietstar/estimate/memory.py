@@ -292,7 +292,7 @@ class _Walk:
         if step.mixes:
             memory.moment(phase, talk + max(2 * talk, slots))
             memory.hold(KEPT, -self.kept_by_mixing)
-            memory.hold(GRADIENTS, step.mixing_parameters * step.element)
+        memory.hold(GRADIENTS, (step.mixing_parameters + step.gain_parameters) * step.element)
 
         # Gradients of text and slots become one of all rows, which goes through the last norm.
         memory.moment(phase, 2 * tree)

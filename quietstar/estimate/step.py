@@ -248,17 +248,24 @@ class TrainingStep:
         return 3 * hidden**2 + 3 * hidden
 
     @property
+    def gain_parameters(self) -> int:
+        """The gain head, if there is one: matrices [H, H] and [1, H], two biases."""
+        hidden = self.config.hidden_size
+        return hidden**2 + 2 * hidden + 1 if self.config.gain_weight > 0 else 0
+
+    @property
     def other_parameters(self) -> int:
         """Those outside the layers."""
         return self.parameters - self.config.num_hidden_layers * self.layer_parameters
 
     @cached_property
     def parameters(self) -> int:
-        """Elements of all weights: layers, embedding and head, last norm, mixing head, two thought embeddings."""
+        """Elements of all weights: layers, embedding and head, last norm, both small heads, two thought embeddings."""
         vocabularies = 1 if self.config.tie_word_embeddings else 2
         return (
             self.config.num_hidden_layers * self.layer_parameters
             + vocabularies * self.head_matrix
             + self.mixing_parameters
+            + self.gain_parameters
             + 3 * self.config.hidden_size
         )
