@@ -16,11 +16,12 @@ ROOT = str(Path(__file__).parents[1])
 
 def run_on_two(function: Callable, *arguments: object) -> None:
     """Call ``function(rank, *arguments)`` of a test's module in two new processes."""
+    before = list(sys.path)
     sys.path.append(ROOT)  # they take it over, and find `tests` there; pytest imports tests by their files
     try:
         torch.multiprocessing.spawn(function, arguments, nprocs=2)
     finally:
-        sys.path.remove(ROOT)
+        sys.path[:] = before  # which may hold it further in front
 
 
 def new_model() -> QuietStarForCausalLM:

@@ -89,7 +89,8 @@ def test_where_no_thought_is_measured_the_loss_is_zero(make_learner, text):
 def test_before_training_nothing_is_expected_and_nowhere_thought(make_model, text):
     model = make_model(gain_weight=GAIN_WEIGHT)
     assert not model(text, labels=text).expected_gain.any()
-    assert model.generate(text, think="learned", **OPTIONS).thought_share == 0
+    for options in ({}, {"gain_threshold": 0}):
+        assert model.generate(text, think="learned", **OPTIONS, **options).thought_share == 0
     assert model.generate(text, think="learned", gain_threshold=-1e-3, **OPTIONS).thought_share == 1
 
 
