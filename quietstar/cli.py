@@ -12,6 +12,7 @@ import quietstar
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("train a small model to think, on a CPU, nothing downloaded", "quietstar.quickstart.command:main"),
     "train": ("teach a model to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
+    "star": ("train a model on its own rationales that led to right answers", "quietstar.star.command:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
     "chat": ("talk with a Quiet-STaR model", "quietstar.chat:main"),
