@@ -235,6 +235,7 @@ def _train(
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would hide them from the mean loss
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
