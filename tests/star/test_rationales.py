@@ -47,6 +47,13 @@ def test_the_end_of_text_token_ends_it_too(make_writer, model, tokenizer, task):
     assert (tokenizer.decode(rationale.tokens), rationale.answer) == ("--- Ben ---", None)
 
 
+def test_what_comes_behind_the_stop_is_left_out(make_writer, tokenizer, task):
+    """As in a batch whose other rows are longer, of a model without an end-of-text token."""
+    new = tokenizer("--- Ben --- Cem. Ann's boss")["input_ids"]
+    rationale = make_writer()._read(new, [None], task)
+    assert (rationale.tokens, rationale.text, rationale.answer) == (new[:5], "--- Ben --- Cem", "Cem")
+
+
 def test_samples_follow_the_temperature(make_writer, model, task):
     problems = problems_of(task, FORM)
     writer = make_writer(temperature=50.0)
