@@ -5,6 +5,7 @@ from torch import Tensor
 
 from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.head import Head
+from quietstar.models.lengths import lengths_of
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
 # Thought tokens that are looked at: a few of each pass are enough for a mean over many, and cost about one per cent.
@@ -12,15 +13,18 @@ TOKENS = 64
 
 
 @torch.no_grad()
-def thought_entropy(hidden: Tensor, head: Head, counted: Tensor, config: QuietStarConfig) -> Tensor:
+def thought_entropy(
+    hidden: Tensor, tokens: Tensor, head: Head, counted: Tensor, config: QuietStarConfig
+) -> Tensor:  # fmt: skip
     """Mean entropy of the distributions that thought tokens are drawn from, in nats: a scalar, NaN without any.
 
-    That is at ``thought_temperature`` and without the thought tokens, also where ``policy_temperature`` is another. Of
+    That is at ``thought_temperature`` and without those thought tokens that may not be drawn, also where ``policy_temperature`` is another. Of
     some thoughts, evenly spread, it is computed exactly from the logits of their tokens; of all of them if they have
     no more than ``TOKENS``. Nothing waits for the device.
 
     Args:
         hidden: [B, P, N, k, H], the states that thought tokens are drawn from.
+        tokens: int [B, P, N, k]; what is not drawn, behind an end that was, does not count.
         head: makes predictions of them.
         counted: bool [B, P], behind which positions thoughts count.
         config: of the model.
@@ -35,15 +39,24 @@ def thought_entropy(hidden: Tensor, head: Head, counted: Tensor, config: QuietSt
     chosen = torch.searchsorted(up_to, ranks, right=True).clamp_max(thoughts - 1)
     rows = hidden.flatten(0, 2)[chosen].flatten(0, 1)
     parts = slices(len(rows), rows_within(BLOCK_BYTES, 4 * len(head.weight), rows.device))
-    entropy = torch.cat([_entropy(rows[part], head, config) for part in parts]) if k else rows.new_empty(0)
-    means = entropy.view(len(ranks), k).mean(dim=1)
+    may_end = (torch.arange(k, device=rows.device) > 0).repeat(len(ranks)) & config.learned_thought_end
+    entropy = [_entropy(rows[part], may_end[part], head, config) for part in parts]
+    entropy = torch.cat(entropy) if k else rows.new_empty(0)
+    entropy = entropy.view(len(ranks), k)
+    if config.learned_thought_end:
+        place = torch.arange(k, device=rows.device)
+        drawn = (place <= lengths_of(tokens).flatten()[chosen, None]) & (first & (total > 0))[:, None]
+        return torch.where(drawn, entropy, 0).sum() / drawn.sum()
+    means = entropy.mean(dim=1)
     return torch.where(first & (total > 0), means, 0).sum() / torch.where(total > 0, first.sum(), 0)
 
 
-def _entropy(hidden: Tensor, head: Head, config: QuietStarConfig) -> Tensor:
+def _entropy(hidden: Tensor, may_end: Tensor, head: Head, config: QuietStarConfig) -> Tensor:
     """Of one distribution each, float32 [rows]."""
     if config.thought_temperature == 0:  # greedy thoughts
         return torch.zeros(len(hidden), device=hidden.device)
     logits = head.logits(hidden).float() / config.thought_temperature
-    logits[:, list(config.thought_token_ids)] = -torch.inf
+    start, end = config.thought_token_ids
+    logits[:, start] = -torch.inf
+    logits[:, end] = logits[:, end].masked_fill(~may_end, -torch.inf)
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)

@@ -18,6 +18,7 @@ from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.documents import IGNORE_INDEX
 from quietstar.models.entropy import thought_entropy
 from quietstar.models.head import Head
+from quietstar.models.lengths import drawn_tokens
 
 
 class Objective(NamedTuple):
@@ -78,6 +79,7 @@ _NOTHING = Given()
 
 def likelihood_objective(
     base_hidden: Tensor,
+    drawn_from: Tensor,
     thought_hidden: Tensor,
     mixing_weight: Tensor,
     head: Head,
@@ -94,11 +96,12 @@ def likelihood_objective(
 
     Args:
         base_hidden: [B, L, H], final hidden states of the text.
-        thought_hidden: [B, A, N, S, H], final hidden states of the thought slots: start, k tokens, end, M−1 real.
+        drawn_from: [B, A, N, k, H], final hidden states of the thought slots start and all tokens but the last.
+        thought_hidden: [B, A, N, M, H], of the slots end and M−1 real.
         mixing_weight: [B, A, N, M], weight of the thought prediction.
         head: makes predictions of hidden states.
         labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
-        thought_tokens: int [B, A, N, k].
+        thought_tokens: int [B, A, N, k], −1 for none.
         starts: where documents begin, see :mod:`quietstar.models.documents`.
         anchors: int64 [B, A], positions that think, −1 for none; None is every position but the last.
         given: what the configuration's ``baseline``, ``kl_weight`` and ``clip_ratio`` need.
@@ -108,10 +111,8 @@ def likelihood_objective(
     k = config.thought_length
     ahead = predicted_from(labels, config.lookahead, starts, anchors)
     base_loss, base_nll = _base_loss(base_hidden, head, labels, config)
-    talk_loss, talk_nll = _talk_loss(
-        base_hidden, thought_hidden[:, :, :, k + 1 :], mixing_weight, head, ahead, config
-    )  # fmt: skip
-    policy = _Policy(thought_hidden[:, :, :, :k], thought_tokens, head, config)
+    talk_loss, talk_nll = _talk_loss(base_hidden, thought_hidden, mixing_weight, head, ahead, config)
+    policy = _Policy(drawn_from, thought_tokens, head, config)
     reward = _rewards(base_nll if config.baseline == "self" else given.baseline_nll, talk_nll, ahead, config)
     count = reward.numel()
     if ahead.rewarded is not None:
@@ -132,7 +133,7 @@ def likelihood_objective(
     entropy = None
     if output_thought_entropy:
         counted = (ahead.target != IGNORE_INDEX).any(dim=-1)
-        entropy = thought_entropy(thought_hidden[:, :, :, :k], head, counted, config)
+        entropy = thought_entropy(drawn_from, thought_tokens, head, counted, config)
     if output_thought_logprobs and thought_nll is None:
         thought_nll = base_nll.new_zeros(thought_tokens.shape)
     return Objective(
@@ -281,15 +282,18 @@ class _Policy:
     """
 
     def __init__(self, hidden: Tensor, tokens: Tensor, head: Head, config: QuietStarConfig):
-        self.hidden, self.tokens = hidden, tokens.masked_fill(tokens < 0, IGNORE_INDEX)
-        self.head, self.config = head, config
+        self.hidden, self.head, self.config = hidden, head, config
+        if config.learned_thought_end:
+            self.tokens = drawn_tokens(tokens, config.end_thought_token_id, IGNORE_INDEX)
+        else:
+            self.tokens = tokens.masked_fill(tokens < 0, IGNORE_INDEX)
         self._known: Tensor | None = None
 
     def nll(self) -> Tensor:
         """[B, A, N, k], of each token; no gradient."""
         if self._known is None:
             with torch.no_grad():
-                self._known = self._cross_entropy(reduction="none").view(self.tokens.shape)
+                self._known = self._cross_entropy(reduction="none")
         return self._known
 
     def cost(self, teacher_logprobs: Tensor) -> Tensor:
@@ -317,23 +321,41 @@ class _Policy:
             )
             rewarded *= ratio.masked_fill(clipped, 0)
         if not config.entropy_weight:
-            result = self._cross_entropy(reduction="sum", row_weight=row_weight.flatten(), return_nll=return_nll)
+            result = self._cross_entropy(reduction="sum", row_weight=row_weight, return_nll=return_nll)
             term, nll = result if return_nll else (result, None)
             return term if config.policy_weight else None, term.detach() / weight, nll
         bonus = torch.zeros_like(row_weight)
         within = 1.0 if ahead.rewarded is None else ahead.rewarded[:, :, None, None].to(bonus.dtype)
         bonus[:, : ahead.count] = within * (config.entropy_weight / (k * count))
         term, nll = self._cross_entropy(
-            reduction="sum", row_weight=(row_weight if config.policy_weight else 0 * row_weight).flatten(),
-            entropy_weight=bonus.flatten(), return_nll=True,
+            reduction="sum", row_weight=row_weight if config.policy_weight else 0 * row_weight, entropy_weight=bonus,
+            return_nll=True,
         )  # fmt: skip
-        return term, (row_weight.flatten() * nll).sum() / weight, nll
+        return term, (row_weight * nll).sum() / weight, nll
 
     def _cross_entropy(self, **options):
-        return self.head.cross_entropy(
-            self.hidden.flatten(0, 3),
-            self.tokens.flatten(),
+        """As of the head, of all tokens; row_weight, entropy_weight and nll are [B, A, N, k]."""
+        suppress = self.config.thought_token_ids
+        if not self.config.learned_thought_end:
+            return self._of_tokens(slice(None), suppress, **options)
+        first = self._of_tokens(slice(0, 1), suppress, **options)
+        others = self._of_tokens(slice(1, None), suppress[:1], **options)  # the end may be among them
+        if options["reduction"] == "none":
+            return torch.cat([first, others], dim=3)
+        if not options.get("return_nll"):
+            return first + others
+        return first[0] + others[0], torch.cat([first[1], others[1]], dim=3)
+
+    def _of_tokens(self, which: slice, suppress: tuple[int, ...], **options):
+        tokens = self.tokens[..., which]
+        options = {name: x[..., which].flatten() if isinstance(x, Tensor) else x for name, x in options.items()}
+        result = self.head.cross_entropy(
+            self.hidden[:, :, :, which].flatten(0, 3),
+            tokens.flatten(),
             temperature=self.config.policy_temperature,
-            suppress=self.config.thought_token_ids,
+            suppress=suppress,
             **options,
         )
+        if options["reduction"] == "none":
+            return result.view(tokens.shape)
+        return (result[0], result[1].view(tokens.shape)) if options.get("return_nll") else result

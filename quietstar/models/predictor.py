@@ -11,10 +11,12 @@ from quietstar.models.configuration import QuietStarConfig
 from quietstar.models.decoder import Decoder, HiddenStates
 from quietstar.models.defaults import Think
 from quietstar.models.documents import IGNORE_INDEX, at_anchors, document_starts, text_labels
+from quietstar.models.ending import EndingThinker
 from quietstar.models.gain import gain_loss, require_gain_head
 from quietstar.models.head import Head
 from quietstar.models.layers import GainHead, MixingHead, ThoughtAlone, ThoughtEmbedding
 from quietstar.models.layouts import BaseStates, TextCache, TextRows, ThoughtStates, ThoughtTree
+from quietstar.models.lengths import behind_ends, ends_are_behind, lengths_of, slots_of
 from quietstar.models.objective import Given, likelihood_objective
 from quietstar.models.outputs import QuietStarOutput
 from quietstar.models.text import Text, check_tokens
@@ -90,7 +92,8 @@ class Predictor:
     ) -> Thinker:
         """A thinker behind ``anchors`` [B, P], columns of the text, at ``anchor_positions`` [B, P]."""
         thought_length = self.config.thought_length if thought_length is None else thought_length
-        return Thinker(
+        kind = EndingThinker if self.config.learned_thought_end else Thinker
+        return kind(
             self.decoder, self.head, base, anchors, anchor_positions, self.start, self.end, thought_length, key_start,
             states,
         )  # fmt: skip
@@ -108,7 +111,7 @@ class Predictor:
         )  # fmt: skip
         thinker.read(text.embedded(self.decoder.embed), position_ids)
         temperature = self.config.thought_temperature if temperature is None else temperature
-        return thinker.sample(temperature, self.thought_token_ids, generator)
+        return thinker.sample(temperature, self.thought_token_ids, generator, finishes=False)
 
     def thoughts_at(self, text: Text, starts: Tensor | None, anchors: Tensor | None) -> Tensor:
         """N sampled thoughts behind ``anchors`` [B, A] or every position, int64 [B, N, A or L, k]; −1 for none."""
@@ -197,15 +200,18 @@ class Predictor:
         behind = chosen.repeat_interleave(num_thoughts, dim=-1)
         hidden = self._tree(text, starts, own_tokens.flatten(1, 2), behind, collect)
         base_hidden = hidden[:, :length]
-        thought_hidden = hidden[:, length:].unflatten(1, (chosen.shape[-1], num_thoughts, k + lookahead + 1))
+        slots = hidden[:, length:].unflatten(1, (chosen.shape[-1], num_thoughts, k + lookahead + 1))
+        thought_hidden = slots[:, :, :, k + 1 :]
+        if config.learned_thought_end:
+            thought_hidden = behind_ends(slots, lengths_of(own_tokens), lookahead)
 
         ahead = chosen.clamp_min(0)[..., None] + torch.arange(lookahead, device=device)
         weight = self.mixing_head(
-            base_hidden, thought_hidden[:, :, :, k + 1 :], ahead.clamp_max(length - 1)[..., None, :]
+            base_hidden, thought_hidden, ahead.clamp_max(length - 1)[..., None, :]
         )
         parts = likelihood_objective(
-            base_hidden, thought_hidden, weight, self.head, labels, own_tokens, config, starts, anchors, given,
-            output_thought_logprobs, output_thought_entropy,
+            base_hidden, slots[:, :, :, :k], thought_hidden, weight, self.head, labels, own_tokens, config, starts,
+            anchors, given, output_thought_logprobs, output_thought_entropy,
         )  # fmt: skip
         output = QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=weight.detach().transpose(1, 2), anchors=anchors,
@@ -233,11 +239,12 @@ class Predictor:
         positions = position_ids[:, here] if anchors.dim() == 1 else position_ids.gather(1, here)
         steps = torch.arange(1, self.config.thought_length + self.config.lookahead + 2, device=text.device)
         slot_positions = positions[:, :, None] + steps
+        lengths = lengths_of(thoughts) + self.config.lookahead + 1 if self.config.learned_thought_end else None
         rows = TextRows(torch.arange(length, device=text.device)[None], starts)
         return self.decoder(
             self._tree_embeddings(text, thoughts, here),
             torch.cat([position_ids, slot_positions.flatten(1)], dim=1),
-            ThoughtTree(rows, anchors, at_anchors(starts, anchors)),
+            ThoughtTree(rows, anchors, at_anchors(starts, anchors), lengths),
             collect,
         )
 
@@ -253,15 +260,9 @@ class Predictor:
         embedded, inside = text.embedded_with(thoughts.clamp_min(0).flatten(1), self.decoder.embed)
         following = anchors[..., None] + torch.arange(1, self.config.lookahead, device=anchors.device)
         following = following.clamp_max(length - 1)
-        slots = torch.cat(
-            [
-                self.start.expand(batch, anchors.shape[-1], 1, -1),
-                inside.unflatten(1, thoughts.shape[1:]),
-                self.end.expand(batch, anchors.shape[-1], 1, -1),
-                select(embedded, following, anchors.dim() == 2),
-            ],
-            dim=2,
-        )
+        start, end = (x.expand(batch, anchors.shape[-1], 1, -1) for x in (self.start, self.end))
+        parts = start, inside.unflatten(1, thoughts.shape[1:]), end, select(embedded, following, anchors.dim() == 2)
+        slots = slots_of(thoughts, *parts) if self.config.learned_thought_end else torch.cat(parts, dim=2)
         return torch.cat([embedded, slots.flatten(1, 2)], dim=1)
 
     def predict(
@@ -322,5 +323,8 @@ class Predictor:
         flat = shape[0] * shape[1], *shape[2:]
         if tuple(thought_tokens.shape) not in (shape, flat):
             raise ValueError(f"thought_tokens must have shape {list(shape)}, got {list(thought_tokens.shape)}")
-        check_tokens("thought_tokens", thought_tokens, self.config.vocab_size, ignore=-1 if may_lack else None)
+        ends = self.config.learned_thought_end
+        check_tokens("thought_tokens", thought_tokens, self.config.vocab_size, ignore=-1 if may_lack or ends else None)
+        if ends and not ends_are_behind(thought_tokens, may_lack):
+            raise ValueError("thought_tokens must be -1 behind the end of a thought only, got -1 in front of a token")
         return thought_tokens.reshape(shape)

@@ -44,7 +44,13 @@ class Thinker:
         self.cache = ThoughtCache(base, anchors, max_steps, key_start, states)
         steps = torch.arange(1, max_steps + 1, device=anchors.device)
         self.positions = anchor_positions[:, :, None] + steps  # [B, P, T]
-        self.hidden: Tensor | None = None  # [B, P, H], behind the last step so far
+        self.states: Tensor | None = None  # [B, P, S, H], behind the steps of the last pass
+        self.lengths: Tensor | None = None  # int [B, P], steps of each thought where they are known to differ
+
+    @property
+    def hidden(self) -> Tensor:
+        """[B, P, H], behind the last step so far."""
+        return self.states[:, :, -1]
 
     def read(
         self,
@@ -66,12 +72,18 @@ class Thinker:
         """
         return self._advance(self.start if tokens is None else self._steps(tokens), text, position_ids, collect)
 
-    def sample(self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-        """Sampled thought tokens, int64 [B, P, k]; temperature 0 is greedy."""
-        anchors, device = self.cache.anchors.shape, self.cache.anchors.device
-        # generator=None is left out: with it, torch.compile has no randint of a symbolic length.
-        options = {} if generator is None else {"generator": generator}
-        seeds = torch.randint(2**62, (self.thought_length,), device=device, **options)
+    def sample(
+        self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None, finishes: bool = True
+    ) -> Tensor:  # fmt: skip
+        """Sampled thought tokens, int64 [B, P, k].
+
+        Args:
+            temperature: 0 is greedy.
+            suppress: the start and the end token.
+            generator: of the seeds.
+            finishes: whether ``finish`` will be called.
+        """
+        anchors, seeds = self.cache.anchors.shape, self._seeds(generator)
         tokens: list[Tensor] = []
         for j in range(self.thought_length):
             if self.cache.steps == j:
@@ -92,6 +104,12 @@ class Thinker:
         if self.cache.steps < self.cache.max_steps:
             self._advance(self._steps(tokens)[:, :, self.cache.steps :])
         return self.hidden
+
+    def _seeds(self, generator: torch.Generator | None) -> Tensor:
+        """Of the noise of each token, int64 [k]."""
+        # generator=None is left out: with it, torch.compile has no randint of a symbolic length.
+        options = {} if generator is None else {"generator": generator}
+        return torch.randint(2**62, (self.thought_length,), device=self.cache.anchors.device, **options)
 
     def _steps(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, P, k + 2, H] of whole thoughts."""
@@ -118,12 +136,12 @@ class Thinker:
             layout = self._layout(length, whole=count == self.cache.max_steps)
         hidden = self.decoder(rows, positions, layout, collect)
         self.cache.steps += count
-        self.hidden = hidden[:, length:].unflatten(1, (-1, count))[:, :, -1]
+        self.states = hidden[:, length:].unflatten(1, (-1, count))
         return hidden[:, :length]
 
     def _layout(self, length: int, whole: bool) -> BaseAndThoughts | ThoughtTree:
         """Of a pass over a text and the first steps of its thoughts; if these are ``whole``, nothing need be kept."""
         base = self.cache.base
         if whole and isinstance(base, BaseStates) and base.cache is None:
-            return ThoughtTree(base.rows, self.cache.anchors, self.cache.key_start)
+            return ThoughtTree(base.rows, self.cache.anchors, self.cache.key_start, self.lengths)
         return BaseAndThoughts(base, length, self.cache)

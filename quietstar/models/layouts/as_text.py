@@ -38,6 +38,7 @@ class ThoughtsAsText:
         self.end = base.seen(layer.index)[0].shape[2]
         self.width = self.end + self.num_anchors * max_steps
         self.own_columns = torch.arange(self.end, self.width).view(self.num_anchors, max_steps)
+        self.kept: Tensor | None = None  # int64 [B, P'], which of the thoughts go on; None is all
         self.text: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, steps: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,11 +47,23 @@ class ThoughtsAsText:
             self.text[layer] = self.base.with_room(layer, self.width - self.end)
         if self.steps != steps:
             self.steps, self.rows = steps, None
-            self.new = slice(steps, steps + key.shape[2] // self.num_anchors)
-            self.columns = self.own_columns[:, self.new].flatten()
+            self.new = slice(steps, steps + key.shape[2] // self.anchors.shape[-1])
+            columns = self.own_columns[:, self.new]
+            self.columns = columns.flatten() if self.kept is None else columns[self.kept].flatten(1)
         for states, new in zip(self.text[layer], (key, value), strict=True):
-            states.index_copy_(2, self.columns, new)
+            if self.kept is None:
+                states.index_copy_(2, self.columns, new)
+            else:
+                states.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
         return self.text[layer]
+
+    def keep(self, chosen: Tensor, needed: Tensor) -> None:
+        """As of ``ThoughtCache``; what the others have left stays where it is, and is not looked at."""
+        self.kept = chosen if self.kept is None else self.kept.gather(1, chosen)
+        self.anchors = self.anchors.gather(1, chosen).masked_fill(~needed, -1)
+        if self.key_start is not None and self.key_start.dim() == 2:
+            self.key_start = self.key_start.gather(1, chosen)
+        self.steps = -1
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
         """0 for the keys that rows of ``query`` [B, Hq, rows, D] see, else −inf: [B, 1, Hq / Hkv · rows, end + P·T]."""
@@ -89,9 +102,11 @@ class ThoughtsAsText:
             own = own & (new - steps < self.window)
         if self.key_start is not None:
             visible = visible & (column >= self.key_start.view(len(anchors), -1, 1, 1))
-        own = torch.eye(self.num_anchors, dtype=torch.bool)[:, None, :, None] & own[:, None]
+        places = torch.arange(self.num_anchors)
+        same = (places if self.kept is None else self.kept)[..., None] == places  # [P, P] or [B, P', P]
+        own = same[..., :, None, :, None] & own[:, None]
         shape = *anchors.shape[:2], len(new), -1
-        visible = torch.cat([visible.expand(shape), own.flatten(2).expand(shape)], dim=-1).flatten(1, 2)
+        visible = torch.cat([visible.expand(shape), own.flatten(-2).expand(shape)], dim=-1).flatten(1, 2)
         if base_row:
             seen = self._base_mask()
             base = visible.new_zeros(len(visible), 1, visible.shape[2])

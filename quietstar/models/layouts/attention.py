@@ -43,9 +43,12 @@ class Layer(NamedTuple):
 
     def think(
         self, query: Tensor, base: tuple[Tensor, Tensor], key: Tensor, value: Tensor, anchors: Tensor,
-        key_start: Tensor | None,
+        key_start: Tensor | None, lengths: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention of thoughts [B, H, P, S or T, D] on ``base`` keys and values [B, Hkv, L, D]: [B, P·S, Hq, D]."""
+        """Attention of thoughts [B, H, P, S or T, D] on ``base`` keys and values [B, Hkv, L, D]: [B, P·S, Hq, D].
+
+        Steps of an anchor from its ``lengths``, int [B, P], on do not exist.
+        """
         output = thought_attention(
             query,
             *base,
@@ -53,6 +56,7 @@ class Layer(NamedTuple):
             value,
             anchors=anchors,
             key_start=key_start,
+            thought_lengths=lengths,
             window=self.window,
             window_from="step",
             scale=self.scale,

@@ -43,9 +43,14 @@ class ThoughtStates:
         room = self._room.get(layer)
         batch, heads, num_anchors, _, size = key.shape
         wanted = batch, heads, max(num_anchors, self.max_anchors), max_steps, size
-        if room is None or room[0].shape != wanted:
+        if room is None or room[0].shape != (*wanted[:2], max(room[0].shape[2], wanted[2]), *wanted[3:]):
             room = self._room[layer] = _new_room(key, wanted, value.shape[-1])
         return room[0][:, :, :num_anchors], room[1][:, :, :num_anchors]
+
+    def keep(self, layer: int, chosen: Tensor, steps: int) -> None:
+        """Move what the ``chosen`` anchors, int64 [B, P], have left in their first steps to the front."""
+        for states in self._room[layer]:
+            states[:, :, : chosen.shape[1], :steps] = of_anchors(states[:, :, :, :steps], chosen)
 
 
 def _new_room(like: Tensor, shape: tuple[int, ...], value_size: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +59,11 @@ def _new_room(like: Tensor, shape: tuple[int, ...], value_size: int) -> tuple[Te
         for states in room:
             torch._dynamo.mark_static_address(states)  # CUDA graphs write into it
     return room
+
+
+def of_anchors(states: Tensor, chosen: Tensor) -> Tensor:
+    """``states`` [B, Hkv, P, S, D] of the ``chosen`` anchors int64 [B, P']."""
+    return states.gather(2, chosen[:, None, :, None, None].expand(-1, states.shape[1], -1, *states.shape[3:]))
 
 
 class ThoughtCache:
@@ -83,6 +93,28 @@ class ThoughtCache:
         self._base_keys: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self._differentiable = torch.is_grad_enabled()
         self._grown: dict[int, tuple[Tensor, Tensor]] = {}
+        num_anchors = anchors.shape[-1]
+        self._in_room: set[int] = set()  # layers whose keys and values are among the states
+        self._few = num_anchors == 1 or (self._generates and num_anchors * max_steps <= _TEXT_KEYS)
+
+    def keep(self, chosen: Tensor, needed: Tensor) -> None:
+        """Go on with some of the thoughts only.
+
+        Args:
+            chosen: int64 [B, P'], their places among the anchors so far.
+            needed: bool [B, P'], which of them are looked at; the others are there because other rows have more.
+        """
+        self.anchors = self.anchors.gather(1, chosen).masked_fill(~needed, -1)
+        if self.key_start is not None and self.key_start.dim() == 2:
+            self.key_start = self.key_start.gather(1, chosen)
+        self._base_keys.clear()
+        for layer in self._in_room:
+            self._states.keep(layer, chosen, self.steps)
+        self._grown = {
+            layer: tuple(of_anchors(states, chosen) for states in grown) for layer, grown in self._grown.items()
+        }
+        for as_text in self._as_text.values():
+            as_text.keep(chosen, needed)
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rows are anchor-major: P anchors of S new steps each."""
@@ -111,6 +143,7 @@ class ThoughtCache:
             self._grown[layer] = key, value
             return key, value
         total = self.steps + key.shape[3]
+        self._in_room.add(layer)
         room = self._states.of_layer(layer, key, value, self.max_steps)
         for states, new in zip(room, (key, value), strict=True):
             states[:, :, :, self.steps : total] = new
@@ -121,10 +154,8 @@ class ThoughtCache:
 
         One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
         """
-        num_anchors = self.anchors.shape[-1]
-        few = num_anchors == 1 or (self._generates and num_anchors * self.max_steps <= _TEXT_KEYS)
         on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-        return few and on_cpu and not self._differentiable and layer.softcap is None
+        return self._few and on_cpu and not self._differentiable and layer.softcap is None
 
     def attend_as_text(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
@@ -166,10 +197,13 @@ class ThoughtTree:
         rows: of the text.
         anchors: int [P] or [B, P], base positions.
         key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
+        lengths: int [B, P], steps of each anchor that there are; None is S for all.
     """
 
-    def __init__(self, rows: TextRows, anchors: Tensor, key_start: Tensor | None = None):
-        self.rows, self.anchors, self.key_start = rows, anchors, key_start
+    def __init__(
+        self, rows: TextRows, anchors: Tensor, key_start: Tensor | None = None, lengths: Tensor | None = None
+    ):  # fmt: skip
+        self.rows, self.anchors, self.key_start, self.lengths = rows, anchors, key_start, lengths
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length = self.rows.columns.shape[1]
@@ -177,4 +211,5 @@ class ThoughtTree:
         (base_query, *base), thought = zip(*(x.split(rows, dim=2) for x in (query, key, value)), strict=True)
         base_output = layer.attend(base_query, *base, self.rows.mask(length, 0, layer.window))
         query, key, value = (x.unflatten(2, (self.anchors.shape[-1], -1)) for x in thought)
-        return torch.cat([base_output, layer.think(query, base, key, value, self.anchors, self.key_start)], dim=1)
+        output = layer.think(query, base, key, value, self.anchors, self.key_start, self.lengths)
+        return torch.cat([base_output, output], dim=1)
