@@ -17,7 +17,7 @@ class TextScore(NamedTuple):
     base_logprobs: Tensor  # float [n], log p of the token without a thought
     logprobs: Tensor  # float [N, n], after each of the thoughts
     mixing_weight: Tensor  # [N, n], weight of the prediction after the thought
-    thought_tokens: Tensor  # int64 [N, n, k]
+    thought_tokens: Tensor  # int64 [N, n, k], −1 behind the end of a thought
 
 
 @torch.no_grad()

@@ -69,12 +69,13 @@ def from_base(
 
     Adds the two thought tokens to the vocabulary, starts both thought embeddings from the embedding of "---" and the
     mixing head from zero, so that every prediction is the base model's until training moves it. So does a gain head.
+    With ``learned_thought_end`` the end token is at first as likely as "---".
 
     Args:
         name_or_path: folder or hub name of the checkpoint, of any family that can think.
         tokenizer: its tokenizer; the two thought tokens are added to it in place. Default: the one saved with the
             checkpoint, used only to look up "---".
-        initial_token_ids: start the thought embeddings from the mean embedding of these tokens instead; then no
+        initial_token_ids: start the thought embeddings from these tokens (their mean) instead; then no
             tokenizer is needed.
         config: of the decoder, or where it is; default the one saved with the checkpoint.
         kwargs: fields of :class:`QuietStarConfig` and of the decoder's go to the configuration, the rest (``dtype``,
@@ -126,6 +127,8 @@ def from_base(
         initial = embeddings(tokens).float().mean(dim=0) / config.embedding_scale
         model.start_embedding.weight.copy_(initial)
         model.end_embedding.weight.copy_(initial)
+        if config.learned_thought_end:
+            model.lm_head.weight[end_token] = model.lm_head.weight[tokens.to(model.lm_head.weight.device)].mean(dim=0)
     check_family("name_or_path", model)
     return (model, info) if with_info else model
 

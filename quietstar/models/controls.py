@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quietstar.models.configuration import QuietStarConfig
+from quietstar.models.lengths import ends_are_behind
 from quietstar.ops._checks import check_integer, check_range
 
 
@@ -63,6 +64,9 @@ def thoughts_of_call(
     check_integer("thoughts", thoughts)
     check_range("thoughts", thoughts, -1, config.vocab_size - 1)
     left_out = each < 0
-    if bool((left_out.any(dim=-1) & ~left_out.all(dim=-1)).any()):
+    if config.learned_thought_end:
+        if not ends_are_behind(each, may_lack=True):
+            raise ValueError("thoughts must be -1 behind the end of a thought only, got -1 in front of a token")
+    elif bool((left_out.any(dim=-1) & ~left_out.all(dim=-1)).any()):
         raise ValueError("thoughts must be -1 in all of their tokens (no thought there) or in none, got some of both")
     return each.repeat_interleave(returned, dim=0)

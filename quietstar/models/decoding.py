@@ -126,7 +126,7 @@ class _Loop:
         states, logits, draft_scores, drafts = [], [], [], []
         thinks = ~self._where_stopped()[:, None].expand(-1, count + 1)
         if self.given is not None:
-            thinks = thinks & (self._given(torch.arange(count + 1, device=self.ids.device)) >= 0).all(dim=-1)
+            thinks = thinks & (self._given(torch.arange(count + 1, device=self.ids.device))[..., :1] >= 0).all(dim=-1)
         thinker = None
         for i in range(count + 1):
             if i == count and self.thinking.think == "always":
@@ -218,14 +218,16 @@ class _Loop:
 
         Returns:
             The predictions [B, P, V], those of the base model where it did not think; the thoughts [B, P, k] and their
-            weights [B, P], −1 and 0 where it did not.
+            weights [B, P], −1 and 0 where it did not. (−1 also behind the end of a thought.)
         """
         config, most = self.config, thinker.positions.shape[1]
         chosen = self._chosen(thinks, most)
         if self.given is None:
             tokens = thinker.sample(config.thought_temperature, self.predictor.thought_token_ids, None)
         else:
-            tokens = self._given(chosen).clamp_min(0)
+            tokens = self._given(chosen)
+            if not config.learned_thought_end:
+                tokens = tokens.clamp_min(0)
         if self.shuffled:  # the thinker has read the thought of its own row
             tokens, thinker = tokens.roll(-self.returned, dims=0), self._thinker(thinks, most)
         thought_hidden = thinker.finish(tokens)

@@ -14,20 +14,21 @@ TOKENS = 64
 
 @torch.no_grad()
 def thought_entropy(
-    hidden: Tensor, tokens: Tensor, head: Head, counted: Tensor, config: QuietStarConfig
+    hidden: Tensor, head: Head, counted: Tensor, config: QuietStarConfig, tokens: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """Mean entropy of the distributions that thought tokens are drawn from, in nats: a scalar, NaN without any.
 
-    That is at ``thought_temperature`` and without those thought tokens that may not be drawn, also where ``policy_temperature`` is another. Of
-    some thoughts, evenly spread, it is computed exactly from the logits of their tokens; of all of them if they have
-    no more than ``TOKENS``. Nothing waits for the device.
+    That is at ``thought_temperature`` and without the thought tokens that must not be drawn, also where
+    ``policy_temperature`` is another. Of some thoughts, evenly spread, it is computed exactly from the logits of their
+    tokens; of all of them if they have no more than ``TOKENS``. Nothing waits for the device.
 
     Args:
         hidden: [B, P, N, k, H], the states that thought tokens are drawn from.
-        tokens: int [B, P, N, k]; what is not drawn, behind an end that was, does not count.
         head: makes predictions of them.
         counted: bool [B, P], behind which positions thoughts count.
         config: of the model.
+        tokens: int [B, P, N, k], the thoughts, if they end themselves: what was not drawn does not count, and what drew
+            an end does.
     """
     batch, positions, num_thoughts, k, _ = hidden.shape
     thoughts = batch * positions * num_thoughts

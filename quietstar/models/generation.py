@@ -113,10 +113,11 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
                 ``return_dict_in_generate`` with one of the other options, without the thoughts.
             thoughts: what is thought in front of the tokens. ``"own"``: what the model thinks. Given ones: int64
                 [B, k], the same in front of every token, or [B, n, k], one in front of each of at most n new tokens, −1
-                for none, so that ``thought_tokens`` of an earlier call give its greedy text again; all returned
-                sequences of a prompt are given the same. Controls: ``"shuffled"``: every prompt is given what the next
-                one in the batch thinks at the same step, the last what the first does (a text that has ended goes on
-                thinking behind its last token); ``"random"``: tokens drawn evenly from the vocabulary, anew in front of
+                for none (and behind the end of a thought, if they end themselves), so that ``thought_tokens`` of an
+                earlier call give its greedy text again; all returned sequences of a prompt are given the same.
+                Controls: ``"shuffled"``: every prompt is given what the next one in the batch thinks at the same step,
+                the last what the first does (a text that has ended goes on thinking behind its last token);
+                ``"random"``: tokens drawn evenly from the vocabulary, anew in front of
                 every token.
 
         Logits processors and stopping criteria may keep a state, as engines for grammars do: each is called once per

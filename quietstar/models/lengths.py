@@ -3,10 +3,35 @@
 import torch
 from torch import Tensor
 
+from quietstar.models.configuration import QuietStarConfig
+from quietstar.ops._checks import check_integer, check_range, check_tensor
+
 
 def lengths_of(tokens: Tensor) -> Tensor:
     """Tokens of each thought [..., k] in front of its end, int64 [...]."""
     return (tokens >= 0).sum(dim=-1)
+
+
+def cut_thoughts(tokens: Tensor | None, lengths: Tensor, config: QuietStarConfig) -> Tensor:
+    """``thought_tokens`` [..., k] of given ``thought_lengths`` [...], −1 behind their ends.
+
+    Raises:
+        TypeError, ValueError: lengths without thoughts, of another shape, out of range, or where none end themselves.
+    """
+    if not config.learned_thought_end:
+        raise ValueError("thought_lengths must be left out with learned_thought_end False")
+    if tokens is None:
+        raise ValueError("thought_tokens must be given with thought_lengths, got None")
+    check_tensor("thought_tokens", tokens)
+    check_tensor("thought_lengths", lengths)
+    check_integer("thought_lengths", lengths)
+    if lengths.shape != tokens.shape[:-1]:
+        raise ValueError(
+            f"thought_lengths must have the shape of thought_tokens without its last dimension, "
+            f"{list(tokens.shape[:-1])}, got {list(lengths.shape)}"
+        )
+    check_range("thought_lengths", lengths, 0, tokens.shape[-1])
+    return tokens.masked_fill(torch.arange(tokens.shape[-1], device=tokens.device) >= lengths[..., None], -1)
 
 
 def ends_are_behind(tokens: Tensor, may_lack: bool) -> bool:
@@ -19,7 +44,7 @@ def ends_are_behind(tokens: Tensor, may_lack: bool) -> bool:
 def drawn_tokens(tokens: Tensor, end: int, nothing: int) -> Tensor:
     """What was drawn to make thoughts [..., k]: their tokens, then the ``end`` token, ``nothing`` behind it."""
     length, place = lengths_of(tokens)[..., None], torch.arange(tokens.shape[-1], device=tokens.device)
-    return tokens.masked_fill(place > length, nothing).masked_fill((place == length) & (place > 0), end)
+    return tokens.masked_fill(place >= length, nothing).masked_fill((place == length) & (place > 0), end)
 
 
 def behind_ends(hidden: Tensor, lengths: Tensor, count: int = 1) -> Tensor:

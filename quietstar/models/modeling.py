@@ -12,6 +12,7 @@ from quietstar.models.documents import document_starts
 from quietstar.models.families import new_decoder, positions_of_short_texts
 from quietstar.models.layers import GainHead, MixingHead, ThoughtAlone, ThoughtEmbedding, ZeroLinear
 from quietstar.models.layouts import ATTENTION_NAME, ThoughtStates
+from quietstar.models.lengths import cut_thoughts
 from quietstar.models.objective import Given
 from quietstar.models.outputs import QuietStarOutput
 from quietstar.models.predictor import Predictor
@@ -105,6 +106,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         baseline_nll: Tensor | None = None,
         teacher_logprobs: Tensor | None = None,
         old_logprobs: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
     ) -> QuietStarOutput | tuple:
         """Think behind every position and predict.
 
@@ -121,7 +123,8 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             logits_to_keep: inference only: think and predict at the last so many positions (0: all), or at the
                 positions a 1-D tensor names.
             thought_tokens: int64 [B, N, L, k] ([B·N, L, k] is taken too; [B, 1, K, k] without labels, K kept
-                positions): use these thoughts instead of sampling them.
+                positions): use these thoughts instead of sampling them. If thoughts end themselves, −1 behind their
+                ends.
             output_thought_logprobs: with labels: give ``thought_logprobs``; a training step is a few per cent faster
                 without, because thoughts that did not help then need no logits.
             suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
@@ -138,6 +141,8 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
                 the same thoughts.
             old_logprobs: the same of the model that drew the thoughts, with labels and a ``clip_ratio``; default those
                 of this pass.
+            thought_lengths: int64 [B, N, L] or like the ``thought_tokens`` they come with, without the last dimension:
+                1 to k tokens of each thought, 0 behind no anchor, instead of −1 behind their ends.
             return_dict: False returns the values that are there as a tuple.
 
         Raises:
@@ -152,6 +157,8 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         collect = None if output_hidden_states is False else HiddenStates(text.shape[1])
+        if thought_lengths is not None:
+            thought_tokens = cut_thoughts(thought_tokens, thought_lengths, self.config)
         if labels is None:
             check_left_out(
                 "without labels", anchors=anchors, baseline_nll=baseline_nll, teacher_logprobs=teacher_logprobs,
@@ -235,7 +242,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             generator: source of the seeds, on the device of the model; default torch's global one.
 
         Returns:
-            int64 [B, N, L, k], or [B, P, k] for given anchors (−1 in inactive ones).
+            int64 [B, N, L, k], or [B, P, k] for given anchors (−1 in inactive ones); −1 behind the end of a thought.
         """
         text = Text.of(input_ids, None, attention_mask, position_ids)
         check_tokens("input_ids", input_ids, self.config.vocab_size)

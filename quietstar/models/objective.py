@@ -133,7 +133,7 @@ def likelihood_objective(
     entropy = None
     if output_thought_entropy:
         counted = (ahead.target != IGNORE_INDEX).any(dim=-1)
-        entropy = thought_entropy(drawn_from, thought_tokens, head, counted, config)
+        entropy = thought_entropy(drawn_from, head, counted, config, thought_tokens)
     if output_thought_logprobs and thought_nll is None:
         thought_nll = base_nll.new_zeros(thought_tokens.shape)
     return Objective(

@@ -206,16 +206,14 @@ class Predictor:
             thought_hidden = behind_ends(slots, lengths_of(own_tokens), lookahead)
 
         ahead = chosen.clamp_min(0)[..., None] + torch.arange(lookahead, device=device)
-        weight = self.mixing_head(
-            base_hidden, thought_hidden, ahead.clamp_max(length - 1)[..., None, :]
-        )
+        weight = self.mixing_head(base_hidden, thought_hidden, ahead.clamp_max(length - 1)[..., None, :])
         parts = likelihood_objective(
             base_hidden, slots[:, :, :, :k], thought_hidden, weight, self.head, labels, own_tokens, config, starts,
             anchors, given, output_thought_logprobs, output_thought_entropy,
         )  # fmt: skip
         output = QuietStarOutput(
             thought_tokens=thought_tokens, mixing_weight=weight.detach().transpose(1, 2), anchors=anchors,
-            **parts._asdict(),
+            thought_lengths=lengths_of(thought_tokens) if config.learned_thought_end else None, **parts._asdict(),
         )  # fmt: skip
         if config.gain_weight > 0:
             expected = require_gain_head(self.gain_head, config)(base_hidden[:, :-1])
@@ -314,6 +312,7 @@ class Predictor:
             **{CACHE: cache},
             thought_tokens=thought_tokens[:, None],
             mixing_weight=weight[:, None, :, None],
+            thought_lengths=lengths_of(thought_tokens)[:, None] if config.learned_thought_end else None,
         )
 
     def _given_thoughts(
@@ -326,5 +325,5 @@ class Predictor:
         ends = self.config.learned_thought_end
         check_tokens("thought_tokens", thought_tokens, self.config.vocab_size, ignore=-1 if may_lack or ends else None)
         if ends and not ends_are_behind(thought_tokens, may_lack):
-            raise ValueError("thought_tokens must be -1 behind the end of a thought only, got -1 in front of a token")
+            raise ValueError("thought_tokens must be -1 behind the end of a thought only, got -1 in another place")
         return thought_tokens.reshape(shape)

@@ -132,7 +132,7 @@ def described_questions(
             "prompt": str(question),
             "answer": world.steps(question)[-1],
             "steps": world.steps(question)[:-1],
-            "thought": tokenizer.decode(thought),
+            "thought": tokenizer.decode(thought[thought >= 0]),
             "said": tokenizer.decode([said]),
         }
         for question, thought, said in columns

@@ -151,7 +151,8 @@ class _Strings:
     def row(self, token: int, columns: tuple[list, ...], window: int, i: int) -> list[float | None]:
         thought, weight, before, after, *likeliest = (column[window][i] for column in columns)
         numbers = [_rounded(value) for value in (weight, before, after)]
-        row = [self.place(token), self.place(tuple(thought)), *numbers]
+        own = tuple(part for part in thought if part >= 0)
+        row = [self.place(token), self.place(own), *numbers]
         for tokens, logprobs in (likeliest[:2], likeliest[2:]):
             for other, logprob in zip(tokens, logprobs, strict=True):
                 row += [self.place(other), _rounded(logprob)]

@@ -57,6 +57,9 @@ class ThoughtMetrics:
             thinks = predicted.any(dim=-1)[:, None].expand(-1, num_thoughts, -1)
             count = thinks.sum()
             entries["distinct_thoughts"] = _distinct(output.thought_tokens[:, :, : predicted.shape[1]], thinks), count
+            if output.thought_lengths is not None:
+                lengths = output.thought_lengths[:, :, : predicted.shape[1]]
+                entries["thought_length"] = (lengths * thinks).sum(), count
             entropy = output.thought_entropy
             if entropy is not None:
                 entries["thought_entropy"] = torch.where(count > 0, entropy * count, 0), count
@@ -81,7 +84,7 @@ class ThoughtMetrics:
             likelihood; policy_loss per forward pass (before its weight); mean and standard deviation of all advantages;
             with a gain head gain_loss, its squared error in nats² per position that thinks; thought_entropy per
             thought token and distinct_thoughts, how many of the thoughts of a forward pass differ, as a share of all
-            (both not where thoughts have no tokens).
+            (both not where thoughts have no tokens); thought_length where they end themselves.
         """
         sums, counts = totals.tolist()
         means = {name: total / max(count, 1) for name, total, count in zip(self._names, sums, counts, strict=True)}
@@ -97,7 +100,7 @@ def _distinct(thoughts: Tensor, counted: Tensor) -> Tensor:
     rows = thoughts.masked_fill(~counted[..., None], -1).flatten(0, -2)
     for column in reversed(range(rows.shape[1])):
         rows = rows[rows[:, column].argsort(stable=True)]
-    return (rows[1:] != rows[:-1]).any(dim=1).sum() + (rows[0] >= 0).all()
+    return (rows[1:] != rows[:-1]).any(dim=1).sum() + (rows[0, 0] >= 0)
 
 
 class Stopwatch:

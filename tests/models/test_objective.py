@@ -71,9 +71,9 @@ def rows_of(model, text, anchors, thoughts):
     for b in range(BATCH):
         for a, i in enumerate(anchors[b].tolist()):
             for n in range(config.num_thoughts) if i >= 0 else ():
-                one, thought = text[b : b + 1], thoughts[b, n, a][None]
+                one, thought = text[b : b + 1], thoughts[b, n, a][thoughts[b, n, a] >= 0][None]
                 slots = alone.thought(one, i, thought, config.lookahead)
-                after = slots[:, k + 1 :]
+                after = slots[:, thought.shape[1] + 1 :]
                 if config.prediction == "thought":
                     predicted = alone.logits(after)
                 else:
@@ -81,13 +81,16 @@ def rows_of(model, text, anchors, thoughts):
                         *(x.flatten(0, 1) for x in (hidden[b : b + 1, i : i + after.shape[1]], after))
                     )
                 ahead = one[0, i + 1 : i + 1 + config.lookahead]
-                policy = alone.logits(slots[:, :k]) / config.policy_temperature
-                policy[..., list(config.thought_token_ids)] = -torch.inf
+                drawn = thought if thought.shape[1] == k else F.pad(thought, (0, 1), value=config.end_thought_token_id)
+                policy = alone.logits(slots[:, : drawn.shape[1]]) / config.policy_temperature
+                policy[..., config.start_thought_token_id] = -torch.inf
+                never_ends = slice(0, 1) if config.learned_thought_end else slice(None)
+                policy[:, never_ends, config.end_thought_token_id] = -torch.inf
                 log_p = policy.log_softmax(-1)
                 rows.append({
                     "at": (b, n, a), "i": i,
                     "score": -F.cross_entropy(predicted.view(-1, predicted.shape[-1]), ahead, reduction="sum"),
-                    "logprobs": log_p.gather(-1, thought[..., None])[0, :, 0],
+                    "logprobs": F.pad(log_p.gather(-1, drawn[..., None])[0, :, 0], (0, k - drawn.shape[1])),
                     "entropy": -(log_p.exp() * log_p.nan_to_num(neginf=0)).sum(-1).sum(),
                 })  # fmt: skip
     return base, rows
@@ -166,15 +169,20 @@ def as_tensor(of, shape):
     return whole
 
 
+@pytest.mark.parametrize("learned_end", [False, True], ids=["fixed length", "learned end"])
 @pytest.mark.parametrize("name", METHODS)
-def test_gradients_are_those_of_the_definition(name, make, teacher):
-    model = make(**METHODS[name])
+def test_gradients_are_those_of_the_definition(name, learned_end, make, teacher):
+    own = {"learned_thought_end": learned_end, "thought_length": 3 if learned_end else 2}
+    model = make(**METHODS[name] | own)
     config = model.config
     torch.manual_seed(1)
     text = torch.randint(1, 38, (BATCH, LENGTH))
     shape = BATCH, config.num_thoughts, ANCHORS.shape[1], config.thought_length
     thoughts = torch.randint(1, 38, shape)
-    teacher.config.num_thoughts = config.num_thoughts
+    if learned_end:
+        thoughts[torch.arange(3) >= torch.randint(1, 4, shape[:-1])[..., None]] = -1
+    for field, value in (own | {"num_thoughts": config.num_thoughts}).items():
+        setattr(teacher.config, field, value)
     teacher_nll, teacher_rows = rows_of(teacher, text, ANCHORS, thoughts)
     teacher_nll, teacher_rows = teacher_nll.detach(), of_rows(teacher_rows)
     noise = torch.Generator().manual_seed(2)
