@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 class Alone:
     """The family's own model on the parameters of one that thinks, with the attention that the family wrote."""
 
+    attention = "eager"  # of transformers; its softmax is in float32, that of "sdpa" in the dtype of the model
+
     def __init__(self, model):
         self.thinking = model
         self.own = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)).to(model.dtype).eval()
@@ -18,7 +20,7 @@ class Alone:
     def __call__(self, rows):
         """Hidden states [B, rows, H] and logits [B, rows, V]."""
         config = self.own.model.config
-        config._attn_implementation = "eager"
+        config._attn_implementation = self.attention
         try:
             output = self.own(inputs_embeds=rows, use_cache=False, output_hidden_states=True)
         finally:

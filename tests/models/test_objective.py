@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from thoughts_alone import Alone
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 BATCH, LENGTH, TEACHER_SEED = 2, 9, 5
 ANCHORS = torch.tensor([[1, 4, 5], [0, 3, -1]])
@@ -37,6 +38,17 @@ METHODS = {
     "weights of its own": {"base_loss_weight": 0.3, "talk_loss_weight": 0.9},
     "one thought": {"num_thoughts": 1},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_in_float64(monkeypatch):
+    """Norms and the softmax of attention too, which transformers takes in float32."""
+
+    def normed(self, hidden):
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(MistralRMSNorm, "forward", normed)
+    monkeypatch.setattr(Alone, "attention", "sdpa")
 
 
 @pytest.fixture
