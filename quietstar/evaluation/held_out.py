@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
-from quietstar.models.controls import random_thoughts, shuffle_thoughts
+from quietstar.models.controls import random_like, shuffle_thoughts
 
 # Fields of the configuration for a pass that thinks behind every token, and asks for no teacher.
 _EVERYWHERE = {
@@ -155,7 +155,7 @@ def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> 
     if kind == "shuffled":
         return shuffle_thoughts(own)
     if kind == "random":
-        return random_thoughts(own.shape, model.config.vocab_size, model.config.thought_token_ids).to(own.device)
+        return random_like(own, model.config)
     return own
 
 

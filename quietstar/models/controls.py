@@ -35,6 +35,12 @@ def random_thoughts(shape: Sequence[int], vocabulary: int, left_out: Collection[
     return tokens[torch.randint(len(tokens), tuple(shape))]
 
 
+def random_like(thoughts: Tensor, config: QuietStarConfig) -> Tensor:
+    """Random thoughts of the same lengths as some thoughts, int64 [..., k], −1 behind the ends of these."""
+    drawn = random_thoughts(thoughts.shape, config.vocab_size, config.thought_token_ids)
+    return drawn.to(thoughts.device).masked_fill(thoughts < 0, -1)
+
+
 def thoughts_of_call(
     thoughts: str | Tensor, batch: int, returned: int, new_tokens: int, config: QuietStarConfig
 ) -> Tensor | None:

@@ -11,10 +11,10 @@ from quietstar.evaluation import (
     Likeliest,
     held_out_nll,
     likeliest_tokens,
-    random_thoughts,
     shuffle_thoughts,
 )
 from quietstar.models import QuietStarForCausalLM
+from quietstar.models.controls import random_like
 
 ROWS = 2**15  # of text and thoughts in a forward pass, at most, where a window has not more
 SHORTEST = 3  # tokens of a window: the model wants two behind the first
@@ -78,7 +78,7 @@ def read(
         progress: wraps the batches of a measurement with a title.
     """
     counted = torch.ones_like(windows[:, 1:], dtype=torch.bool) if counted is None else counted
-    vocabulary, left_out = model.config.vocab_size, model.config.thought_token_ids
+    vocabulary = model.config.vocab_size
 
     def measure(title: str, thoughts: str | Tensor = "own", length: int | None = None) -> HeldOutNll:
         size = batch_size(windows.shape[1], model.config.thought_length if length is None else length)
@@ -91,13 +91,13 @@ def read(
     thoughts = own.thought_tokens
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        shuffled, drawn = shuffle_thoughts(thoughts), random_thoughts(thoughts.shape, vocabulary, left_out)
+        shuffled, drawn = shuffle_thoughts(thoughts), random_like(thoughts, model.config)
     return Reading(
         windows,
         counted,
         own,
         measure("shuffled thoughts", shuffled),
-        measure("random thoughts", drawn.to(thoughts.device)),
+        measure("random thoughts", drawn),
         {length: measure(f"thought length {length}", length=length) for length in thought_lengths},
         likeliest_tokens(
             model, windows, thoughts, count=min(3, vocabulary),

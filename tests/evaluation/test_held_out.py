@@ -32,13 +32,28 @@ def one_by_one(model, windows, thoughts):
         before = model.model(inputs_embeds=text[None]).last_hidden_state[0, -1]
         result["base"][row, i] = nll(before)
         for thought in thoughts[row, :, i]:
-            sequence = torch.cat([text, start, model.model.embed_tokens(thought), end])
+            sequence = torch.cat([text, start, model.model.embed_tokens(thought[thought >= 0]), end])
             after = model.model(inputs_embeds=sequence[None]).last_hidden_state[0, -1]
             weight = model.mixing_head(before, after)
             result["mixed"][row, i] += nll((1 - weight) * before + weight * after) / num_thoughts
             result["thought"][row, i] += nll(after) / num_thoughts
             result["mixing_weight"][row, i] += weight / num_thoughts
     return result
+
+
+@pytest.mark.parametrize("thoughts", ["own", "shuffled", "random"])
+def test_thoughts_that_end_themselves(model, windows, thoughts):
+    """Each predicts at its own end, and random ones are as long as the model's own."""
+    model.config.learned_thought_end = True
+    model.lm_head.weight.data[model.config.end_thought_token_id] *= 3
+    result = held_out_nll(model, windows, thoughts=thoughts, batch_size=2)
+    lengths = (result.thought_tokens >= 0).sum(-1)
+    assert len(lengths.unique()) > 1
+    if thoughts == "random":
+        own = held_out_nll(model, windows, batch_size=2).thought_tokens
+        assert torch.equal(lengths, (own >= 0).sum(-1))
+    for name, expected in one_by_one(model, windows, result.thought_tokens).items():
+        torch.testing.assert_close(getattr(result, name), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("thoughts", ["own", "shuffled", "random", torch.randint(1, 38, (3, 3, 7, 4)), None], ids=type)

@@ -64,6 +64,14 @@ def test_from_base_with_a_gain_head_thinks_nowhere_before_training(base):
     )
 
 
+@pytest.mark.parametrize("tokens", [[7], [3, 5]], ids=str)
+def test_at_first_a_learned_end_is_as_likely_as_what_its_embedding_is_from(base, tokens):
+    folder, mistral = base
+    model = QuietStarForCausalLM.from_base(folder, initial_token_ids=tokens, learned_thought_end=True)
+    torch.testing.assert_close(model.lm_head.weight[31], mistral.lm_head.weight[tokens].mean(0))
+    assert torch.equal(model.lm_head.weight[:30], mistral.lm_head.weight)
+
+
 def test_from_base_without_a_tokenizer_needs_initial_tokens(base):
     folder, mistral = base
     for file in folder.glob("tokenizer*"):

@@ -50,6 +50,15 @@ def test_one_text_in_windows(model, tokenizer):
     assert all(shown[place] == token for place, token in view.most + view.least)
 
 
+def test_thoughts_that_ended_are_shown_without_what_is_missing(model, tokenizer):
+    windows = torch.tensor([tokenizer("the cat sat on the mat")["input_ids"]])
+    reading = read(model, windows, seed=0)
+    reading.own.thought_tokens[..., 1:] = -1
+    view = token_view(tokenizer, reading, joined=True)
+    shown = [view.data["strings"][row[1]] for row in view.data["rows"][1:]]
+    assert shown == [pieces.thought(tokenizer, [token]) for token in reading.own.thought_tokens[0, 0, :-1, 0].tolist()]
+
+
 def test_windows_that_are_texts_of_their_own(model, tokenizer):
     windows = torch.tensor([tokenizer(text)["input_ids"] for text in ("é the cat", "à the mat")])
     view = token_view(tokenizer, read(model, windows, seed=0), joined=False)

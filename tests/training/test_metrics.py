@@ -51,6 +51,18 @@ def test_only_tokens_with_a_label_count(make_model):
     assert means.keys() == entries.keys() | {"advantage_std", "policy_loss"}
 
 
+def test_lengths_of_thoughts_that_end_themselves(make_model):
+    """Of those with something to predict; the last position has nothing."""
+    model, metrics = make_model(thought_length=3, learned_thought_end=True, num_thoughts=1), ThoughtMetrics()
+    input_ids = torch.randint(1, 38, (2, 9))
+    lengths = torch.tensor([[1, 2, 3, 1, 1, 3, 2, 1, 3], [2, 2, 2, 2, 2, 2, 2, 2, 3]])
+    thoughts = torch.full((2, 1, 9, 3), 5).masked_fill(torch.arange(3) >= lengths[:, None, :, None], -1)
+    metrics.add(model(input_ids, labels=input_ids, thought_tokens=thoughts, output_thought_entropy=True), input_ids)
+    means, _ = metrics.means(metrics.totals())
+    assert means["thought_length"] == pytest.approx((14 + 16) / 16)
+    assert means["distinct_thoughts"] == pytest.approx(3 / 16)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_collapse_shows(make_model, k):
     """A model that thinks the same everywhere, all but surely."""
