@@ -7,6 +7,7 @@ from thoughts_alone import Alone
 
 from quietstar.models import entropy
 from quietstar.models.ending import EndingThinker
+from quietstar.models.head import Head
 from quietstar.models.lengths import drawn_tokens
 
 START, END, K = 38, 39, 4
@@ -61,6 +62,9 @@ def test_sampled_thoughts_are_those_of_each_position_alone(make, text):
         some = model.sample_thoughts(text, anchors=anchors)
         expected = wanted.gather(1, anchors.clamp_min(0)[..., None].expand(-1, -1, K))
         assert torch.equal(some, expected.masked_fill(anchors[..., None] < 0, -1))
+        of_row = (wanted[0] >= 0).sum(-1)
+        last = torch.stack([of_row.argmin(), of_row.argmax()])  # one of them goes on alone
+        assert torch.equal(model.sample_thoughts(text[:1], anchors=last), wanted[:1, last])
 
 
 def test_sampled_thoughts_in_padded_and_packed_rows(make, text):
@@ -152,21 +156,21 @@ def test_beam_search_reorders_nothing_of_a_thought(make, text):
 def test_what_has_ended_costs_nothing_more(make, text, monkeypatch):
     """Rows of the decoder and of the head while thoughts are sampled for training."""
     model, steps, drawn = make(), [], []
-    advance, draw = EndingThinker._advance, EndingThinker._draw
+    advance, draw = EndingThinker._advance, Head.draw
 
     def counted_advance(self, rows, *others):
         steps.append(rows.shape[1])
         return advance(self, rows, *others)
 
-    def counted_draw(self, running, *others):
-        drawn.append(running.sum(dim=1).tolist())
-        return draw(self, running, *others)
+    def counted_draw(self, hidden, **options):
+        drawn.append(len(hidden))
+        return draw(self, hidden, **options)
 
     monkeypatch.setattr(EndingThinker, "_advance", counted_advance)
-    monkeypatch.setattr(EndingThinker, "_draw", counted_draw)
+    monkeypatch.setattr(Head, "draw", counted_draw)
     thoughts = model.sample_thoughts(text)[:, 0]
     of_rows = (thoughts >= 0).sum(dim=1)  # [B, k]
-    assert drawn == of_rows.roll(1, 1).masked_fill(torch.arange(K) == 0, 12).T.tolist()
+    assert drawn == [24, *of_rows.sum(dim=0)[:-1].tolist()]
     assert steps == [12, *of_rows.max(dim=0).values[:-1].tolist()]
 
 
