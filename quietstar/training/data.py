@@ -180,8 +180,14 @@ def pack_dataset(
 def collate_windows(windows: list[dict[str, Sequence[int]]]) -> dict[str, Tensor]:
     """A batch: input_ids, labels and, where windows have them, position_ids; int64 [B, block_size].
 
-    Every token is a label, unless windows have labels of their own.
+    Every token is a label, unless windows have labels of their own. Where windows have ``anchors``, lists of the
+    positions that think, they are int64 [B, A], −1 behind shorter lists.
     """
     names = [name for name in ("input_ids", "labels", "position_ids") if name in windows[0]]
     batch = {name: torch.as_tensor(np.array([window[name] for window in windows])) for name in names}
+    if "anchors" in windows[0]:
+        most = max([1, *(len(window["anchors"]) for window in windows)])
+        batch["anchors"] = torch.tensor(
+            [[*window["anchors"]] + [-1] * (most - len(window["anchors"])) for window in windows]
+        )
     return {"labels": batch["input_ids"]} | batch

@@ -63,9 +63,32 @@ class ThoughtMetrics:
             entropy = output.thought_entropy
             if entropy is not None:
                 entries["thought_entropy"] = torch.where(count > 0, entropy * count, 0), count
-        self._names = list(entries)
+        self._add(entries)
+
+    def add_plain(
+        self, nll: Tensor, teacher_nll: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add a pass without thoughts, nll [B, L−1], and what a thinking teacher made of the same texts."""
+        starts = token_starts(attention_mask, position_ids, labels.shape)
+        count = (text_labels(labels, attention_mask, starts)[:, 1:] != IGNORE_INDEX).sum()
+        self._add({"base_nll": (nll.sum(), count), "teacher_nll": (teacher_nll.sum(), count)})
+
+    def _add(self, entries: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add sums and counts. Not every pass has the same: a stage may look further ahead than the next."""
         totals = torch.stack([torch.stack(row).float() for row in zip(*entries.values(), strict=True)]).detach()
-        self._totals = totals if self._totals is None else self._totals + totals
+        names = list(entries)
+        if self._totals is None:
+            self._names, self._totals = names, totals
+            return
+        if names != self._names:
+            known = self._names
+            self._names = known + [name for name in names if name not in known]
+            place = torch.tensor([self._names.index(name) for name in names], device=totals.device)
+            new = totals.new_zeros(2, len(self._names))
+            totals = new.index_copy(1, place, totals)
+            self._totals = torch.nn.functional.pad(self._totals, (0, len(self._names) - len(known)))
+        self._totals = self._totals + totals
 
     def any(self) -> bool:
         """Whether a pass was added since the last call of :meth:`totals`."""
@@ -88,7 +111,8 @@ class ThoughtMetrics:
         """
         sums, counts = totals.tolist()
         means = {name: total / max(count, 1) for name, total, count in zip(self._names, sums, counts, strict=True)}
-        means["advantage_std"] = math.sqrt(max(0.0, means["advantage_std"] - means["advantage_mean"] ** 2))
+        if "advantage_std" in means:
+            means["advantage_std"] = math.sqrt(max(0.0, means["advantage_std"] - means["advantage_mean"] ** 2))
         return means, int(counts[0])
 
 

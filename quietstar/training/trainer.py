@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
@@ -18,7 +20,19 @@ from quietstar.models.folder import write_code
 from quietstar.training.card import training_table
 from quietstar.training.checkpoints import last_whole, to_resume
 from quietstar.training.difficulty import GainByDifficulty
+from quietstar.training.distil import DISTILLATIONS, Distillation, learn, teach
+from quietstar.training.kept_thoughts import KeptThoughts, RepeatedRows, RepeatedStream, repeated
 from quietstar.training.metrics import Stopwatch, ThoughtMetrics
+from quietstar.training.stages import SetsStage, Stage, check_stages, parse_stages, steps_of
+from quietstar.training.teacher import (
+    WITHOUT_TEACHER,
+    AverageTeacher,
+    GivenTeacher,
+    logprobs_of,
+    text_of,
+    thoughts_of,
+)
+from quietstar.training.wrapped import Answer, call_inside, fields, part_here
 
 logger = logging.get_logger(__name__)
 
@@ -31,14 +45,21 @@ class NonFiniteError(FloatingPointError):
     """The loss or the weights became NaN or infinite; nothing was saved since. The message names the step."""
 
 
-class _BeforeTraining(TrainerCallback):
-    """Calls a function when everything is ready for the first step."""
+class _Hooks(TrainerCallback):
+    """Calls the trainer when everything is ready for the first step, and when the weights have changed."""
 
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
+    def __init__(self, trainer: "QuietStarTrainer"):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.function()
+        self.trainer._before_training()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._repeated is not None:
+            self.trainer._repeated.set_epoch(int((state.epoch or 0) + 1e-6))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._update_teacher()
 
 
 class QuietStarTrainer(Trainer):
@@ -73,20 +94,44 @@ class QuietStarTrainer(Trainer):
 
     Training warns where ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
 
-    Arguments are those of ``Trainer``. ``compute_metrics`` is given the mixed logits [texts, L, V] after the first
-    thought behind every position, and ``predict`` returns them; ``preprocess_logits_for_metrics`` keeps less of them.
+    Where the model's configuration has ``baseline="teacher"`` or a ``kl_weight``, a teacher is kept beside the model: a
+    moving average of its trained weights, or those of the beginning if ``teacher_decay`` is 1 (docs/teacher.md).
+    With ``policy_updates`` every batch comes so many times, with the same thoughts.
+
+    Besides the arguments of ``Trainer`` there are, by keyword:
+
+    - ``teacher``: another model, which stays as it is, in the place of that teacher;
+    - ``stages``: thought length, lookahead and steps of one stage after the other, such as ``"16-8:50,8-4:50"``;
+    - ``distil``: train the prediction without thoughts on what the teacher predicts after thoughts, ``"kl"`` or
+      ``"reward"`` (:func:`quietstar.training.distil.learn`). The teacher is the model as it is at first, or the one
+      given. What is saved does not think in ``generate`` unless it is asked to.
+
+    ``compute_metrics`` is given the mixed logits [texts, L, V] after the first thought behind every position, and
+    ``predict`` returns them; ``preprocess_logits_for_metrics`` keeps less of them.
 
     Raises:
         TypeError: another model.
         ValueError: a loss of one's own or label smoothing, where the objective is the model's; Liger kernels, which go
             around its thoughts; several GPUs in one process; batches without labels; a checkpoint to resume that is not
-            whole; weights of 4 bits that a CPU cannot train any more.
+            whole; weights of 4 bits that a CPU cannot train any more; a teacher that nothing asks, or whose weights
+            DeepSpeed ZeRO-3 shards; stages that do not fit the model or ``max_steps``.
     """
 
     data_source: str | Sequence[str] | None = None
 
-    def __init__(self, *args, **kwargs):
-        _check_arguments(**signature(Trainer).bind(*args, **kwargs).arguments)
+    def __init__(
+        self, *args, teacher: QuietStarForCausalLM | None = None, stages: str | Sequence[Stage] | None = None,
+        distil: Distillation | None = None, **kwargs,
+    ):  # fmt: skip
+        arguments = signature(Trainer).bind(*args, **kwargs).arguments
+        _check_arguments(**arguments)
+        if distil is not None and distil not in DISTILLATIONS:
+            raise ValueError(f"distil must be None or {' or '.join(map(repr, DISTILLATIONS))}, got {distil!r}")
+        if distil is not None and stages is not None:
+            raise ValueError(f"stages must be None with distil {distil!r}, which trains no thoughts")
+        self.distil, self.stages = distil, None if stages is None else parse_stages(stages)
+        if self.stages is not None and arguments.get("args") is not None:
+            arguments["args"].max_steps = steps_of(self.stages, arguments["args"].max_steps)
         super().__init__(*args, **kwargs)
         if not isinstance(base := self._plain_model(), QuietStarForCausalLM):
             raise TypeError(f"model must be a QuietStarForCausalLM, adapted or not, got {type(base).__name__}")
@@ -99,7 +144,20 @@ class QuietStarTrainer(Trainer):
             )
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
         self._gains = GainByDifficulty()
-        self.add_callback(_BeforeTraining(self._rate_held_out_text))
+        self._teacher = AverageTeacher() if teacher is None else GivenTeacher(teacher, base.config, self.args.device)
+        if teacher is not None and not self._has_teacher():
+            raise ValueError(
+                "teacher must be None without baseline 'teacher', a kl_weight or distil, which would ask it"
+            )
+        self._kept, self._resumed_from = KeptThoughts(), None
+        self._repeated: RepeatedRows | None = None
+        if self.stages is not None:
+            check_stages(self.stages, base.config)
+            self.args.max_steps = steps_of(self.stages, self.args.max_steps)
+            self.add_callback(SetsStage(self.stages, base.config))
+        if distil is not None:
+            base.config.think = "never"
+        self.add_callback(_Hooks(self))
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
         self._check_every_step = self.args.device.type == "cpu"  # elsewhere the device would have to be waited for
@@ -109,6 +167,7 @@ class QuietStarTrainer(Trainer):
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = to_resume(wanted, self.args.output_dir, self.args.save_only_model)
             self._gains.load(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint or None
         self._warn_of_large_policy_steps()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -124,8 +183,16 @@ class QuietStarTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if "labels" not in inputs:
             raise ValueError(f"labels must be in every batch, got {', '.join(inputs)}")
-        inputs = {**inputs, "output_thought_logprobs": False, "output_thought_entropy": True}
+        if self.distil is not None and model.training:
+            return self._distil(model, inputs)
+        step, updates = self.state.global_step, self._plain_model().config.policy_updates
+        keeps = model.training and updates > 1
+        again = self._kept.recall(step, updates, inputs) if keeps else None
+        inputs = {**inputs, **(self._compared_with(model, inputs) if again is None else again)}
+        inputs |= {"output_thought_logprobs": keeps and again is None, "output_thought_entropy": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if keeps and again is None:
+            self._kept.keep(inputs, outputs)
         metrics = self._training_metrics if model.training else self._evaluation_metrics
         metrics.add(outputs, inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"))
         if not model.training:
@@ -140,10 +207,12 @@ class QuietStarTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only or "labels" in inputs:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-                loss, thoughts = loss.detach().mean(), outputs.thought_tokens[:, :1]
+                loss = loss.detach().mean()
+                if outputs.anchors is None:
+                    thoughts = outputs.thought_tokens[:, :1]
             if prediction_loss_only:
                 return loss, None, None
-            inputs = dict(inputs)
+            inputs = {name: value for name, value in inputs.items() if name != "anchors"}
             labels = inputs.pop("labels", None)
             logits = model(**inputs, thought_tokens=thoughts, use_cache=False).logits
         return loss, logits.detach(), labels
@@ -172,6 +241,8 @@ class QuietStarTrainer(Trainer):
         self._check_weights()
         with nullcontext() if _internal_call else self._whole_weights():
             super().save_model(output_dir, _internal_call)
+        if _internal_call:  # a checkpoint
+            self._save_what_goes_on(output_dir)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             Path(folder).mkdir(parents=True, exist_ok=True)  # sharded weights come later
@@ -204,7 +275,7 @@ class QuietStarTrainer(Trainer):
 
     def _check_weights(self) -> None:
         """All processes find the same, whichever holds the part of a weight that is not finite."""
-        parts = {name: _part_here(parameter) for name, parameter in self.model.named_parameters()}
+        parts = {name: part_here(parameter) for name, parameter in self.model.named_parameters()}
         bad = torch.stack([~part.isfinite().all() for part in parts.values()]).to(self.args.device, torch.int32)
         for name, count in zip(parts, self.accelerator.reduce(bad, reduction="sum").tolist(), strict=True):
             if count:
@@ -223,6 +294,85 @@ class QuietStarTrainer(Trainer):
             yield
         finally:
             plugin.set_state_dict_type(usual.name)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As of ``Trainer``; with ``policy_updates`` the rows of each step come so many times."""
+        updates, dataset, args = self._plain_model().config.policy_updates, self.train_dataset, self.args
+        if updates == 1 or self.distil is not None or not isinstance(dataset, IterableDataset):
+            return super().get_train_dataloader()
+        if args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers must be at most 1 with policy_updates {updates} on a stream, got "
+                f"{args.dataloader_num_workers}: each reads rows of its own"
+            )
+        self.train_dataset = RepeatedStream(dataset, self._rows_per_step(), updates)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = super()._get_train_sampler(dataset)
+        updates = self._plain_model().config.policy_updates
+        if updates == 1 or self.distil is not None or sampler is None:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._repeated = repeated(sampler, dataset, self._rows_per_step(), updates, seed)
+        return self._repeated
+
+    def _rows_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _has_teacher(self) -> bool:
+        config = self._plain_model().config
+        return config.baseline == "teacher" or config.kl_weight > 0 or self.distil is not None
+
+    def _before_training(self) -> None:
+        if self._has_teacher():
+            self._teacher.start(self.model, self._resumed_from)
+        updates = self._plain_model().config.policy_updates
+        if self._resumed_from and self.distil is None and self.state.global_step % updates:
+            self._kept.load(self._resumed_from, self.args.process_index, self.args.world_size)
+        self._rate_held_out_text()
+
+    def _update_teacher(self) -> None:
+        self._teacher.update(self.model, 1 if self.distil else self._plain_model().config.teacher_decay)
+
+    def _save_what_goes_on(self, folder: str) -> None:
+        """What a checkpoint needs besides the model; all processes take part."""
+        self._teacher.save(self.model, folder, self.args.should_save)
+        if self.distil is None and self.state.global_step % self._plain_model().config.policy_updates:
+            self._kept.save(folder, self.args.process_index, self.args.world_size)
+
+    def _ask_teacher(self, model: Module, question: Callable[[QuietStarForCausalLM], Answer]) -> Answer:
+        with self.accelerator.autocast():
+            return self._teacher.ask(model, self._plain_model(), question)
+
+    def _compared_with(self, model: Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model's objective takes from a teacher, and the thoughts where these have to be known before."""
+        plain, labels, given = self._plain_model(), inputs["labels"], {}
+        config, text = plain.config, text_of(inputs)
+        if config.baseline == "teacher":
+            given["baseline_nll"] = self._ask_teacher(model, lambda teacher: teacher.base_nll(labels=labels, **text))
+        if config.kl_weight > 0:
+            with self.accelerator.autocast(), torch.no_grad():
+                thoughts = call_inside(model, plain, lambda: thoughts_of(plain, inputs))
+            given |= thoughts
+            given["teacher_logprobs"] = self._ask_teacher(
+                model, lambda teacher: logprobs_of(teacher, config, inputs, thoughts)
+            )
+        return given
+
+    def _distil(self, model: Module, inputs: dict[str, Tensor]) -> Tensor:
+        plain, labels, text = self._plain_model(), inputs["labels"], text_of(inputs)
+        lesson = self._ask_teacher(model, lambda teacher: teach(teacher, labels, text))
+        with self.accelerator.autocast():
+            loss, nll = call_inside(model, plain, lambda: learn(plain, labels, text, lesson, self.distil))
+        self._training_metrics.add_plain(
+            nll, lesson.nll, labels, inputs.get("attention_mask"), inputs.get("position_ids")
+        )
+        return loss
 
     @torch.no_grad()
     def _rate_held_out_text(self) -> None:
@@ -318,22 +468,7 @@ def _keep_trainable(model: QuietStarForCausalLM) -> None:
                 )
 
 
-def _part_here(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, or its part where FSDP or DeepSpeed has sharded it."""
-    parameter = getattr(parameter, "ds_tensor", parameter)
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-@contextmanager
-def _least_thoughts(config: QuietStarConfig) -> Iterator[None]:
+def _least_thoughts(config: QuietStarConfig) -> AbstractContextManager:
     """One thought per position, of no tokens, that predicts one token."""
-    least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1, "reward": "log_likelihood", "baseline": "self"}
-    least |= {"kl_weight": 0.0, "learned_thought_end": False}
-    usual = {name: getattr(config, name) for name in least}
-    try:
-        for name, value in least.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in usual.items():
-            setattr(config, name, value)
+    least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1, "learned_thought_end": False}
+    return fields(config, **least, **WITHOUT_TEACHER)
