@@ -15,7 +15,8 @@ from transformers.trainer_utils import IntervalStrategy
 from quietstar._command_line import attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarConfig
-from quietstar.models.configuration import INTERVALS
+from quietstar.models.configuration import INTERVALS, OPTIONAL_INTERVALS
+from quietstar.training.stages import parse_stages, steps_of
 
 # What --help shows of the more than one hundred flags of TrainingArguments; not every version has every one.
 COMMON_TRAINING_FLAGS = (
@@ -81,8 +82,25 @@ class ModelArguments:
     thought_temperature: float | None = _thoughts("at which thoughts are sampled")
     policy_temperature: float | None = _thoughts("of log-probabilities in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
-    base_loss_weight: float | None = _thoughts("weight of the loss without thought; the rest is with")
     gain_weight: float | None = _thoughts("of a head that learns where to think")
+    base_loss_weight: float | None = _thoughts("weight of the loss without thought")
+    talk_loss_weight: float | None = _thoughts("weight of the loss after a thought; the rest of 1")
+    prediction: Literal["mixed", "thought"] | None = _thoughts("scored after a thought: mixed, or the thought's alone")
+    baseline: Literal["self", "teacher", "none"] | None = _thoughts(
+        "what thoughts are rewarded against: the prediction without one of the model or of a teacher, or none"
+    )
+    teacher_decay: float | None = _thoughts("of the teacher, a moving average of the model; 1 is frozen")
+    reward: Literal["log_likelihood", "likelihood", "log_mean"] | None = _thoughts("what is to grow")
+    advantage: Literal["mean", "leave_one_out", "none"] | None = _thoughts("what rewards are compared with")
+    advantage_clamp: bool | None = _thoughts("true or false: negative advantages count as 0")
+    normalize_advantage: bool | None = _thoughts("true or false: advantages by their standard deviation")
+    clip_ratio: float | None = _thoughts("of PPO, for several updates on the same thoughts")
+    policy_updates: int | None = _thoughts("updates on the same thoughts")
+    entropy_weight: float | None = _thoughts("bonus for the entropy of thought tokens")
+    kl_weight: float | None = _thoughts("cost of each nat between thoughts and those of the teacher")
+    anchors_per_text: int | None = _thoughts("positions of a window that think in training; all")
+    anchor_choice: Literal["random", "entropy"] | None = _thoughts("which of them")
+    learned_thought_end: bool | None = _thoughts("true or false: thoughts may end before their length")
     embedding_scale: float | None = field(
         default=None,
         metadata={"help": "the two thought embeddings are multiplied by this on use, which multiplies their step size; "
@@ -94,6 +112,22 @@ class ModelArguments:
                   "writes what helps; starting from an ordinary checkpoint only (default: the paper's ---)"},
     )  # fmt: skip
 
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub name of another Quiet-STaR checkpoint, which stays as it is, for baseline "
+                  "teacher, kl_weight or distil (default: the model itself)"},
+    )  # fmt: skip
+    distil: Literal["kl", "reward"] | None = field(
+        default=None,
+        metadata={"help": "train the prediction without thoughts on what a thinking teacher predicts: by KL divergence "
+                  "(kl), or rewarded against it as in Fast Quiet-STaR (reward); the result does not think",
+                  "nargs": "?", "const": "kl"},
+    )  # fmt: skip
+    stages: str | None = field(
+        default=None,
+        metadata={"help": "thought length-lookahead:steps of one stage after the other, such as 16-8:50,12-4:50,8-4:50"},
+    )  # fmt: skip
+
     lora_r: int | None = field(
         default=None, metadata={"help": "train LoRA adapters of this rank instead of the weights (docs/peft.md)"}
     )
@@ -102,15 +136,26 @@ class ModelArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "train adapters on weights of 4 bits (QLoRA)"})
 
     def __post_init__(self):
-        check_numbers(INTERVALS | _LORA_INTERVALS, vars(self))
+        check_numbers(INTERVALS | OPTIONAL_INTERVALS | _LORA_INTERVALS, vars(self))
+        if self.stages is not None:
+            parse_stages(self.stages)
+            for name in ("thought_length", "lookahead"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name} must be left out with stages, which set it, got {value}")
+            if self.distil is not None:
+                raise ValueError(f"stages must be left out with distil, which trains no thoughts, got {self.stages}")
         for name in ("lora_alpha", "lora_dropout", "load_in_4bit"):
             if self.lora_r is None and (value := getattr(self, name)) not in (None, False):
                 raise ValueError(f"{name} must be left out without lora_r, got {value}")
 
-    def config_fields(self) -> dict[str, int | float]:
+    def config_fields(self) -> dict[str, int | float | str]:
         """Fields of :class:`QuietStarConfig` that were given."""
         names = QuietStarConfig.__dataclass_fields__.keys() & vars(self).keys() - {"dtype"}
-        return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+        if self.stages is not None:  # its first stage, until the trainer goes through them
+            first = parse_stages(self.stages)[0]
+            given |= {"thought_length": first.thought_length, "lookahead": first.lookahead}
+        return given
 
 
 @dataclass
@@ -232,6 +277,12 @@ class TrainParser(HfArgumentParser):
             self.error(str(error))
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}")
+        model, _, training = groups
+        if model.stages is not None:
+            try:
+                training.max_steps = steps_of(parse_stages(model.stages), training.max_steps)
+            except ValueError as error:
+                self.error(str(error))
         return tuple(groups)
 
     def format_help(self) -> str:

@@ -71,12 +71,12 @@ def learn(
 ) -> tuple[Tensor, Tensor]:
     """The loss of the prediction without a thought, mean over labelled tokens; and its nll, float [B, L−1].
 
-    ``"kl"`` is ours: half the loss of the text, half that of tokens that the teacher has drawn, which in expectation has
+    ``"kl"`` is ours: half the loss of the text, half that of tokens that the teacher has drawn, which has in expectation
     the gradient of KL(teacher after a thought ‖ model without).
 
     ``"reward"`` is Fast Quiet-STaR's: −r · log p of the text, r = nll of the teacher − nll of the model, without a
-    gradient through it. Negative rewards count as 0, as in the authors' code: otherwise what the teacher predicts better
-    would become less likely.
+    gradient through it. Negative rewards count as 0, as in the authors' code: otherwise what the teacher predicts
+    better would become less likely.
     """
     parts, rows = model.predictor(), _Rows.of(labels, text)
     hidden = _plain_hidden(parts, rows)[:, :-1].flatten(0, 1)

@@ -18,6 +18,7 @@ from quietstar.training.arguments import DataArguments, ModelArguments, PaperTra
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
 from quietstar.training.data import collate_windows
 from quietstar.training.sources import DataError
+from quietstar.training.stages import check_stages, parse_stages
 from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
 from quietstar.training.windows import Corpus
 
@@ -64,13 +65,17 @@ def make_trainer(
         ImportError: a package for adapters is missing.
     """
     check_packages(model_args)
+    _check_fields(model_args)
     set_seed(training_args.seed)
     if data_args.streaming and training_args.max_steps < 1:
         raise ValueError("max_steps must be given with streaming, where nobody knows how long the text is")
     with training_args.main_process_first(desc="reading the text"):
         corpus = Corpus(data_args, training_args.seed)
     model, tokenizer = load_model(model_args)
-    least = model.config.lookahead + 2
+    stages = None if model_args.stages is None else parse_stages(model_args.stages)
+    if stages is not None:
+        check_stages(stages, model.config, data_args.block_size)
+    least = max([model.config.lookahead, *(stage.lookahead for stage in stages or ())]) + 2
     if data_args.block_size < least:
         raise ValueError(f"block_size must be >= lookahead + 2 = {least}, got {data_args.block_size}")
     most = model.config.max_position_embeddings
@@ -81,6 +86,7 @@ def make_trainer(
         train_windows, held_out = corpus.windows(tokenizer, model.get_input_embeddings().num_embeddings)
     if model_args.lora_r is not None:
         model = with_adapters(model, tokenizer, model_args, training_args)
+    teacher = None if model_args.teacher is None else _load_teacher(model_args.teacher)
     if held_out is None:
         training_args.eval_strategy = IntervalStrategy.NO
     return QuietStarTrainer(
@@ -90,7 +96,46 @@ def make_trainer(
         eval_dataset=held_out,
         data_collator=collate_windows,
         processing_class=tokenizer,
+        teacher=teacher,
+        stages=stages,
+        distil=model_args.distil,
     )
+
+
+def _check_fields(model_args: ModelArguments) -> None:
+    """Look at the flags together with what a checkpoint says, before anything large is read.
+
+    Raises:
+        ValueError: they contradict each other, or nothing would ask a teacher.
+    """
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(model_args.model)
+    except (OSError, ValueError):  # said when it is loaded
+        saved = {}
+    saved = saved if saved.get("model_type") == QuietStarConfig.model_type else {}
+    config = QuietStarConfig.from_dict(saved | model_args.config_fields())
+    config.check()
+    asked = config.baseline == "teacher" or config.kl_weight > 0 or model_args.distil is not None
+    if model_args.teacher is not None and not asked:
+        raise ValueError(
+            f"teacher must be left out without baseline teacher, kl_weight or distil, got {model_args.teacher}"
+        )
+    if config.anchor_choice == "given":
+        raise ValueError(
+            "anchor_choice must be random or entropy, got 'given' in the checkpoint: windows of text have no anchors, "
+            "which QuietStarTrainer takes from rows of its own"
+        )
+
+
+def _load_teacher(name: str) -> QuietStarForCausalLM:
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(name)
+        if saved.get("model_type") != QuietStarConfig.model_type:
+            raise ValueError("no Quiet-STaR checkpoint")
+        return QuietStarForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        message = f"teacher must be the folder or hub name of a Quiet-STaR checkpoint, got {name!r}: {error}"
+        raise ValueError(message) from error
 
 
 def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:

@@ -20,6 +20,8 @@ def call_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Ans
     outside, would find only parts of them.
     """
     wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile, which would compile the function
+    if wrapped is model and not _is_unit(model):
+        return function()
     usual = model.__dict__.get("forward")  # that accelerate has put there
 
     def restore() -> None:
@@ -69,10 +71,14 @@ def forget_gathered(model: nn.Module) -> None:
     """Make FSDP gather weights anew, and autocast convert them anew: the parts they are made of have changed."""
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         torch.clear_autocast_cache()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for module in model.modules():
-            if is_fsdp_unit(module):
-                module.reshard()
+    for module in model.modules():
+        if _is_unit(module):
+            module.reshard()
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Of FSDP; nothing is imported where there are no processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and is_fsdp_unit(module)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A tiny model, text for it, and a trainer that writes into a temporary folder; the same for the command."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -91,16 +92,19 @@ def text(tmp_path):
 
 @pytest.fixture
 def run(base, text, tmp_path):
-    """Runs the command with small sizes; later flags override earlier ones."""
+    """Runs the command with small sizes; later flags override earlier ones, and some may be left ``without``."""
     sizes = (
         "--block_size 10 --held_out_fraction 0.2 --per_device_train_batch_size 2 --max_steps 4 --logging_steps 2 "
         "--eval_steps 2 --save_steps 2 --learning_rate 1e-2 --warmup_steps 1 --report_to none --use_cpu --disable_tqdm "
         "true --dataloader_pin_memory false --thought_length 2 --num_thoughts 1"
     )
 
-    def run(*flags):
+    def run(*flags, without=()):
         required = ["--model", str(base), "--data", str(text), "--output_dir", str(tmp_path / "out")]
-        return main(["train", *required, *sizes.split(), *map(str, flags)])
+        usual = sizes
+        for name in without:
+            usual = re.sub(rf"{name} \S+", "", usual)
+        return main(["train", *required, *usual.split(), *map(str, flags)])
 
     return run
 
