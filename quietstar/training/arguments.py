@@ -125,7 +125,7 @@ class ModelArguments:
     )  # fmt: skip
     stages: str | None = field(
         default=None,
-        metadata={"help": "thought length-lookahead:steps of one stage after the other, such as 16-8:50,12-4:50,8-4:50"},
+        metadata={"help": "stages of training, each thought length-lookahead:steps, such as 16-8:50,12-4:50,8-4:50"},
     )  # fmt: skip
 
     lora_r: int | None = field(

@@ -71,8 +71,8 @@ def learn(
 ) -> tuple[Tensor, Tensor]:
     """The loss of the prediction without a thought, mean over labelled tokens; and its nll, float [B, L−1].
 
-    ``"kl"`` is ours: half the loss of the text, half that of tokens that the teacher has drawn, which has in expectation
-    the gradient of KL(teacher after a thought ‖ model without).
+    ``"kl"`` is ours: half the loss of the text, half that of tokens that the teacher has drawn. In expectation the
+    latter has the gradient of KL(teacher after a thought ‖ model without).
 
     ``"reward"`` is Fast Quiet-STaR's: −r · log p of the text, r = nll of the teacher − nll of the model, without a
     gradient through it. Negative rewards count as 0, as in the authors' code: otherwise what the teacher predicts

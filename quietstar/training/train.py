@@ -20,7 +20,7 @@ from quietstar.training.data import collate_windows
 from quietstar.training.sources import DataError
 from quietstar.training.stages import check_stages, parse_stages
 from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
-from quietstar.training.windows import Corpus
+from quietstar.training.windows import Corpus, EndlessWindows
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,6 +87,8 @@ def make_trainer(
     if model_args.lora_r is not None:
         model = with_adapters(model, tokenizer, model_args, training_args)
     teacher = None if model_args.teacher is None else _load_teacher(model_args.teacher)
+    if data_args.streaming:
+        train_windows = EndlessWindows(train_windows)
     if held_out is None:
         training_args.eval_strategy = IntervalStrategy.NO
     return QuietStarTrainer(

@@ -35,6 +35,26 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         self.windows.set_epoch(epoch)
 
 
+class EndlessWindows(IterableDataset):
+    """Epochs of a stream one after the other, as one: a trainer that goes on finds its place in any of them.
+
+    It is told neither how long an epoch is nor which one a checkpoint was in.
+    """
+
+    def __init__(self, windows: StreamedWindows):
+        self.windows = windows
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for epoch in count():
+            self.windows.set_epoch(epoch)
+            empty = True
+            for window in self.windows:
+                empty = False
+                yield window
+            if empty:
+                return
+
+
 class Corpus:
     """The text of a run.
 

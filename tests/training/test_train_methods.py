@@ -33,9 +33,9 @@ def test_the_objective_is_in_the_saved_configuration(run, tmp_path):
 def test_a_stream_killed_and_resumed_with_a_teacher_and_stages(run, tmp_path):
     out = tmp_path / "out"
     flags = (
-        "--streaming --held_out_fraction 0.8 --max_steps -1 --eval_strategy no --logging_steps 1 --save_steps 3 "
-        "--baseline teacher --teacher_decay 0.5 --stages 3-3:2,2-2:3,1-1:3"
-    ).split()
+        *("--streaming", "--held_out_fraction", 0.8, "--eval_strategy", "no", "--logging_steps", 1, "--save_steps", 3),
+        *("--max_steps", -1, "--baseline", "teacher", "--teacher_decay", 0.5, "--stages", "3-3:2,2-2:3,1-1:3"),
+    )
     unset = ["--thought_length"]
     assert run(*flags, without=unset) == 0
     whole, expected = load_file(out / "model.safetensors"), losses(out)
