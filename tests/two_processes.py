@@ -24,14 +24,14 @@ def run_on_two(function: Callable, *arguments: object) -> None:
         sys.path[:] = before  # which may hold it further in front
 
 
-def new_model() -> QuietStarForCausalLM:
-    """The same model in every process. Its thoughts are greedy; with one per position their policy term is not 0."""
+def new_model(**fields: object) -> QuietStarForCausalLM:
+    """The same model in every process, with these fields. Its thoughts are greedy; with one per position their policy term is not 0."""
     torch.manual_seed(0)
     config = QuietStarConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=None, initializer_range=0.3, thought_length=2, lookahead=2,
         num_thoughts=1, policy_weight=1.0, thought_temperature=0.0, start_thought_token_id=VOCABULARY - 2,
-        end_thought_token_id=VOCABULARY - 1,
+        end_thought_token_id=VOCABULARY - 1, **fields,
     )  # fmt: skip
     model = QuietStarForCausalLM(config)
     nn.init.normal_(model.mixing_head[-1].weight)

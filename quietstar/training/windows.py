@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from itertools import count
 from datasets import Dataset, Features, IterableDataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 from two_processes import new_model, run_on_two, texts
 
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 
 
-def new_trainer(folder, batch_size, **arguments):
+def new_trainer(folder, batch_size, fields=None, **arguments):
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=batch_size, learning_rate=1e-3, max_steps=4, save_steps=2,
         logging_steps=1, eval_strategy="steps", eval_steps=4, use_cpu=True, disable_tqdm=True, report_to=[],
@@ -29,22 +30,26 @@ def new_trainer(folder, batch_size, **arguments):
     )  # fmt: skip
     windows = [{"input_ids": row} for row in texts(24).numpy()]
     return QuietStarTrainer(
-        new_model(), arguments, train_dataset=windows, eval_dataset=windows[:4], data_collator=collate_windows
+        new_model(**fields or {}),
+        arguments,
+        train_dataset=windows,
+        eval_dataset=windows[:4],
+        data_collator=collate_windows,
     )
 
 
-def ddp(folder):
-    return new_trainer(folder, 2)
+def ddp(folder, fields):
+    return new_trainer(folder, 2, fields)
 
 
 def fsdp(state_dict_type):
     """FSDP2 by accelerate, which has it on accelerators only: it is told that there is one."""
 
-    def start(folder):
+    def start(folder, fields):
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-        trainer = new_trainer(folder, 2)
+        trainer = new_trainer(folder, 2, fields)
         state = trainer.accelerator.state
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -57,7 +62,7 @@ def fsdp(state_dict_type):
 
 
 def deepspeed(stage):
-    def start(folder):
+    def start(folder, fields):
         settings = {
             "zero_optimization": {
                 "stage": stage,
@@ -68,7 +73,7 @@ def deepspeed(stage):
             "train_micro_batch_size_per_gpu": "auto",
             "zero_allow_untested_optimizer": True,
         }
-        return new_trainer(folder, 2, deepspeed=settings)
+        return new_trainer(folder, 2, fields, deepspeed=settings)
 
     return start
 
@@ -90,14 +95,14 @@ def values(trainer):
     return [{name: entry[name] for name in entry if name not in left_out} for entry in steps] + losses
 
 
-def train(rank, way, folder, port, resume):
+def train(rank, way, folder, port, resume, fields):
     """One of two processes; the first writes down what was logged."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     torch.set_num_threads(1)
-    trainer = WAYS[way](folder)
+    trainer = WAYS[way](folder, fields)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(folder / "model")
     if rank == 0:
@@ -112,11 +117,11 @@ def train(rank, way, folder, port, resume):
     dist.destroy_process_group()
 
 
-def train_on_two(way, folder, resume=None):
+def train_on_two(way, folder, resume=None, fields=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run_on_two(train, way, folder, port, resume)
+    run_on_two(train, way, folder, port, resume, fields)
     return json.loads((folder / "logged.json").read_text())
 
 
@@ -126,6 +131,22 @@ def single(tmp_path_factory):
     trainer = new_trainer(tmp_path_factory.mktemp("single"), 4)
     trainer.train()
     return trainer
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2, whole checkpoints", "FSDP2, sharded checkpoints"])
+def test_two_processes_have_the_teacher_of_one(way, tmp_path):
+    """It is the moving average of the weights, and what a KL penalty and rewards compare with."""
+    fields = {"baseline": "teacher", "kl_weight": 0.1, "teacher_decay": 0.5, "anchors_per_text": 9}
+    single = new_trainer(tmp_path / "single", 4, fields)
+    single.train()
+    logged = train_on_two(way, tmp_path / "two", fields=fields)
+    for actual, expected in zip(logged, values(single), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    teachers = [load_file(tmp_path / run / "checkpoint-4" / "teacher.safetensors") for run in ("single", "two")]
+    assert teachers[0].keys() == teachers[1].keys()
+    for name, expected in teachers[0].items():
+        assert (teachers[1][name] - expected).norm() <= 1e-4 * expected.norm(), name
+    assert train_on_two(way, tmp_path / "two", str(tmp_path / "two" / "checkpoint-2"), fields) == logged
 
 
 @pytest.mark.parametrize("way", WAYS)
