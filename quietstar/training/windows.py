@@ -1,9 +1,9 @@
 """The windows of a run: those of all sources, mixed, to train on and to evaluate on."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import torch
-from itertools import count
 from datasets import Dataset, Features, IterableDataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         self.windows.set_epoch(epoch)
 
 
-class EndlessWindows(IterableDataset):
+class EndlessWindows(torch.utils.data.IterableDataset):
     """Epochs of a stream one after the other, as one: a trainer that goes on finds its place in any of them.
 
     It is told neither how long an epoch is nor which one a checkpoint was in.
