@@ -25,7 +25,10 @@ def run_on_two(function: Callable, *arguments: object) -> None:
 
 
 def new_model(**fields: object) -> QuietStarForCausalLM:
-    """The same model in every process, with these fields. Its thoughts are greedy; with one per position their policy term is not 0."""
+    """The same model in every process. Its thoughts are greedy; with one per position their policy term is not 0.
+
+    Keyword arguments are fields of its configuration.
+    """
     torch.manual_seed(0)
     config = QuietStarConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
