@@ -225,3 +225,10 @@ def test_packed_dataset_and_its_batches(tokenizer):
 def test_text_shorter_than_a_window(tokenizer):
     with pytest.raises(ValueError, match="block_size must be no longer than the text: less than 13 tokens"):
         pack_dataset(Dataset.from_dict({"text": DOCUMENTS}), tokenizer, 13)
+
+
+def test_anchors_are_padded():
+    rows = [{"input_ids": [1, 2, 3], "anchors": anchors} for anchors in ([0, 1], [], [2])]
+    assert collate_windows(rows)["anchors"].tolist() == [[0, 1], [-1, -1], [2, -1]]
+    assert collate_windows([rows[1]])["anchors"].tolist() == [[-1]]
+    assert "anchors" not in collate_windows([{"input_ids": [1, 2, 3]}])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -173,3 +174,39 @@ def test_checkpoints_without_a_teacher_are_refused(make, make_model):
     (checkpoint / "teacher.safetensors").unlink()
     with pytest.raises(ValueError, match=r"resume_from_checkpoint must hold teacher\.safetensors .*checkpoint-2"):
         make(make_model(baseline="teacher")).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_updates_are_on_the_same_thoughts(make, make_model, windows, stream):
+    model = make_model(policy_updates=3, clip_ratio=0.2)
+    data = Dataset.from_list(windows).to_iterable_dataset() if stream else windows
+    trainer, calls = make(model, {"max_steps": 6, "gradient_accumulation_steps": 2}, train_dataset=data), []
+    model.register_forward_hook(lambda *call: calls.append(call[2:]) if model.training else None, with_kwargs=True)
+    trainer.train()
+    assert len(calls) == 12
+    for start in (0, 6):
+        for first in (start, start + 1):  # the two batches of a step
+            given, output = calls[first]
+            assert given.get("old_logprobs") is None
+            for again in (first + 2, first + 4):
+                kept, later = calls[again]
+                assert torch.equal(kept["input_ids"], given["input_ids"])
+                assert torch.equal(kept["thought_tokens"], output.thought_tokens)
+                assert torch.equal(kept["old_logprobs"], output.thought_logprobs)
+    texts = torch.cat([calls[i][0]["input_ids"] for i in (0, 1, 6, 7)])
+    assert len(texts.unique(dim=0)) == 8
+
+
+def test_other_batches_between_updates_are_noticed(make, make_model):
+    trainer = make(make_model(policy_updates=2, clip_ratio=0.2))
+    trainer._get_train_sampler = lambda dataset: range(len(dataset))
+    with pytest.raises(
+        RuntimeError, match="policy_updates must get the same batches 2 times, got another one in step 2"
+    ):
+        trainer.train()
+
+
+def test_an_epoch_of_updates_has_every_row(make, make_model, windows):
+    trainer = make(make_model(policy_updates=2, clip_ratio=0.2), {"max_steps": -1, "num_train_epochs": 1})
+    trainer.train()
+    assert trainer.state.global_step == 2 * len(windows) // 2
