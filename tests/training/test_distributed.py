@@ -135,7 +135,7 @@ def single(tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2, whole checkpoints", "FSDP2, sharded checkpoints"])
 def test_two_processes_have_the_teacher_of_one(way, tmp_path):
-    """It is the moving average of the weights, and what a KL penalty and rewards compare with. All anchors are chosen."""
+    """It is the moving average of the weights, and what rewards are compared with. All anchors are chosen."""
     fields = {"baseline": "teacher", "kl_weight": 0.1, "teacher_decay": 0.5, "anchors_per_text": 10}
     single = new_trainer(tmp_path / "single", 4, fields)
     single.train()

@@ -189,7 +189,7 @@ def test_updates_are_on_the_same_thoughts(make, make_model, windows, stream):
             given, output = calls[first]
             assert given.get("old_logprobs") is None
             for again in (first + 2, first + 4):
-                kept, later = calls[again]
+                kept, _ = calls[again]
                 assert torch.equal(kept["input_ids"], given["input_ids"])
                 assert torch.equal(kept["thought_tokens"], output.thought_tokens)
                 assert torch.equal(kept["old_logprobs"], output.thought_logprobs)
