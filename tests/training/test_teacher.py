@@ -71,7 +71,9 @@ def test_rewards_are_against_the_teacher(make, make_model, windows, given):
     trainer, outputs = make(model, teacher=other), []
     trainer.train()
     model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    before = {name: x.clone() for name, x in model.named_parameters()}
     trainer.evaluate()
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
     batch = collate_windows(windows[:3])
     expected = teacher.base_nll(batch["input_ids"], batch["labels"])
     (output,) = outputs
@@ -131,6 +133,17 @@ def test_killed_and_resumed_gives_the_same_losses(make, make_model, fields, argu
     assert len(set(expected)) == 6
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+def test_updates_go_on_in_a_later_epoch(make, make_model):
+    """Of four steps: two groups of six rows, twice each."""
+    settings = {"max_steps": 7, "save_steps": 5, "gradient_accumulation_steps": 3}
+    expected = make(make_model(policy_updates=2, clip_ratio=0.2), settings)
+    expected.train()
+    torch.manual_seed(1)
+    trainer = make(make_model(policy_updates=2, clip_ratio=0.2), settings)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-5")
+    assert losses(trainer) == losses(expected)
 
 
 def test_adapters_have_a_teacher_of_their_own_size(make, make_model):
