@@ -9,7 +9,7 @@ from quietstar.training.distil import Lesson, learn, teach
 
 @pytest.mark.parametrize("how", ["kl", "reward"])
 def test_losses_and_gradients_are_those_of_whole_logits(make_model, windows, how):
-    model = make_model().double()
+    model = make_model().double().eval()
     ids = collate_windows(windows[:3])["input_ids"]
     labels = ids.masked_fill(ids % 5 == 0, -100)
     lesson = Lesson(torch.randint(38, (3, 9)), 4 * torch.rand(3, 9, dtype=torch.float64))
