@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +53,12 @@ class Method(NamedTuple):
     train: Callable[[Ready, "Method", str], PreTrainedModel] | None = None  # default: thoughts of one's own
     at_answers: bool = False  # thoughts stand behind "is" alone
     filler: str | None = None  # what all thoughts are made of
+    stages: Sequence[tuple[int, int]] = ()  # thought lengths and lookaheads, one after the other
+    distil: str | None = None  # how the prediction without a thought learns from the one after a thought, as long again
 
     def settings(self) -> dict[str, Any]:
-        """What is its own, for JSON."""
-        kept = {"fields": dict(self.fields), "training": dict(self.training), "at_answers": self.at_answers}
-        return kept | {"filler": self.filler}
+        """What was trained, for JSON."""
+        return {name: value for name, value in self._asdict().items() if name != "train"}
 
 
 def train_ordinary(ready: Ready, method: Method, name: str) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def train_ordinary(ready: Ready, method: Method, name: str) -> PreTrainedModel:
 
 
 def train_with_thoughts(ready: Ready, method: Method, name: str) -> QuietStarForCausalLM:
-    """Quiet-STaR with other fields, another training, other anchors or given thoughts."""
+    """Quiet-STaR with what the method changes."""
     stage = ready.stage
     set_seed(stage.seed)
     model = QuietStarForCausalLM.from_base(stage.folder / "base", stage.tokenizer, **stage.thinking | method.fields)
@@ -81,10 +82,20 @@ def train_with_thoughts(ready: Ready, method: Method, name: str) -> QuietStarFor
             batch["thought_tokens"] = torch.full(shape, token(method.filler))
         return batch
 
-    training = stage.training._replace(**method.training)
-    trained = train_thinking(model, stage.text.tokens, training, stage.seed, name, collate)
+    training, tokens = stage.training._replace(**method.training), stage.text.tokens
+    options = {"stages": parts_of(method.stages, training.steps)} if method.stages else {}
+    trained = train_thinking(model, tokens, training, stage.seed, name, collate, **options)
     model.last_log = trained.state.log_history[-2]  # behind it is the summary
+    if method.distil is not None:
+        train_thinking(model, tokens, training, stage.seed, f"{name}, without", distil=method.distil)
     return model
+
+
+def parts_of(stages: Sequence[tuple[int, int]], steps: int) -> list[tuple[int, int, int]]:
+    """Equal shares of the steps, what is left over for the last."""
+    share = steps // len(stages)
+    shares = [share] * (len(stages) - 1) + [steps - share * (len(stages) - 1)]
+    return [(*stage, share) for stage, share in zip(stages, shares, strict=True)]
 
 
 def positions_of(token: int, input_ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from tempfile import gettempdir
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -102,12 +102,12 @@ def train_base(
 
 def train_thinking(
     model: QuietStarForCausalLM, windows: np.ndarray, training: Training, seed: int,
-    title: str = "Quiet-STaR", collator: Callable = collate_windows,
+    title: str = "Quiet-STaR", collator: Callable = collate_windows, **options: Any,
 ) -> Trained:  # fmt: skip
-    """Quiet-STaR on top of a base model, in place."""
+    """Quiet-STaR on top of a base model, in place; ``options`` are further ones of the trainer."""
     shown = {"base_nll": "without", "talk_nll_0": "after a thought", "mixing_weight": "weight"}
     bar = ProgressBar(f"     {title}", shown)
-    trainer = _run(QuietStarTrainer, model, bar, windows, training, seed, collator)
+    trainer = _run(QuietStarTrainer, model, bar, windows, training, seed, collator, **options)
     tokens = training.steps * training.batch_size * windows.shape[1]
     return Trained(tokens / trainer.state.log_history[-1]["train_runtime"], trainer.state)
 
@@ -120,6 +120,7 @@ def _run(
     training: Training,
     seed: int,
     collator: Callable = collate_windows,
+    **options: Any,
 ) -> Trainer:
     arguments = TrainingArguments(
         output_dir=gettempdir(),  # nothing is saved
@@ -138,9 +139,8 @@ def _run(
         dataloader_pin_memory=False,
         seed=seed,
     )
-    trainer = trainer_class(
-        model, arguments, train_dataset=Dataset.from_dict({"input_ids": windows}), data_collator=collator
-    )
+    dataset = Dataset.from_dict({"input_ids": windows})
+    trainer = trainer_class(model, arguments, train_dataset=dataset, data_collator=collator, **options)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     trainer.train()

@@ -1,0 +1,81 @@
+"""The comparison of methods runs, and its page says what was measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "runs" / "methods.py").is_file():
+    pytest.skip("tests beside no runs", allow_module_level=True)
+
+import method_table
+import methods
+import torch
+
+from quietstar import QuietStarConfig
+
+PAGE = ROOT / "docs" / "methods.md"
+ALL = methods.METHODS | methods.STRESS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fields_go_together(name):
+    QuietStarConfig(**methods.THINKING | ALL[name].fields)
+
+
+def test_runs_are_kept_and_replaced(tmp_path, capsys):
+    path, names = tmp_path / "results.json", ["ordinary training", "VeriFree"]
+    for _ in range(2):
+        methods.main(["--tiny", "--seeds", "1", "--methods", *names, "--output", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["method"], run["seed"]) for run in runs] == [(name, 1) for name in names]
+    plain, thinking = runs
+    assert "accuracy_with" not in plain
+    assert thinking["fields"] == methods.METHODS["VeriFree"].fields
+    assert {"accuracy_with", "accuracy_shuffled", "gain_other_tokens"} <= thinking.keys()
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"method"')]
+    assert printed[2:] == runs
+
+
+def test_thoughts_stand_where_a_token_is():
+    input_ids = torch.tensor([[2, 7, 2, 2], [7, 7, 7, 7], [2, 2, 5, 7]])
+    assert methods.positions_of(2, input_ids).tolist() == [[0, 2], [-1, -1], [0, 1]]
+
+
+def test_table():
+    runs = [
+        {"method": "a", "seed": 0, "x": 0.5, "y": -1.0},
+        {"method": "a", "seed": 1, "x": 0.3, "y": -2.0},
+        {"method": "b", "seed": 0, "x": 0.25},
+        {"method": "c", "seed": 0, "x": 0.0},
+    ]
+    columns = [method_table.Column("of x, %", "x", 100), method_table.Column("of y", "y", digits=2)]
+    assert method_table.table(runs, ["b", "a", "not run"], columns).splitlines() == [
+        "| | of x, % | of y |", "| --- | ---: | ---: |", "| b | 25.0 | – |", "| a | 40.0 ± 10.0 | −1.50 ± 0.50 |",
+    ]  # fmt: skip
+
+
+def test_tables_of_the_page_are_those_of_the_results(tmp_path):
+    written = tmp_path / "methods.md"
+    written.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    method_table.write_tables(written, methods.RESULTS, list(methods.METHODS), list(methods.STRESS))
+    assert written.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+
+
+def test_results_are_of_the_methods_as_they_are():
+    runs = json.loads(methods.RESULTS.read_text())["runs"]
+    assert runs
+    for run in runs:
+        settings = json.loads(json.dumps(ALL[run["method"]].settings()))
+        assert {name: run[name] for name in settings} == settings, run["method"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_page_has_the_configuration(name):
+    """Each method has a row of its own, which ends in its fields."""
+    (row,) = re.findall(
+        rf"^\| {re.escape(name)} \|.*`QuietStarConfig.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert row.endswith(f"`{method_table.configuration(ALL[name].fields)}` |")
