@@ -41,6 +41,8 @@ Run = dict[str, Any]
 class Ready(NamedTuple):
     """What all methods of a seed share."""
 
+    seed: int
+    size: experiment.Size
     stage: Stage
     held_out: Windows
 
@@ -50,7 +52,8 @@ class Method(NamedTuple):
 
     fields: Mapping[str, Any] = {}  # of the configuration, beside the quickstart's own
     training: Mapping[str, float] = {}  # of quietstar.quickstart.stages.Training, likewise
-    train: Callable[[Ready, "Method", str], PreTrainedModel] | None = None  # default: thoughts of one's own
+    train: Callable[[Ready, "Method", str], PreTrainedModel] | None = None  # default: Quiet-STaR, with what follows
+    run: Callable[[Ready], Run] | None = None  # trains and measures by itself
     at_answers: bool = False  # thoughts stand behind "is" alone
     filler: str | None = None  # what all thoughts are made of
     stages: Sequence[tuple[int, int]] = ()  # thought lengths and lookaheads, one after the other
@@ -58,7 +61,7 @@ class Method(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """What was trained, for JSON."""
-        return {name: value for name, value in self._asdict().items() if name != "train"}
+        return {name: value for name, value in self._asdict().items() if name not in ("train", "run")}
 
 
 def train_ordinary(ready: Ready, method: Method, name: str) -> PreTrainedModel:
@@ -110,6 +113,13 @@ OF_ANSWERS = {
     "prediction": "thought", "baseline": "none", "advantage": "leave_one_out", "advantage_clamp": False,
     "num_thoughts": 4, "anchor_choice": "given", "base_loss_weight": 0.0, "policy_temperature": 1.0,
 }  # fmt: skip
+# Of the paper's 16 thoughts of one position, as many as make a step cost what Quiet-STaR's costs.
+RLP = QUARTER | {
+    "prediction": "thought", "advantage": "leave_one_out", "advantage_clamp": False, "num_thoughts": 4,
+    "thought_temperature": 0.7, "policy_temperature": 0.7, "policy_weight": 1.0, "base_loss_weight": 0.0,
+    "talk_loss_weight": 0.0,
+}  # fmt: skip
+SHORTER = ((4, 1), (3, 1), (2, 1))  # thought length and lookahead
 METHODS = {
     "ordinary training": Method(train=train_ordinary),
     "pause tokens": Method(filler=FILLER),
@@ -117,15 +127,13 @@ METHODS = {
     "Quiet-STaR": Method(),
     "Quiet-STaR, a random quarter": Method(QUARTER),
     "Quiet-STaR, the unsurest quarter": Method(QUARTER | {"anchor_choice": "entropy"}),
-    "RLP, own baseline": Method(
-        QUARTER | {
-            "prediction": "thought", "advantage": "leave_one_out", "advantage_clamp": False, "num_thoughts": 4,
-            "thought_temperature": 0.7, "policy_temperature": 0.7, "policy_weight": 1.0, "base_loss_weight": 0.0,
-            "talk_loss_weight": 0.0,
-        }
-    ),
+    "RLP": Method(RLP | {"baseline": "teacher"}),
+    "RLP, own baseline": Method(RLP),
+    "LaTRO": Method(OF_ANSWERS | {"kl_weight": 0.05, "teacher_decay": 1.0}, at_answers=True),
     "JEPO": Method(OF_ANSWERS | {"reward": "log_mean"}, at_answers=True),
     "VeriFree": Method(OF_ANSWERS | {"reward": "likelihood"}, at_answers=True),
+    "Fast Quiet-STaR": Method(stages=SHORTER, distil="reward"),
+    "Fast Quiet-STaR, by KL": Method(stages=SHORTER, distil="kl"),
 }  # fmt: skip
 
 # What collapses, and what may keep it from that.
@@ -164,11 +172,15 @@ def prepare(folder: Path, size: experiment.Size, seed: int) -> Ready:
     train_base(base, corpus.tokens, size.base, seed)
     base.save_pretrained(folder / "base")
     exam = Exam.of(world, tokenizer)
-    return Ready(Stage(folder, tokenizer, world, exam, terse, training, second_seed(seed), thinking), held_out)
+    return Ready(
+        seed, size, Stage(folder, tokenizer, world, exam, terse, training, second_seed(seed), thinking), held_out
+    )
 
 
 def run(ready: Ready, name: str, method: Method) -> Run:
     """Train and measure; what cannot be measured of a method is not there."""
+    if method.run is not None:
+        return method.run(ready) | method.settings()
     start = time.process_time()
     model = (method.train or train_with_thoughts)(ready, method, name)
     seconds = time.process_time() - start
