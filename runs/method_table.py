@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -56,11 +56,6 @@ def _cell(runs: Sequence[dict[str, Any]], column: Column) -> str:
     if len(values) < 2:
         return text
     return f"{text} ± {stdev(values) / math.sqrt(len(values)):.{column.digits}f}"
-
-
-def configuration(fields: Mapping[str, Any]) -> str:
-    """Fields of a configuration as they are written."""
-    return f"QuietStarConfig({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
 def with_tables(page: str, runs: Sequence[dict[str, Any]], methods: Sequence[str], stress: Sequence[str]) -> str:

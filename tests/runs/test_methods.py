@@ -65,10 +65,18 @@ def test_results_are_of_the_methods_as_they_are():
         assert {name: run[name] for name in settings} == settings, run["method"]
 
 
-@pytest.mark.parametrize("name", [name for name, method in ALL.items() if method.fields])
-def test_the_page_has_the_configuration(name):
-    (row,) = re.findall(rf"^\| {re.escape(name)} \| .*`QuietStarConfig\(.*$", PAGE, re.MULTILINE)
-    assert f"`{method_table.configuration(ALL[name].fields)}`" in row
+@pytest.mark.parametrize("name", [*methods.METHODS, "stress"])
+def test_the_page_has_every_configuration(name):
+    heading = "## Collapse and its remedies" if name == "stress" else f"### {name}"
+    section = re.split(r"^##", PAGE.split(f"\n{heading}\n")[1], flags=re.MULTILINE)[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    fields = eval(blocks[0], {"QuietStarConfig": dict}) if blocks else {}
+    assert fields == ALL[name].fields
+
+
+def test_the_page_has_every_remedy():
+    rows = re.findall(r"^\| ([^|]+) \| `([^|]+)` \|$", PAGE, re.MULTILINE)
+    assert {name: eval(f"dict({fields})") for name, fields in rows} == methods.REMEDIES
 
 
 def test_shares_of_steps():
