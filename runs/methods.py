@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from method_table import write_tables
+from star_world import star_on_world
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -101,6 +102,14 @@ def parts_of(stages: Sequence[tuple[int, int]], steps: int) -> list[tuple[int, i
     return [(*stage, share) for stage, share in zip(stages, shares, strict=True)]
 
 
+def run_star(ready: Ready) -> Run:
+    """STaR writes its thoughts out as text, and is measured by the answers behind them. Its seconds are the clock's."""
+    results = star_on_world(ready.seed, hops=HOPS, size=ready.size)
+    after = results["star"]
+    kept = {"seconds": results["seconds"], "accuracy_without": after["at_once"]}
+    return kept | {"accuracy_with": after["with_sampled_rationale"]}
+
+
 def positions_of(token: int, input_ids: Tensor) -> Tensor:
     """Where texts [B, L] have a token that something follows, int64 [B, A]; −1 behind the last."""
     found = [row.nonzero().flatten() for row in input_ids[:, :-1] == token]
@@ -124,6 +133,7 @@ METHODS = {
     "ordinary training": Method(train=train_ordinary),
     "pause tokens": Method(filler=FILLER),
     "policy weight 0": Method({"policy_weight": 0.0}),
+    "STaR": Method(run=run_star),
     "Quiet-STaR": Method(),
     "Quiet-STaR, a random quarter": Method(QUARTER),
     "Quiet-STaR, the unsurest quarter": Method(QUARTER | {"anchor_choice": "entropy"}),
