@@ -51,8 +51,8 @@ def _cell(runs: Sequence[dict[str, Any]], column: Column) -> str:
     values = [each[column.name] * column.factor for each in runs if column.name in each]
     if not values:
         return NOTHING
-    # A hyphen-minus would break between lines.
-    text = f"{mean(values):.{column.digits}f}".replace("-", "−")
+    value = round(mean(values), column.digits) + 0.0  # no −0
+    text = f"{value:.{column.digits}f}".replace("-", "−")  # a hyphen would break between lines
     if len(values) < 2:
         return text
     return f"{text} ± {stdev(values) / math.sqrt(len(values)):.{column.digits}f}"
