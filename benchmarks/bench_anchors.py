@@ -16,11 +16,8 @@ from measure import DEVICE, own_peak_memory, peak_memory
 from shapes import RLP_STEP, TrainingShape
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import MistralForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.estimate.flops import model_flops
-from quietstar.estimate.step import TrainingStep
 
 ALL_POSITIONS, A_QUARTER = "every position", "a quarter of the positions"
 TREE, SEPARATE = "one tree", "separate sequences"
