@@ -144,7 +144,6 @@ def bench_chosen_anchors(compare):
         memory={"ours": memory[A_QUARTER], ALL_POSITIONS: memory[ALL_POSITIONS]},
         dtype=SHAPE.dtype,
         shape=SHAPE,
-        less_work=[],
     )
 
 

@@ -240,6 +240,28 @@ def test_flops_of_attention(window):
     assert flops_of(step, "backward: attention") == every_pair * tree * 5 // 2
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_flops_of_attention_behind_chosen_anchors(window):
+    """If as many are chosen as can be, they are the first L − M; and thoughts of a position all cost the same."""
+    step = training_step(SMALL | {"sliding_window": window, "anchors_per_text": 6, "num_thoughts": 3}, length=9)
+    config = step.config
+
+    def keys(position: int) -> int:
+        return position + 1 if window is None else min(position + 1, window)
+
+    text = sum(map(keys, range(step.length)))
+    thoughts = config.num_thoughts * sum(keys(a + 1 + slot) for a in range(6) for slot in range(step.slots))
+    every_pair = 4 * step.batch * config.num_hidden_layers * config.hidden_size
+    assert flops_of(step, "forward: attention") == every_pair * (text + thoughts)
+
+
+def test_the_largest_step_is_estimated_in_seconds():
+    """No table has a row for every pair of positions, thoughts and steps."""
+    config = read_config("mistral-7b", num_thoughts=64)
+    most, one = (step_parts(TrainingStep(config, 1, length)) for length in (32768, 8))
+    assert [part.name for part in most] == [part.name for part in one]
+
+
 def test_model_flops_leave_out_what_is_done_twice_or_in_vain():
     once = training_step(SMALL)
     assert model_flops(once) == sum(part.flops for part in step_parts(once))
@@ -324,6 +346,18 @@ def test_json_holds_what_the_model_says(capsys):
     assert printed["largest_batch"] == Prediction(step, GPUS["h100"]).largest_batch()
 
 
+def test_anchors_are_an_argument(capsys):
+    peaks = []
+    for more in ([], ["--anchors_per_text", "16"]):
+        assert main([*ARGUMENTS, *more, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        peaks.append(printed["peak_memory"]["bytes"])
+    assert printed["step"]["anchors_per_text"] == 16
+    assert peaks[1] < peaks[0]
+    assert main([*ARGUMENTS, "--anchors_per_text", "16"]) == 0
+    assert "at 16 positions of each" in capsys.readouterr().out
+
+
 def test_table(capsys):
     assert main([*ARGUMENTS, "--device", "rtx-4090"]) == 0
     printed = capsys.readouterr().out
@@ -379,6 +413,7 @@ def test_bad_configuration(tmp_path, capsys, content, problem):
     [
         (["--config", "nothing"], "--config nothing: must be mistral-7b, a folder, a JSON file or a name on the hub"),
         (["--lookahead", "0"], "--config mistral-7b: lookahead must be an integer >= 1, got 0"),
+        (["--anchors_per_text", "0"], "--config mistral-7b: anchors_per_text must be an integer >= 1, got 0"),
         (["--batch", "1000001"], "batch must be at most 1000000, got 1000001"),
         (["--num_thoughts", "9" * 30], f"num_thoughts must be at most 64, got {'9' * 30}"),
         (["--batch", "0"], "batch must be an integer >= 1, got 0"),
