@@ -26,6 +26,15 @@ COMMON_TRAINING_FLAGS = (
     "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "seed", "use_cpu",
 )  # fmt: skip
 
+# And what it leaves out: fields that make other methods than Quiet-STaR, as a rule several of them (docs/teacher.md).
+METHOD_FLAGS = frozenset(
+    (
+        "talk_loss_weight", "prediction", "baseline", "teacher_decay", "reward", "advantage", "advantage_clamp",
+        "normalize_advantage", "clip_ratio", "policy_updates", "entropy_weight", "kl_weight", "anchor_choice",
+        "learned_thought_end", "teacher", "anchors_per_text",
+    )
+)  # fmt: skip
+
 
 # Which numbers the flags may have. TrainingArguments itself looks at few of them.
 _COUNT, _NOT_NEGATIVE, _POSITIVE = Interval(int, "[1, inf)"), Interval(float, "[0, inf)"), Interval(float, "(0, inf)")
@@ -119,13 +128,12 @@ class ModelArguments:
     )  # fmt: skip
     distil: Literal["kl", "reward"] | None = field(
         default=None,
-        metadata={"help": "train the prediction without thoughts on what a thinking teacher predicts: by KL divergence "
-                  "(kl), or rewarded against it as in Fast Quiet-STaR (reward); the result does not think",
+        metadata={"help": "train the prediction without thoughts by a thinking teacher: kl or reward (docs/teacher.md)",
                   "nargs": "?", "const": "kl"},
     )  # fmt: skip
     stages: str | None = field(
         default=None,
-        metadata={"help": "stages of training, each thought length-lookahead:steps, such as 16-8:50,12-4:50,8-4:50"},
+        metadata={"help": "stages, thought_length-lookahead:steps of each, such as 16-8:50,8-4:50"},
     )  # fmt: skip
 
     lora_r: int | None = field(
@@ -289,13 +297,16 @@ class TrainParser(HfArgumentParser):
         lines = [self.format_usage().rstrip(), "", self.description]
         for group in self.dataclass_types:
             lines += ["", f"{group._argument_group_name}:"]
-            shown = fields(group)
+            shown = [entry for entry in fields(group) if entry.name not in METHOD_FLAGS]
             if group is PaperTrainingArguments:
                 by_name = {entry.name: entry for entry in shown}
                 shown = [by_name[name] for name in COMMON_TRAINING_FLAGS if name in by_name]
             for entry in shown:
                 lines += _flag_lines(entry.name, entry.metadata.get("help", ""), entry.default)
-        lines += ["", "Every other flag of transformers' TrainingArguments is taken too; --help_all lists them."]
+        lines += [
+            "",
+            "Other objectives and every other flag of transformers' TrainingArguments: --help_all lists them.",
+        ]
         lines += ["On a CPU that others use too, OMP_NUM_THREADS=1 in the environment makes steps faster."]
         return "\n".join(lines) + "\n"
 
