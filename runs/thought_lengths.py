@@ -103,6 +103,7 @@ def run(seed: int, base_training: Training, thinking_steps: int, learned: bool) 
 
 
 def main() -> None:
+    """Run the seeds and write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base_steps", type=int, default=BASE.steps)

@@ -1,8 +1,8 @@
-"""Where to think, in the quickstart's world: python runs/where_to_think.py --seeds 0 1 2 --output curve.json
+"""Where to think, in the quickstart's world.
 
-Trains the quickstart's models with a gain head, and measures held-out text against the share of positions that think:
-those where the head expects most, those where the base prediction is least sure, random ones. About two minutes per seed
-on one core.
+``python runs/where_to_think.py --seeds 0 1 2 --output curve.json`` trains the quickstart's models with a gain head, and
+measures held-out text against the share of positions that think: those where the head expects most, those where the
+base prediction is least sure, random ones. About two minutes per seed on one core.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _untrained(
 
 @torch.no_grad()
 def _as_learned(model: QuietStarForCausalLM, exam: Exam, windows: torch.Tensor) -> dict[str, float]:
-    """What ``generate`` does at the usual threshold: held-out questions, and the share of tokens it thinks in front of."""
+    """What ``generate`` does at the usual threshold: held-out questions, and the share of tokens with a thought."""
     output = model.generate(
         exam.prompts, max_new_tokens=1, do_sample=False, think="learned", eos_token_id=None, pad_token_id=0
     )
@@ -101,7 +101,7 @@ def table(results: list[dict[str, object]], name: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--gain_weight", type=float, default=GAIN_WEIGHT)
     parser.add_argument("--output", type=Path)
