@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded
+from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded, sees_ahead
 
 
 class Ahead(NamedTuple):
@@ -20,6 +20,8 @@ class Ahead(NamedTuple):
 def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchors: Tensor | None) -> Ahead:
     """What is predicted from anchors, and which of them look no further than their text: those are rewarded.
 
+    (Where every position thinks, the last of these is not rewarded, as in the authors' code.)
+
     Args:
         labels: int [B, L], from :func:`~quietstar.models.documents.text_labels`.
         lookahead: M.
@@ -28,19 +30,16 @@ def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchor
     """
     last = labels.shape[1] - 2  # that has something to predict
     target = look_ahead(labels, lookahead, starts)
-    within = rewarded(labels, lookahead, starts)
     step = torch.arange(lookahead, device=labels.device)
     if anchors is None:
         index = torch.arange(last + 1, device=labels.device)[:, None] + step
-        return Ahead(index.clamp_max(last), target, within, last + 1 - lookahead)
+        return Ahead(index.clamp_max(last), target, rewarded(labels, lookahead, starts), last + 1 - lookahead)
     here = anchors.clamp(0, last)
     index = (here[:, :, None] + step).clamp_max(last)
     active = (anchors >= 0) & (anchors <= last)
     target = target.gather(1, here[:, :, None].expand(-1, -1, lookahead)).masked_fill(~active[..., None], IGNORE_INDEX)
-    counts = active & (anchors <= last - lookahead)
-    if within is not None:
-        counts = counts & within.gather(1, here.clamp_max(within.shape[1] - 1))
-    return Ahead(index, target, counts, anchors.shape[1])
+    within = sees_ahead(labels, lookahead, starts).gather(1, here)
+    return Ahead(index, target, active & within, anchors.shape[1])
 
 
 def select(states: Tensor, index: Tensor, own: bool) -> Tensor:

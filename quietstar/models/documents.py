@@ -129,6 +129,22 @@ def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | 
     return starts[:, lookahead + 1 :] == starts[:, : labels.shape[1] - 1 - lookahead]
 
 
+def sees_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
+    """From which positions but the last all M tokens ahead are in the same document, bool [1 or B, L−1].
+
+    Arguments as of :func:`look_ahead`.
+    """
+    last = labels.shape[1] - 1
+    position = torch.arange(last, device=labels.device)[None]
+    inside = position + lookahead <= last
+    if starts is None:
+        return inside.expand(len(labels), -1)
+    starts = _of_tokens(starts, labels)
+    return (
+        inside & (starts[:, :-1] <= position) & (starts[:, (position[0] + lookahead).clamp_max(last)] == starts[:, :-1])
+    )
+
+
 def _of_tokens(starts: Tensor, labels: Tensor) -> Tensor:
     """``starts`` as [B, L]."""
     return starts if starts.dim() == 2 else starts[:, None].expand(labels.shape)

@@ -45,6 +45,19 @@ def test_anchors_of_packed_documents(make_model, text):
     assert chosen[0].tolist() == [0, 1, 2, *range(5, 10), -1, -1]
 
 
+def test_the_last_that_sees_all_it_predicts_is_rewarded(make_model, text):
+    """An answer may be the end of its text, or of its document."""
+    mask = torch.ones_like(text)
+    mask[1, :6] = 0
+    position_ids = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
+    anchors = torch.tensor([[9, 10, 2, 3], [9, 10, 4, 6]])
+    for k in (2, 0):
+        output = make_model(thought_length=k)(
+            text, labels=text, anchors=anchors, attention_mask=mask, position_ids=position_ids
+        )
+        assert output.reward.bool().all(dim=1).tolist() == [[True, False, True, False], [True, False, False, True]]
+
+
 def test_random_anchors(make_model, text):
     model = make_model(anchors_per_text=4)
     labels = text.clone()
