@@ -128,7 +128,7 @@ class ModelArguments:
     )  # fmt: skip
     distil: Literal["kl", "reward"] | None = field(
         default=None,
-        metadata={"help": "train the prediction without thoughts by a thinking teacher: kl or reward (docs/teacher.md)",
+        metadata={"help": "learn from thinking to do without: kl or reward (docs/teacher.md)",
                   "nargs": "?", "const": "kl"},
     )  # fmt: skip
     stages: str | None = field(
