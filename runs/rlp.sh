@@ -4,7 +4,7 @@
 #
 #   runs/rlp.sh DATA OUT           Qwen3-1.7B-Base with the paper's values. Not run by us.
 #   runs/rlp.sh small OUT          the same objective on a model without training, in minutes on two CPU cores: it shows
-#                                  that everything runs, and no more (held-out nll rose from 3.3 to 4.9 in 200 steps).
+#                                  that everything runs, and no more (held-out nll: 4.7 after 100 steps, 4.9 after 200).
 #
 # From the paper, section 3 and appendix 10: one token per document, 16 rollouts at temperature 0.7, 2,048 tokens of
 # context and of a thought, batch 512, constant learning rate 1e-6, no KL, decay 0.999, leave-one-out advantages without
