@@ -135,8 +135,8 @@ METHODS = {
     "Quiet-STaR": Method(),
     "Quiet-STaR, a random quarter": Method(QUARTER),
     "Quiet-STaR, the unsurest quarter": Method(QUARTER | {"anchor_choice": "entropy"}),
-    "RLP": Method(RLP | {"baseline": "teacher"}),
-    "RLP, own baseline": Method(RLP),
+    "RLP": Method(RLP | {"baseline": "teacher"}, {"learning_rate": 3e-4}),
+    "RLP, too fast": Method(RLP),
     "LaTRO": Method(OF_ANSWERS | {"kl_weight": 0.05, "teacher_decay": 1.0}, at_answers=True),
     "JEPO": Method(OF_ANSWERS | {"reward": "log_mean"}, at_answers=True),
     "VeriFree": Method(OF_ANSWERS | {"reward": "likelihood"}, at_answers=True),
@@ -147,11 +147,12 @@ METHODS = {
 # What collapses, and what may keep it from that.
 COLLAPSE = QUARTER | {
     "anchor_choice": "entropy", "num_thoughts": 3, "thought_temperature": 0.5, "policy_temperature": 0.5,
-    "policy_weight": 100.0,
+    "policy_weight": 2000.0,
 }  # fmt: skip
 REMEDIES = {
-    "entropy bonus": {"entropy_weight": 10.0},
+    "entropy bonus": {"entropy_weight": 500.0},
     "normalised advantages": {"normalize_advantage": True},
+    "KL to the base": {"kl_weight": 0.1, "teacher_decay": 1.0},
     "no clamp": {"advantage_clamp": False},
     "leave-one-out, no clamp": {"advantage": "leave_one_out", "advantage_clamp": False},
 }
