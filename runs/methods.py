@@ -2,6 +2,7 @@
 
 python runs/methods.py                                        all of METHODS and STRESS, seeds 0, 1 and 2
 python runs/methods.py --methods RLP --seeds 0 1 --output x   some of them; runs that x has of others stay there
+python runs/methods.py --seeds --page docs/methods.md         no training, the tables of the page from the results
 
 Per seed there are one world, one base model, one text for the second training and one exam; methods differ in that
 training alone. Seconds are of the processor, on one thread, so that a busy machine does not change them much.
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare ways to train thoughts on the quickstart's world.")
     known = METHODS | STRESS
     parser.add_argument("--methods", nargs="+", choices=known, default=list(known), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, to see that everything runs")
     parser.add_argument("--page", type=Path, help="write the tables of the output into this page, e.g. docs/methods.md")

@@ -22,16 +22,17 @@ def test_fields_go_together(name):
 
 def test_runs_are_kept_and_replaced(tmp_path, capsys):
     path, names = tmp_path / "results.json", ["ordinary training", "VeriFree"]
-    for _ in range(2):
-        methods.main(["--tiny", "--seeds", "1", "--methods", *names, "--output", str(path)])
+    path.write_text(json.dumps({"runs": [{"method": name, "seed": seed} for seed in (0, 1) for name in names]}))
+    methods.main(["--tiny", "--seeds", "1", "--methods", *names, "--output", str(path)])
     runs = json.loads(path.read_text())["runs"]
-    assert [(run["method"], run["seed"]) for run in runs] == [(name, 1) for name in names]
-    plain, thinking = runs
+    assert [(run["method"], run["seed"]) for run in runs] == [(name, seed) for seed in (0, 1) for name in names]
+    assert runs[:2] == [{"method": name, "seed": 0} for name in names]
+    plain, thinking = runs[2:]
     assert "accuracy_with" not in plain
     assert thinking["fields"] == methods.METHODS["VeriFree"].fields
     assert {"accuracy_with", "accuracy_shuffled", "gain_other_tokens"} <= thinking.keys()
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"method"')]
-    assert printed[2:] == runs
+    assert printed == runs[2:]
 
 
 def test_thoughts_stand_where_a_token_is():
