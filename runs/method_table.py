@@ -38,12 +38,12 @@ STRESS_COLUMNS = [
 
 def table(runs: Sequence[dict[str, Any]], methods: Sequence[str], columns: Sequence[Column]) -> str:
     """A table in Markdown, one row per method; without one where no seed has the measure."""
-    lines = ["| | " + " | ".join(column.title for column in columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
+    lines = ["| | " + " | ".join(column.title for column in columns) + " | seeds |"]
+    lines.append("| --- |" + " ---: |" * (len(columns) + 1))
     for method in methods:
         own = [each for each in runs if each["method"] == method]
         if own:
-            lines.append(f"| {method} | " + " | ".join(_cell(own, column) for column in columns) + " |")
+            lines.append(f"| {method} | " + " | ".join(_cell(own, column) for column in columns) + f" | {len(own)} |")
     return "\n".join(lines)
 
 

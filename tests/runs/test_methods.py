@@ -49,7 +49,8 @@ def test_table():
     ]
     columns = [method_table.Column("of x, %", "x", 100), method_table.Column("of y", "y", digits=2)]
     assert method_table.table(runs, ["b", "a", "not run"], columns).splitlines() == [
-        "| | of x, % | of y |", "| --- | ---: | ---: |", "| b | 25.0 | – |", "| a | 40.0 ± 10.0 | −1.50 ± 0.50 |",
+        "| | of x, % | of y | seeds |", "| --- | ---: | ---: | ---: |", "| b | 25.0 | – | 1 |",
+        "| a | 40.0 ± 10.0 | −1.50 ± 0.50 | 2 |",
     ]  # fmt: skip
 
 
