@@ -90,7 +90,7 @@ TRAINING_STEP = {
 # One position of a document thinks, as in RLP (arXiv 2510.01265), which predicts one token. The head has about a fifth
 # of the weights, as that of Qwen3-1.7B.
 RLP_STEP = {
-    "cpu": TrainingShape(256, 2, 8, 2, 896, 2002, 1, 2048, 16, 512, 1, torch.float32, target=3),
+    "cpu": TrainingShape(512, 1, 8, 2, 1792, 2002, 1, 2048, 16, 512, 1, torch.float32, target=3),
     "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 1, 2048, 16, 512, 1, torch.bfloat16, target=None),
 }
 THOUGHT_ATTENTION = {
