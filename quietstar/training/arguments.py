@@ -31,7 +31,7 @@ METHOD_FLAGS = frozenset(
     (
         "talk_loss_weight", "prediction", "baseline", "teacher_decay", "reward", "advantage", "advantage_clamp",
         "normalize_advantage", "clip_ratio", "policy_updates", "entropy_weight", "kl_weight", "anchor_choice",
-        "learned_thought_end", "teacher", "anchors_per_text",
+        "learned_thought_end", "teacher", "anchors_per_text", "gain_weight",
     )
 )  # fmt: skip
 
