@@ -135,6 +135,12 @@ def test_settings_that_work(make, settings):
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.parametrize("fields", [{"anchors_per_text": 3}, {"learned_thought_end": True}], ids=str)
+def test_metrics_of_ones_own_think_everywhere(make, make_model, fields):
+    trainer = make(compute_metrics=accuracy, model=make_model(**fields))
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+
 def test_noise_in_the_embeddings_is_there_in_training_alone(make):
     plain, noisy = ({"neftune_noise_alpha": alpha} for alpha in (None, 50.0))
     assert make(plain).evaluate()["eval_base_nll"] == make(noisy).evaluate()["eval_base_nll"]
