@@ -1,9 +1,9 @@
 """Launch parameters of the Triton kernels of thought attention.
 
-``TILES`` is a table by kernel, architecture, element size and padded head size. Nothing is tuned while a program runs:
-``triton_tune`` times candidates on the GPU at hand, on demand, and prints rows to put here. No row has been timed yet;
-in half precision none spills registers, with Triton 3.6 some at most four, as
-``tests/ops/test_thought_attention_compile.py`` compiles them.
+``TILES`` is a table by kernel, architecture, element size and padded head size (see ``_launch_table``). Nothing is
+tuned while a program runs: ``python -m quietstar.ops.tune`` times candidates on the GPU at hand, on demand, and prints
+rows to put here. No row has been timed yet; in half precision none spills registers, with Triton 3.6 some at most four,
+as ``tests/ops/test_thought_attention_compile.py`` compiles them.
 """
 
 import functools
@@ -11,10 +11,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from quietstar.ops._availability import interpreted
+from quietstar.ops._launch_table import AMPERE, ANY, BLACKWELL, COMPACT, HOPPER, INTERPRETER, architecture
 
 
 class Tile(NamedTuple):
@@ -34,9 +33,6 @@ class Tile(NamedTuple):
 
 
 FORWARD, DECODE, QUERY_GRADIENT, KEY_GRADIENT = "forward", "decode", "query gradient", "key gradient"
-HOPPER, BLACKWELL, AMPERE, COMPACT, INTERPRETER = "hopper", "blackwell", "ampere", "compact", "interpreter"
-# The architecture of rows that hold on every one without a row of its own.
-ANY = "any"
 
 # (kernel, architecture, bytes of an element, padded head size). Larger tiles read less from the L2 cache; what limits
 # them are registers (8 warps have 255 a thread) and shared memory.
@@ -107,16 +103,6 @@ TILES: dict[tuple[str, str, int, int], Tile] = {
 SPLIT_KEYS = 256
 # A program of the key gradient takes at least this many rows, for the same reason.
 SPLIT_ROWS = 1024
-
-
-def architecture() -> str:
-    """The family of launch parameters for the current device."""
-    if interpreted():
-        return INTERPRETER
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda":
-        return COMPACT
-    return {80: AMPERE, 87: AMPERE, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL}.get(target.arch, COMPACT)
 
 
 @functools.cache
