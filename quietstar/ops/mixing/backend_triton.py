@@ -12,17 +12,38 @@ wide its accesses may be.
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops._launch_table import ANY, row_for
 from quietstar.ops.mixing.backends import CrossEntropy, Mix
 
-# Enough bytes in flight: 16 a thread from each of two tensors, and as many of each of the next STAGES - 1 blocks.
-_BLOCK_BYTES, _WARPS = 4096, 8
-_STAGES = tl.constexpr(3)
+
+class Block(NamedTuple):
+    """Launch parameters of one kernel."""
+
+    row_bytes: int
+    """Of each tensor, that a program takes at a time."""
+    num_warps: int
+    num_stages: int
+    """Steps of the loop whose loads are in flight, where there is a loop."""
+
+
+MIX, MIX_BACKWARD = "mix", "mix backward"
+CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD = "cross entropy", "cross entropy backward"
+
+# By kernel and architecture. Enough bytes in flight: 16 a thread from each of two tensors, and as many of each of the
+# next num_stages - 1 blocks.
+BLOCKS: dict[tuple[str, str], Block] = {
+    (MIX, ANY): Block(4096, 8, 1),
+    (MIX_BACKWARD, ANY): Block(4096, 8, 3),
+    (CROSS_ENTROPY, ANY): Block(4096, 8, 3),
+    (CROSS_ENTROPY_BACKWARD, ANY): Block(4096, 8, 1),
+}
 
 # The largest of no logits: −inf − (−inf) would be NaN.
 _LOWEST = tl.constexpr(-3.4e38)
@@ -91,7 +112,7 @@ def mix_kernel(
 @triton.jit
 def mix_backward_kernel(
     grad, base, thought, mixing_weight, d_base, d_thought, d_weight, sizes, grad_strides, base_strides,
-    thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are not None, of one row. Grid: rows."""
     vocabulary = units * ALIGN
@@ -101,7 +122,7 @@ def mix_backward_kernel(
     thought = _row_start(thought, row, sizes, thought_strides, ALIGN)
     weight = tl.load(mixing_weight + row).to(tl.float32)
     products = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         g = _load(grad, columns, inside)
@@ -116,7 +137,7 @@ def mix_backward_kernel(
 @triton.jit
 def cross_entropy_kernel(
     base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
-    units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    units, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A :class:`.backends.CrossEntropy`, for one row. Grid: rows.
 
@@ -132,7 +153,7 @@ def cross_entropy_kernel(
     peak = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocabulary, BLOCK, num_stages=_STAGES):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         b = _load(base, columns, inside)
@@ -182,7 +203,7 @@ def cross_entropy_backward_kernel(
 def mix(mix: Mix) -> Tensor:
     """See ``backends.py``."""
     mixed = torch.empty_like(mix.base, memory_format=torch.contiguous_format)
-    rows = _Rows(mix.base, mix.thought)
+    rows = _Rows(MIX, mix.base, mix.thought)
     mix_kernel[rows.blocks](*rows.tensors, mix.weight.contiguous(), mixed, *rows.layout, **rows.options)
     return mixed
 
@@ -191,20 +212,22 @@ def mix_backward(grad: Tensor, mix: Mix, needs: list[bool]) -> tuple[Tensor | No
     """See ``backends.py``."""
     d_base, d_thought = _gradients(mix.base, needs[:2])
     d_weight = mix.base.new_empty(mix.weight.shape, dtype=torch.float32) if needs[2] else None
-    rows = _Rows(grad, mix.base, mix.thought)
+    rows = _Rows(MIX_BACKWARD, grad, mix.base, mix.thought)
     mix_backward_kernel[rows.whole](
-        *rows.tensors, mix.weight.contiguous(), d_base, d_thought, d_weight, *rows.layout, **rows.options
-    )
+        *rows.tensors, mix.weight.contiguous(), d_base, d_thought, d_weight, *rows.layout, STAGES=rows.stages,
+        **rows.options,
+    )  # fmt: skip
     return d_base, d_thought, d_weight
 
 
 def cross_entropy(mix: Mix, target: Tensor) -> CrossEntropy:
     """See ``backends.py``."""
     result = CrossEntropy(*(mix.base.new_empty(target.shape, dtype=torch.float32) for _ in CrossEntropy._fields))
-    rows = _Rows(mix.base, mix.thought)
+    rows = _Rows(CROSS_ENTROPY, mix.base, mix.thought)
     cross_entropy_kernel[rows.whole](
-        *rows.tensors, mix.weight.contiguous(), target.contiguous(), *result, *rows.layout, **rows.options
-    )
+        *rows.tensors, mix.weight.contiguous(), target.contiguous(), *result, *rows.layout, STAGES=rows.stages,
+        **rows.options,
+    )  # fmt: skip
     return result
 
 
@@ -213,7 +236,7 @@ def cross_entropy_backward(
 ) -> list[Tensor | None]:
     """See ``backends.py``."""
     gradients = _gradients(mix.base, needs)
-    rows = _Rows(mix.base, mix.thought)
+    rows = _Rows(CROSS_ENTROPY_BACKWARD, mix.base, mix.thought)
     cross_entropy_backward_kernel[rows.blocks](
         scale.contiguous(), *rows.tensors, mix.weight.contiguous(), target.contiguous(), result.largest,
         result.log_total, *gradients, *rows.layout, **rows.options,
@@ -226,18 +249,19 @@ def _gradients(logits: Tensor, needs: list[bool]) -> list[Tensor | None]:
 
 
 class _Rows:
-    """Tensors of one shape [..., V] as kernels see them: where their rows are, and how many programs they need."""
+    """Tensors of one shape [..., V] as a kernel sees them: where their rows are, and how many programs they need."""
 
-    def __init__(self, *tensors: Tensor):
+    def __init__(self, kernel: str, *tensors: Tensor):
         # Any strides but that of the last dimension, which is 1: rows laid out otherwise are copied.
         self.tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
         vocabulary, size = tensors[0].shape[-1], tensors[0].element_size()
         sizes, strides = _merged(self.tensors)
         align = math.gcd(16 // size, vocabulary, *itertools.chain(*strides))
         self.layout = sizes[1:], *(tuple(step // align for step in steps) for steps in strides), vocabulary // align
-        block = _BLOCK_BYTES // size
+        row_bytes, num_warps, self.stages = row_for(BLOCKS, kernel, tensors[0])
+        block = row_bytes // size
         # Fused multiply-adds by name, since Triton's default is to change.
-        self.options = {"ALIGN": align, "BLOCK": block, "num_warps": _WARPS, "enable_fp_fusion": True}
+        self.options = {"ALIGN": align, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
         self.whole = (math.prod(sizes),)
         self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, block),)
 
