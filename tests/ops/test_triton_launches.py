@@ -143,7 +143,9 @@ def rows_kernel(x, size=512, number=1.5, *others, grid=(4, 1), **options):
 def much_shared_memory():
     from quietstar.ops.linear_sample import backend_triton
 
-    with patch.dict(backend_triton._TILES, {16: backend_triton.Tile(64, 256, 4, 8)}):
+    with patch.dict(
+        backend_triton.TILES, {(backend_triton.SAMPLE, backend_triton.ANY, 16): backend_triton.Tile(64, 256, 4, 8)}
+    ):
         linear_sample(tensor(5, 2048), tensor(32002, 2048), seed=3, backend="triton")
 
 

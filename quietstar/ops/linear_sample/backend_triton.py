@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops._launch_table import ANY, row_for
 from quietstar.ops._triton_softcap import capped
 from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling
@@ -34,13 +35,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By rows, rounded up, for half precision: two programs and about 64 KiB of the head in flight on each processor. Full
-# precision takes half the step.
-_TILES = {
-    16: Tile(64, 128, 4, 4),
-    32: Tile(64, 128, 4, 4),
-    64: Tile(128, 64, 8, 4),
-    128: Tile(128, 64, 8, 4),
+SAMPLE = "sample"
+
+# By kernel, architecture and rows, rounded up; for half precision: two programs and about 64 KiB of the head in flight
+# on each processor. Full precision takes half the step.
+TILES: dict[tuple[str, str, int], Tile] = {
+    (SAMPLE, ANY, 16): Tile(64, 128, 4, 4),
+    (SAMPLE, ANY, 32): Tile(64, 128, 4, 4),
+    (SAMPLE, ANY, 64): Tile(128, 64, 8, 4),
+    (SAMPLE, ANY, 128): Tile(128, 64, 8, 4),
 }
 
 
@@ -134,7 +137,7 @@ def sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
         suppressed = torch.zeros(vocabulary, dtype=torch.int8, device=hidden.device)
         suppressed.index_fill_(0, sampling.suppress, 1)
     block_m = max(triton.next_power_of_2(rows), 16)
-    tile = _TILES[block_m]
+    tile = row_for(TILES, SAMPLE, hidden, block_m)
     step = tile.step * 2 // max(hidden.element_size(), 2)
     blocks = triton.cdiv(vocabulary, tile.tokens)
     scores = torch.empty(blocks, rows, dtype=torch.float32, device=hidden.device)
