@@ -16,11 +16,14 @@ Hidden states are mixed, and their gradient split, in one pass over rows x H eac
 more where base rows repeat). Library calls move about 34 and 60.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops._launch_table import ANY, row_for
 from quietstar.ops._triton_softcap import capped
 from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy import inputs
@@ -39,8 +42,31 @@ _LOWEST = tl.constexpr(-3.4e38)
 # Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
 _FAR_BELOW = tl.constexpr(-1e4)
 
-# Fused multiply-adds by name, since Triton's default is to change.
-_HIDDEN_OPTIONS = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
+
+class Launch(NamedTuple):
+    """Launch parameters of one kernel."""
+
+    places: int
+    """Elements of a row that a thread takes at a time."""
+    num_warps: int
+    """At most, where a whole row is taken at a time."""
+
+    def options(self) -> dict[str, int]:
+        """Of a kernel that takes a row block by block; fused multiply-adds by name: Triton's default is to change."""
+        return {"BLOCK": 32 * self.num_warps * self.places, "num_warps": self.num_warps, "enable_fp_fusion": True}
+
+
+RESIDENT, STREAMING, STREAMING_ENTROPY = "resident", "streaming", "streaming entropy"
+MIX_HIDDEN, SPLIT_GRADIENT = "mix hidden", "split gradient"
+
+# By kernel and architecture. Of a streamed row threads keep two numbers a place, with an entropy three.
+LAUNCHES: dict[tuple[str, str], Launch] = {
+    (RESIDENT, ANY): Launch(16, 32),
+    (STREAMING, ANY): Launch(16, 16),
+    (STREAMING_ENTROPY, ANY): Launch(8, 16),
+    (MIX_HIDDEN, ANY): Launch(8, 8),
+    (SPLIT_GRADIENT, ANY): Launch(8, 8),
+}
 
 
 @triton.jit
@@ -203,14 +229,16 @@ def cross_entropy_rows(
     # Both logits and exponentials are needed for the gradient then: of more, some would not fit the registers.
     longest = _LONGEST_RESIDENT if softmax.softcap is None and entropy_scale is None else _LONGEST_RESIDENT // 4
     if vocabulary <= longest:
+        kernel, launch = resident_kernel, row_for(LAUNCHES, RESIDENT, logits)
         block = max(triton.next_power_of_2(vocabulary), 512)
-        kernel, num_warps = resident_kernel, min(max(block // 512, 4), 32)
-    else:  # with an entropy there is one number more a place
-        kernel, num_warps, block = streaming_kernel, 16, 4096 if entropy else 8192
+        options = launch._replace(num_warps=min(max(block // (32 * launch.places), 4), launch.num_warps)).options()
+        options["BLOCK"] = block
+    else:
+        kernel = streaming_kernel
+        options = row_for(LAUNCHES, STREAMING_ENTROPY if entropy else STREAMING, logits).options()
     kernel[(rows,)](
         logits, target, nll_scale, entropy_scale, nll, entropies, gradient, logits.stride(0), gradient.stride(0),
-        vocabulary, limit, 1 / softmax.temperature, softmax.softcap,
-        BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,  # whatever Triton's default is
+        vocabulary, limit, 1 / softmax.temperature, softmax.softcap, **options,
     )  # fmt: skip
     return RowResult(nll, entropies, None if scales is None else gradient)
 
@@ -287,9 +315,10 @@ class MixedHidden(inputs.MixedHidden):
             return super().read(rows)
         count, hidden_size = rows.stop - rows.start, self.thought.shape[1]
         mixed = self.thought.new_empty(count, hidden_size)
-        mix_hidden_kernel[(count, triton.cdiv(hidden_size, _HIDDEN_OPTIONS["BLOCK"]))](
+        options = row_for(LAUNCHES, MIX_HIDDEN, mixed).options()
+        mix_hidden_kernel[(count, triton.cdiv(hidden_size, options["BLOCK"]))](
             self.base, self.thought, self.weight, self.index, mixed, rows.start,
-            self.base.stride(), self.thought.stride(), hidden_size, **_HIDDEN_OPTIONS,
+            self.base.stride(), self.thought.stride(), hidden_size, **options,
         )  # fmt: skip
         return mixed
 
@@ -305,7 +334,8 @@ class MixedHidden(inputs.MixedHidden):
             d_base = d_mixed
         split_gradient_kernel[(d_mixed.shape[0],)](
             d_mixed, self.base, self.thought, self.gradient_weight, self.index, d_base, d_thought, d_weight, rows.start,
-            self.base.stride(), self.thought.stride(), d_mixed.shape[1], **_HIDDEN_OPTIONS,
+            self.base.stride(), self.thought.stride(), d_mixed.shape[1],
+            **row_for(LAUNCHES, SPLIT_GRADIENT, d_mixed).options(),
         )  # fmt: skip
         if repeats:
             self._add_to_base(rows, d_mixed)
