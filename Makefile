@@ -9,6 +9,6 @@ lint:
 bench:
 	pytest benchmarks/ --benchmark-only
 
-# On a CUDA machine, without a network: build, tests, sanitizer, benchmarks, training; see benchmarks/gpu_check.py.
+# On a CUDA machine, without a network: build, tests, sanitizer, benchmarks, tuning, training, promises; see benchmarks/gpu_check.py.
 gpu-check:
 	python benchmarks/gpu_check.py

@@ -4,7 +4,10 @@ The peers are what a tree pass costs without an op for it: base and thought keys
 all P*S thought tokens, and a mask of [P*S, L + P*T]: as a tensor for scaled-dot-product attention, as a block mask for
 FlexAttention. Thought tokens are numbered anchor by anchor or step by step; FlexAttention takes both, since what blocks
 of scores it can leave out depends on it. Masks are built and kernels compiled beforehand, the concatenation of the keys
-is timed. FLOPs and bytes counted are of the visible (query, key) pairs and of tensors read or written once.
+is timed. The last peer folds steps into heads, calls the library's attention on base keys and merges the thoughts in;
+where PyTorch finds FlashAttention-3 (its package ``flash_attn_interface``), the library's is that. FLOPs and bytes
+counted are of the visible (query, key) pairs and of tensors read or written once. What is promised on a GPU stands in
+``promises``.
 """
 
 import sys
@@ -35,7 +38,8 @@ DENSE = "dense-mask SDPA"
 FLEX = "FlexAttention, anchor by anchor"
 FLEX_BY_STEP = "FlexAttention, step by step"
 LIBRARY = "library attention + merge"  # what our torch backend does
-PEERS = (DENSE, FLEX, FLEX_BY_STEP, LIBRARY)
+FLASH_3 = "FlashAttention-3 + merge"  # the same with kernels for Hopper
+PEERS = (DENSE, FLEX, FLEX_BY_STEP)
 CHECKED_ANCHORS = 64
 
 
@@ -68,6 +72,8 @@ class Task(NamedTuple):
     """S, the last steps of the T = shape.steps."""
     anchors: int
     rounds: int
+    backward_only: bool = False
+    """Whether the forward is left out of the time."""
 
 
 TASKS = {
@@ -77,6 +83,12 @@ TASKS = {
     # Thoughts behind the last token of each text, as generation has them.
     "decoding": Task(forward, replace(SHAPE, batch=8), 1, 1, rounds=241),
 }
+if DEVICE == "cuda":
+    for length in (SHAPE.length, 2 * SHAPE.length):
+        shape = replace(SHAPE, length=length)
+        TASKS[f"forward, L = {length}"] = Task(forward, shape, shape.steps, length, rounds=9)
+        TASKS[f"backward, L = {length}"] = Task(forward_and_backward, shape, shape.steps, length, 5, backward_only=True)
+    del TASKS["forward"]
 
 
 def random_inputs(task: Task) -> Inputs:
@@ -173,7 +185,17 @@ def candidate(name: str, inputs: Inputs) -> Attention:
         return partial(
             in_one_sequence, partial(compiled_flex_attention(), block_mask=mask, enable_gqa=True), by_step=by_step
         )
-    return partial(op, "torch" if name == LIBRARY else name, anchors_of(inputs))
+    return partial(op, "torch" if name in (LIBRARY, FLASH_3) else name, anchors_of(inputs))
+
+
+@cache
+def flash_3_missing() -> str | None:
+    """Makes FlashAttention-3 what the library calls from now on; why not, if it can't be."""
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # of any kind: it is somebody else's package
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def laid_out(name: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -221,8 +243,11 @@ def assert_right(task: Task, inputs: Inputs) -> Callable[[str], None]:
 
 def prepared(task: Task, name: str, inputs: Inputs, gradient: Tensor) -> Callable[[], object]:
     """One call of a candidate, ready to be timed."""
-    inputs = Inputs(*laid_out(name, inputs))
-    return partial(task.run, candidate(name, inputs), inputs, *laid_out(name, (gradient,)))
+    inputs, attention = Inputs(*laid_out(name, inputs)), candidate(name, inputs)
+    [gradient] = laid_out(name, (gradient,))
+    if task.backward_only:
+        return partial(torch.autograd.grad, attention(inputs), inputs, gradient, retain_graph=True)
+    return partial(task.run, attention, inputs, gradient)
 
 
 def memory(name: str, backend: str, runs: Mapping[str, Callable[[], object]]) -> dict[str, int]:
@@ -247,12 +272,18 @@ def bench_thought_attention(backend, name, compare):
         pytest.skip(str(unavailable))
     check = assert_right(task, inputs)
     check(backend)
-    peers, missing = present(PEERS, check)
+    library, absent = LIBRARY, {}
+    if DEVICE == "cuda":
+        reason = flash_3_missing()
+        library, absent = (LIBRARY, {FLASH_3: reason}) if reason else (FLASH_3, {})
+    peers, missing = present((*PEERS, library), check)
     gradient = torch.randn_like(inputs.query)
     runs = {OURS: prepared(task, backend, inputs, gradient)}
     runs |= {peer: prepared(task, peer, inputs, gradient) for peer in peers}
     cost = thought_attention_cost(*inputs, anchors=anchors_of(inputs))
     passes = cost if task.run is forward_and_backward else cost[:1]
+    if task.backward_only:
+        passes = cost[1:]
     peak = memory(name, backend, runs)
     compare(
         runs.pop(OURS),
@@ -263,7 +294,7 @@ def bench_thought_attention(backend, name, compare):
         flops=sum(each.flops for each in passes),
         dtype=task.shape.dtype,
         moved=sum(each.bytes for each in passes),
-        missing=missing,
+        missing=missing | absent,
         shape=task.shape,
     )
 

@@ -6,14 +6,18 @@ Each part runs in processes of its own, whatever became of the parts before it:
 - tests       every backend and dtype on the device, against the specification
 - sanitizer   memcheck and racecheck of the compiled kernels
 - benchmarks  the key ones: ours and every installed peer, the most telling first
+- tuning      ``python -m quietstar.ops.tune``: rows for the launch tables, into ``benchmarks/results/tuned-DEVICE.txt``
 - training    Mistral-7B's shape with random weights: tokens/s, model-FLOP utilisation, memory, against the baseline
+
+At the end stands, a line each, whether what is promised of speed holds, against every peer too (``promises``).
 
 Every part has its share of the time, and of what the parts before it have left. Shortly before a share ends its
 processes begin nothing new, and say what they leave out; at its end they are interrupted and what they have is kept.
 Without the build, what is tested is the checkout.
 
-Output: ``gpu-check.json`` (what ran, how it ended, how long it took, what it measured) and ``gpu-check.log``.
-The exit code is 0 unless something failed; what cannot run here, or finds no time, is said and is no failure.
+Output: ``gpu-check.json`` (what ran, how it ended, how long it took, what it measured, what became of promises) and
+``gpu-check.log``. The exit code is 0 unless something failed; what cannot run here, or finds no time, is said and is no
+failure, nor is a promise that does not hold.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,9 +37,11 @@ from typing import NamedTuple
 
 import torch
 from measure import machine
+from promises import lines
+from report import ReportError, checked
 from time_limit import OUT_OF_TIME
 
-FORMAT = 2
+FORMAT = 3
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # where quietstar is not installed
 SITE = "site"  # of the output folder: what is built
@@ -43,8 +50,11 @@ DYING = 5  # seconds after the interrupt
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "time_limit"]  # -P: not the checkout, if there is a build
 KERNEL_TESTS = ["tests/ops/test_native_cuda.py", "tests/ops/test_native_cuda_attention.py"]
 KEY_BENCHMARKS = [
-    "bench_thought_attention.py::bench_thought_attention[triton-forward+backward]",
+    "bench_thought_attention.py::bench_thought_attention[triton-forward, L = 2048]",
+    "bench_thought_attention.py::bench_thought_attention[triton-backward, L = 2048]",
     "bench_linear_cross_entropy.py::bench_cross_entropy[triton-mixed_linear-2048]",
+    "bench_thought_attention.py::bench_thought_attention[triton-forward, L = 4096]",
+    "bench_thought_attention.py::bench_thought_attention[triton-backward, L = 4096]",
     "bench_linear_sample.py::bench_linear_sample[triton-16384]",
     "bench_mixing.py::bench_mixing[triton-mixed_cross_entropy-16384]",
     "bench_thought_attention.py::bench_thought_attention[triton-sampling step]",
@@ -53,7 +63,7 @@ KEY_BENCHMARKS = [
     "bench_linear_cross_entropy.py::bench_cross_entropy[triton-mixed_linear-16384]",
     "bench_thought_attention.py::bench_thought_attention[triton-decoding]",
     "bench_thought_attention.py::bench_thought_attention[cuda-decoding]",
-    "bench_thought_attention.py::bench_thought_attention[triton-forward]",
+    "bench_thought_attention.py::bench_thought_attention[triton-forward+backward]",
     "bench_mixing.py::bench_mixing[cuda-mixed_cross_entropy-16384]",
     "bench_linear_sample.py::bench_linear_sample[cuda-16384]",
 ]
@@ -99,6 +109,13 @@ def benchmarks(folder: Path, seconds: float) -> list[Step]:
     return [Step([*PYTEST, *options, *(f"benchmarks/{name}" for name in KEY_BENCHMARKS)], result)]
 
 
+def tuning(folder: Path, seconds: float) -> list[Step]:
+    device = re.sub(r"\W+", "-", str(machine()["device"])).strip("-").lower()
+    rows = ROOT / "benchmarks" / "results" / f"tuned-{device}.txt"
+    command = [sys.executable, "-P", "-m", "quietstar.ops.tune"]
+    return [Step([*command, "--minutes", f"{seconds / 60:.2f}", "--output", str(rows)])]
+
+
 def training(folder: Path, seconds: float) -> list[Step]:
     result = folder / "training.json"
     options = ["--json", str(result), "--seconds", str(seconds)]
@@ -117,6 +134,7 @@ PARTS = {
     "tests": Part(80, tests),
     "sanitizer": Part(40, sanitizer),
     "benchmarks": Part(135, benchmarks),
+    "tuning": Part(105, tuning),
     "training": Part(110, training),
 }
 
@@ -181,6 +199,17 @@ def read(path: Path) -> object:
         return f"{path} is not JSON: {error}"
 
 
+def promises(step: dict) -> list[str]:
+    """What became of them, from the benchmarks' step; one line that says why, where there are no results."""
+    if "result" not in step:
+        return ["promises: nothing was measured"]
+    try:
+        results = checked(step["result"], Path("benchmarks.json"))
+    except ReportError as error:
+        return [f"promises: {error}"]
+    return list(lines(results, (name.partition("::bench_")[2] for name in KEY_BENCHMARKS)))
+
+
 def verdict(step: dict) -> str:
     if "not_run" in step:
         return f"not run: {step['not_run']}"
@@ -198,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these only")
     parser.add_argument("--output_dir", type=Path, default=Path("gpu-check"), help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=7.75, help="for all parts (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {options.minutes}")
@@ -230,8 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 of = f" ({step['command'][-1]})" if len(report["parts"][name]) > 1 else ""
                 print(f"{name:<11} {verdict(step)}{of}", flush=True)
                 failed |= step.get("exit_code", 0) not in (0, OUT_OF_TIME)
+            if name == "benchmarks":
+                report["promises"] = promises(report["parts"][name][0])
             (folder / "gpu-check.json").write_text(json.dumps(report, indent=1))  # kept if this is cut short
-    print(f"{folder / 'gpu-check.json'}, {folder / 'gpu-check.log'}")
+    print(*report.get("promises", ()), f"{folder / 'gpu-check.json'}, {folder / 'gpu-check.log'}", sep="\n")
     return int(failed)
 
 

@@ -32,11 +32,15 @@ class ReportError(Exception):
 def load(path: Path) -> dict:
     """Results of one run, checked for their format."""
     try:
-        results = json.loads(path.read_text())
+        return checked(json.loads(path.read_text()), path)
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ReportError(f"{path}: not JSON ({error})") from error
+
+
+def checked(results: object, path: Path) -> dict:
+    """What was read from a file, if it is all the results of a run."""
     version = results.get("format") if isinstance(results, dict) else None
     if version != FORMAT:
         found = f"its format is {version}" if version is not None else "it has no format number"

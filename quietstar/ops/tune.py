@@ -125,36 +125,42 @@ def report(trials: Sequence[Trial], origin: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None, machine: Callable[[int], Gpu] = Gpu) -> int:
-    """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    command = argparse.ArgumentParser(
         prog="python -m quietstar.ops.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=6.0, help="for everything (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="also write the rows to this file")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="tune these only")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--head-size", type=int, default=Sizes().head_size, help="default: %(default)s")
-    parser.add_argument("--vocabulary", type=int, default=Sizes().vocabulary, help="default: %(default)s")
-    options = parser.parse_args(arguments)
+    command.add_argument("--minutes", type=float, default=6.0, help="for everything (default: %(default)s)")
+    command.add_argument("--output", type=Path, help="also write the rows to this file")
+    command.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="tune these only")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    command.add_argument("--head-size", type=int, default=Sizes().head_size, help="default: %(default)s")
+    command.add_argument("--vocabulary", type=int, default=Sizes().vocabulary, help="default: %(default)s")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None, machine: Callable[[int], Gpu] = Gpu) -> int:
+    """Run the command; returns the exit code."""
+    command = parser()
+    options = command.parse_args(arguments)
     begin = monotonic()
     if not options.minutes > 0:
-        parser.error(f"--minutes must be above 0, got {options.minutes}")
+        command.error(f"--minutes must be above 0, got {options.minutes}")
     if not 1 <= options.head_size <= 256:
-        parser.error(f"--head-size must be from 1 to 256, got {options.head_size}")
+        command.error(f"--head-size must be from 1 to 256, got {options.head_size}")
     if options.vocabulary < 1:
-        parser.error(f"--vocabulary must be at least 1, got {options.vocabulary}")
+        command.error(f"--vocabulary must be at least 1, got {options.vocabulary}")
     if not torch.cuda.is_available():
-        parser.error("needs a GPU, and PyTorch finds none here: it times kernels")
+        command.error("needs a GPU, and PyTorch finds none here: it times kernels")
     try:
         import triton
     except ImportError as error:
-        parser.error(f"needs Triton: {error}")
+        command.error(f"needs Triton: {error}")
     if options.output is not None:
         try:
             options.output.touch()
         except OSError as error:
-            parser.error(f"--output {options.output}: {error.strerror}")
+            command.error(f"--output {options.output}: {error.strerror}")
     sizes = Sizes(
         dtype=getattr(torch, options.dtype),
         shared_memory=_shared_memory(),
@@ -164,10 +170,10 @@ def main(arguments: Sequence[str] | None = None, machine: Callable[[int], Gpu] =
     what = subjects(options.ops, sizes)
     trials = search(what, 60 * options.minutes - (monotonic() - begin), machine(os.cpu_count() or 1))
     tried, all_of_them = sum(trial.tried for trial in trials), sum(trial.tried + trial.waiting for trial in trials)
-    command = " ".join(["python -m quietstar.ops.tune", *(sys.argv[1:] if arguments is None else arguments)])
+    call = " ".join(["python -m quietstar.ops.tune", *(sys.argv[1:] if arguments is None else arguments)])
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     origin = (
-        f"{command}: {tried} of {all_of_them} candidates in {monotonic() - begin:.0f} s; "
+        f"{call}: {tried} of {all_of_them} candidates in {monotonic() - begin:.0f} s; "
         f"{torch.cuda.get_device_name()}, {versions}, {datetime.datetime.now(datetime.UTC).date()}"
     )
     text = report(trials, origin)

@@ -11,8 +11,11 @@ import gpu_check
 import pytest
 import torch
 import training_7b
+from benchmark_results import results
 from gpu_check import Part, Step
 from time_limit import OUT_OF_TIME
+
+from quietstar.ops import tune
 
 
 def python(code: str) -> list[str]:
@@ -116,6 +119,7 @@ def test_what_cannot_run_is_no_failure(on_a_gpu):
 
 def test_every_part_names_programs_that_exist_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_check, "machine", lambda: {"device": "NVIDIA H200 (SXM)"})
     for part in gpu_check.PARTS.values():
         for step in part.steps(tmp_path, 10.0):
             for argument in step.command[1:]:
@@ -123,6 +127,33 @@ def test_every_part_names_programs_that_exist_in_the_repository(tmp_path, monkey
                     assert (gpu_check.ROOT / argument).exists(), argument
     [build] = gpu_check.build(tmp_path, 10.0)
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real" in build.command
+    [tuning] = gpu_check.tuning(tmp_path, 90.0)
+    assert tuning.command[-2:] == ["--output", str(gpu_check.ROOT / "benchmarks/results/tuned-nvidia-h200-sxm.txt")]
+    assert tune.parser().parse_args(tuning.command[tuning.command.index("quietstar.ops.tune") + 1 :]).minutes == 1.5
+
+
+def test_promises_come_last(on_a_gpu, capsys, tmp_path):
+    found, path = results(**{"mixing[x]": {"peers": {"plain": 50.0}}}), tmp_path / "benchmarks.json"
+    written = f"open({str(path)!r}, 'w').write({json.dumps(found)!r})"
+    on_a_gpu(benchmarks=[Step(python(written), path)], training=[Step(python("pass"))])
+    printed = capsys.readouterr().out.splitlines()
+    kept = json.loads((tmp_path / "gpu-check.json").read_text())["promises"]
+    assert kept == gpu_check.promises({"result": found})
+    assert printed[2:-1] == kept
+    assert "mixing[x]: 50.00x plain, promised 1: holds" in kept
+    assert "thought_attention[triton-decoding]: not measured: it was not begun" in kept
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        ({}, "promises: nothing was measured"),
+        ({"result": "benchmarks.json is not JSON: x"}, "promises: benchmarks.json: results of format"),
+    ],
+)
+def test_without_results_there_is_nothing_to_say(step, line):
+    [said] = gpu_check.promises(step)
+    assert said.startswith(line)
 
 
 @pytest.mark.slow
