@@ -75,7 +75,7 @@ class Memory:
 def pretended(gpu: Gpu) -> Iterator[Memory]:
     """Tensors made inside, and on ``DEVICE``, are on this GPU."""
     memory = Memory()
-    properties = SimpleNamespace(multi_processor_count=gpu.processors)
+    properties = SimpleNamespace(multi_processor_count=gpu.processors, L2_cache_size=32 << 20)
     replaced = {
         torch.cuda: {
             "get_device_capability": lambda device=None: gpu.capability,
@@ -97,7 +97,7 @@ def pretended(gpu: Gpu) -> Iterator[Memory]:
         for owner, attributes in replaced.items():
             for name, value in attributes.items():
                 stack.enter_context(patch.object(owner, name, value, create=True))
-        for cached in _cached_processors():
+        for cached in _cached_properties():
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         stack.enter_context(_FakeTensors())
@@ -112,10 +112,11 @@ def nothing_waits() -> Iterator[None]:
         yield
 
 
-def _cached_processors() -> list:
+def _cached_properties() -> list:
     found = [_native.processors]
     with contextlib.suppress(ImportError):
-        found.append(importlib.import_module("quietstar.ops.thought_attention.triton_launch").processors)
+        launch = importlib.import_module("quietstar.ops.thought_attention.triton_launch")
+        found += launch.processors, launch.cache_bytes
     return found
 
 

@@ -69,7 +69,7 @@ def test_parts_of_a_tile_have_room_for_their_anchors_and_no_more(rows, thought_s
 def test_keys_are_split_until_the_device_is_full(rows, length, splits, family, monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     query = torch.empty(1, 1, 1, 1, 128, dtype=torch.bfloat16)
-    assert launch.forward_launch(query, rows, heads=8, length=length)[1] == splits
+    assert launch.forward_launch(query, rows, heads=8, length=length)[1].splits == splits
 
 
 @pytest.mark.parametrize("shared_memory", [99 << 10, SHARED_MEMORY[90]])

@@ -31,29 +31,29 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
 
     vectors, scale, curve_scale = _vectors_and_scales(inputs, mask)
-    tile, splits = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
+    tile, programs = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
     # A single tile has nothing to gain from sorted anchors.
     seen = _Seen.of(inputs, mask, in_order=num_rows > tile.block_m)
     result, log_sum = output, lse
-    if splits > 1:
-        parts = (batch, kv_heads, splits, num_rows)
+    if programs.splits > 1:
+        parts = (batch, kv_heads, programs.splits, num_rows)
         result = torch.empty(*parts, inputs.value.shape[-1], dtype=torch.float32, device=query.device)
         log_sum = torch.empty(parts, dtype=torch.float32, device=query.device)
     rows, heads = {"STEPS": steps, "GROUP": group}, _head_sizes(inputs)
-    forward_kernel[(batch * kv_heads * splits * triton.cdiv(num_rows, tile.block_m),)](
+    forward_kernel[programs.grid](
         *vectors, seen.anchors, seen.order, seen.thought_lengths, seen.key_start, result, log_sum,
         *(x.stride() for x in vectors), lse.stride(), seen.batch_stride,
-        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, splits, scale, curve_scale,
-        **rows, CAUSAL=mask.causal, **heads, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, programs.splits, programs.together,
+        scale, curve_scale, **rows, CAUSAL=mask.causal, **heads, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         EDGE_N=launch.edge(tile.block_n), **launch.diagonal(steps * group, thought_steps, tile).sizes(),
-        SPLIT=splits > 1, PER_ANCHOR=seen.start_per_anchor,
+        SPLIT=programs.splits > 1, PER_ANCHOR=seen.start_per_anchor,
         TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
-    if splits > 1:
+    if programs.splits > 1:
         heads = {name: heads[name] for name in ("VALUE_HEAD", "BLOCK_V")}
         combine_kernel[(batch * kv_heads * triton.cdiv(num_rows, 16),)](
             result, log_sum, seen.order, output, lse, lse.stride(), seen.batch_stride,
-            kv_heads, num_anchors, splits, **rows, **heads, BLOCK_M=16, **tile.options(),
+            kv_heads, num_anchors, programs.splits, **rows, **heads, BLOCK_M=16, **tile.options(),
         )  # fmt: skip
     return Result(output, lse)
 
@@ -87,31 +87,32 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
-    tile = launch.tile_for(launch.QUERY_GRADIENT, _widest(inputs))
-    query_gradient_kernel[(heads * triton.cdiv(num_rows, tile.block_m),)](
+    tile, programs = launch.query_gradient_launch(_widest(inputs), num_rows, heads, length)
+    query_gradient_kernel[programs.grid](
         grad_output, grad_lse, *vectors, output, lse, seen.anchors, seen.order, seen.thought_lengths, seen.key_start,
         anchor_rows,
         grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
         grad_output.stride(), None if grad_lse is None else grad_lse.stride(), *(x.stride() for x in vectors),
         lse.stride(), seen.batch_stride,
-        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, scale, curve_scale,
-        **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
+        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, programs.together,
+        scale, curve_scale, **rows, **units, **sizes,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
         **launch.diagonal(steps * group, thought_steps, tile).sizes(), PER_ANCHOR=seen.start_per_anchor,
         TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
     )  # fmt: skip
 
-    tile, splits = launch.key_gradient_launch(_widest(inputs), num_rows, heads, length)
+    tile, programs = launch.key_gradient_launch(_widest(inputs), num_rows, heads, length)
     grad_key, grad_value = (
-        torch.empty(splits, *x.shape, dtype=x.dtype if splits == 1 else torch.float32, device=device)
+        torch.empty(programs.splits, *x.shape, dtype=x.dtype if programs.splits == 1 else torch.float32, device=device)
         for x in (key, value)
     )
     bounds = seen.start_bounds(inputs, mask)
-    key_gradient_kernel[(heads * splits * triton.cdiv(length, tile.block_n),)](
+    key_gradient_kernel[programs.grid](
         grad_output, query, key, value, None if seen.start_per_row else seen.key_start, bounds, anchor_rows,
         row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
         grad_output.stride(), query.stride(), key.stride(), value.stride(),
-        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window, splits,
-        scale, curve_scale, GROUP=group, **units, **sizes,
+        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window,
+        programs.splits, programs.together, scale, curve_scale, GROUP=group, **units, **sizes,
         BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
 
@@ -126,8 +127,9 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
     )  # fmt: skip
     if mask.scale < 0:
         grad_query.neg_()
-    grad_key, grad_value = (x[0] if splits == 1 else x.sum(dim=0).to(key.dtype) for x in (grad_key, grad_value))
-    return Inputs(grad_query, grad_key, grad_value, grad_thought_key, grad_thought_value)
+    if programs.splits > 1:
+        grad_key, grad_value = (x.sum(dim=0, keepdim=True).to(key.dtype) for x in (grad_key, grad_value))
+    return Inputs(grad_query, grad_key[0], grad_value[0], grad_thought_key, grad_thought_value)
 
 
 class _Seen(NamedTuple):

@@ -19,6 +19,7 @@ and dO. Those of inactive anchors and of steps that do not exist come first ther
 import triton
 import triton.language as tl
 
+from quietstar.ops.thought_attention.triton_order import place_of
 from quietstar.ops.thought_attention.triton_tiles import (
     base_2,
     curved,
@@ -91,16 +92,16 @@ def _first_from(values, count, least):
 def _steps_base(
     grad_key, grad_value, key, value, query, grad_output,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-    keys, window, begin, end, steps, hole_at, hole, scale, curve_scale,
+    keys, window, begin, end, steps, apart, hole_at, hole, scale, curve_scale,
     MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``_step`` over ``steps`` tiles of rows from ``end`` backwards.
+    """``_step`` over ``steps`` tiles of rows, ``apart`` rows from each other, from that in front of ``end`` backwards.
 
     MASKED: at step ``hole_at`` it leaves out ``hole`` rows, and the last tile may reach behind ``begin``.
     """
     for i in tl.range(0, steps):
-        rows = end - (i + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = end - BLOCK_M - i * apart + tl.arange(0, BLOCK_M)
         visible = None
         if MASKED:
             rows -= tl.where(i < hole_at, 0, hole)
@@ -124,6 +125,12 @@ def _steps_base(
 
 
 @triton.jit
+def _turns(steps, split, splits):
+    """How many of ``steps`` a split takes that begins with step ``split``, and takes every ``splits``-th from there."""
+    return tl.cdiv(tl.maximum(steps - split, 0), splits)
+
+
+@triton.jit
 def _rows_in_front(position, batch, anchor_rows, num_anchors, rows_of_an_anchor):
     """How many rows are in the row tables in front of those of the anchor at ``position``."""
     if anchor_rows is None:
@@ -142,12 +149,12 @@ def _store_keys(pointer, start, vectors, rest, HEAD: tl.constexpr, BLOCK_D: tl.c
     tl.store(pointer + start * HEAD + (row * HEAD + column), vectors.to(pointer.dtype.element_ty), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_of_an_anchor", "length", "window", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "rows_of_an_anchor", "length", "window", "splits", "together"])
 def key_gradient_kernel(
     grad_output, query, key, value, key_start, start_bounds, anchor_rows,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
     grad_output_stride, query_stride, key_stride, value_stride,
-    batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, scale, curve_scale,
+    batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, together, scale, curve_scale,
     GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -158,15 +165,12 @@ def key_gradient_kernel(
     ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only.
 
     With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
-    negative. Grid: key blocks · Hkv · B · splits programs.
+    negative. Grid: key blocks · Hkv · B · splits programs, in the order of ``place_of``.
     """
     num_blocks = tl.cdiv(length, BLOCK_N)
-    program = tl.program_id(0)
-    block = program % num_blocks * BLOCK_N  # in this order the blocks with the most rows come first: an even end
-    part = program // num_blocks  # counts heads, then batches, then splits
-    head = (part % kv_heads).to(tl.int64)
-    batch = (part // kv_heads % batches).to(tl.int64)
-    split = part // kv_heads // batches
+    place = place_of(tl.program_id(0), num_blocks, kv_heads, splits, together)
+    block = place[0] * BLOCK_N  # the first have the most rows
+    batch, head, split = place[1].to(tl.int64), place[2].to(tl.int64), place[3]
 
     grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
     query += batch * query_stride[0] + head * GROUP * query_stride[1]
@@ -188,9 +192,8 @@ def key_gradient_kernel(
     v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, VALUE_HEAD, BLOCK_V)
 
     # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window or first
-    # keys of their own those in [tail, end) maybe some. Splits share them out evenly. Masked tiles take what whole
-    # unmasked ones leave over, and come first, so that little has to stay in registers besides what the long unmasked
-    # loop needs.
+    # keys of their own those in [tail, end) maybe some. Masked tiles take what whole unmasked ones leave over, and come
+    # first, so that little has to stay in registers besides what the long unmasked loop needs. Splits take turns.
     last_key = tl.minimum(block + BLOCK_N, length) - 1
     begin = _first_from(row_anchor, num_rows, block)
     full = _first_from(row_anchor, num_rows, last_key)
@@ -206,9 +209,6 @@ def key_gradient_kernel(
     if key_start is not None:
         first = tl.load(key_start + batch).to(tl.int32)
         end = tl.where(last_key < first, begin, end)  # all of it is padding
-    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
-    begin = tl.minimum(begin + split * share, end)
-    end = tl.minimum(begin + share, end)
     tail_steps = 0
     if start_bounds is not None:
         tail = _first_from(start_bounds, num_anchors, block + 1)
@@ -221,18 +221,20 @@ def key_gradient_kernel(
     full_steps = tl.maximum(full_end - tl.maximum(full, begin), 0) // BLOCK_M
     full_rows = full_steps * BLOCK_M
     masked_steps = tail_steps + tl.cdiv(tl.maximum(full_end - full_rows - begin, 0), EDGE_M)
+    turn = (split + splits - masked_steps % splits) % splits  # the splits go on where the masked tiles ended
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, end, masked_steps, tail_steps, full_rows, base_2(scale), curve_scale,
+        keys, window, begin, end - split * EDGE_M, _turns(masked_steps, split, splits), splits * EDGE_M,
+        _turns(tail_steps, split, splits), full_rows, base_2(scale), curve_scale,
         True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_M,
     )  # fmt: skip
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, full_end, full_steps, 0, 0, base_2(scale), curve_scale,
-        False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
+        keys, window, begin, full_end - turn * BLOCK_M, _turns(full_steps, turn, splits), splits * BLOCK_M, 0, 0,
+        base_2(scale), curve_scale, False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
     )  # fmt: skip
     dk *= product_scale(scale, curve_scale)
 
@@ -240,7 +242,8 @@ def key_gradient_kernel(
         padding = keys < first
         dk = tl.where(padding[:, None], 0.0, dk)
         dv = tl.where(padding[:, None], 0.0, dv)
-    start = part.to(tl.int64) * length + block
+    batch += split * batches
+    start = (batch * kv_heads + head) * length + block
     _store_keys(grad_key, start, dk, length - block, HEAD, BLOCK_D, BLOCK_N)
     _store_keys(grad_value, start, dv, length - block, VALUE_HEAD, BLOCK_V, BLOCK_N)
 

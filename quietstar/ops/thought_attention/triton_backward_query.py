@@ -15,6 +15,7 @@ inactive anchors do, so that behind them anchors ascend (``table_rows``).
 import triton
 import triton.language as tl
 
+from quietstar.ops.thought_attention.triton_order import place_of
 from quietstar.ops.thought_attention.triton_tiles import (
     LOG2_E,
     anchor_of,
@@ -86,14 +87,14 @@ def _steps_base(
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window"])
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window", "together"])
 def query_gradient_kernel(
     grad_output, grad_lse, query, key, value, thought_key, thought_value, output, lse, anchors, order, thought_lengths,
     key_start, anchor_rows,
     grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
     thought_value_stride, lse_stride, anchors_stride,
-    kv_heads, num_anchors, length, thought_steps, window, step_window, scale, curve_scale,
+    kv_heads, num_anchors, length, thought_steps, window, step_window, together, scale, curve_scale,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr,
@@ -109,10 +110,9 @@ def query_gradient_kernel(
     DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
     num_rows = num_anchors * ROWS
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    program = tl.program_id(0)
-    tile_start = (num_tiles - 1 - program % num_tiles) * BLOCK_M  # the longest rows first, for an even end
-    batch = (program // num_tiles // kv_heads).to(tl.int64)
-    head = (program // num_tiles % kv_heads).to(tl.int64)
+    place = place_of(tl.program_id(0), num_tiles, kv_heads, 1, together)
+    tile_start = (num_tiles - 1 - place[0]) * BLOCK_M  # the longest rows first
+    batch, head = place[1].to(tl.int64), place[2].to(tl.int64)
 
     grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
     query += batch * query_stride[0] + head * GROUP * query_stride[1]

@@ -14,6 +14,7 @@ With few rows and many keys (decoding) the keys of a tile are split over several
 import triton
 import triton.language as tl
 
+from quietstar.ops.thought_attention.triton_order import place_of
 from quietstar.ops.thought_attention.triton_tiles import (
     LN_2,
     LOWEST,
@@ -82,11 +83,11 @@ def _attend_base(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window", "splits"])
+@triton.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window", "splits", "together"])
 def forward_kernel(
     query, key, value, thought_key, thought_value, anchors, order, thought_lengths, key_start, output, lse,
     query_stride, key_stride, value_stride, thought_key_stride, thought_value_stride, lse_stride, anchors_stride,
-    kv_heads, num_anchors, length, thought_steps, window, step_window, splits, scale, curve_scale,
+    kv_heads, num_anchors, length, thought_steps, window, step_window, splits, together, scale, curve_scale,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
     DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr, DIAGONAL_ANCHORS: tl.constexpr, SPLIT: tl.constexpr,
@@ -102,11 +103,9 @@ def forward_kernel(
     DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
     num_rows = num_anchors * ROWS
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    program = tl.program_id(0)
-    tile_start = (num_tiles - 1 - program % num_tiles) * BLOCK_M  # the longest rows first, for an even end
-    split = program // num_tiles % splits
-    batch = (program // (num_tiles * splits) // kv_heads).to(tl.int64)
-    head = (program // (num_tiles * splits) % kv_heads).to(tl.int64)
+    place = place_of(tl.program_id(0), num_tiles, kv_heads, splits, together)
+    tile_start = (num_tiles - 1 - place[0]) * BLOCK_M  # the longest rows first
+    batch, head, split = place[1].to(tl.int64), place[2].to(tl.int64), place[3]
 
     query += batch * query_stride[0] + head * GROUP * query_stride[1]
     key += batch * key_stride[0] + head * key_stride[1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._launch_table import AMPERE, ANY, BLACKWELL, COMPACT, HOPPER, INTERPRETER, architecture
+from quietstar.ops.thought_attention.triton_order import Order
 
 
 class Tile(NamedTuple):
@@ -102,13 +103,22 @@ TILES: dict[tuple[str, str, int, int], Tile] = {
 # A decoding program takes at least this many keys: for fewer, starting it and adding up its result cost more.
 SPLIT_KEYS = 256
 # A program of the key gradient takes at least this many rows, for the same reason.
-SPLIT_ROWS = 1024
+SPLIT_ROWS = 512
+# Blocks of a head that are in flight in the key gradient; see ``triton_order``. A block of 128 keys alone takes 256
+# FLOPs per byte of its rows, and so many of them far more than a GPU has to do for one from memory.
+SHARED = 4
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many programs run at the same time, at the least."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Of the L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def padded_head(head_size: int) -> int:
@@ -136,8 +146,8 @@ def edge(block: int) -> int:
     return max(16, block // 2)
 
 
-def forward_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
-    """Tile of the forward, and over how many programs its keys are split.
+def forward_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, Order]:
+    """Tile of the forward, and the order of its programs; few rows have their keys split over several.
 
     Args:
         vectors: query or value, whichever has the larger heads; sets device, dtype and head size.
@@ -149,21 +159,37 @@ def forward_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple
     if rows < tile.block_m:
         tile = tile_for(DECODE, vectors)
         tile = tile._replace(block_m=16 if rows <= 16 else tile.block_m)
-    programs = heads * -(-rows // tile.block_m)
-    return tile, _splits(vectors, tile, programs, -(-length // SPLIT_KEYS))
+    blocks = -(-rows // tile.block_m)
+    splits = min(_resident(vectors, tile) // (blocks * heads), -(-length // SPLIT_KEYS))
+    return tile, Order.of(blocks, heads, max(1, splits), _heads_in_cache(vectors, length))
 
 
-def key_gradient_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, int]:
-    """Tile of the gradient of base keys, and over how many programs its rows are split; see ``forward_launch``."""
+def query_gradient_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, Order]:
+    """Tile of the gradient of the queries, and the order of its programs; see ``forward_launch``."""
+    tile = tile_for(QUERY_GRADIENT, vectors)
+    return tile, Order.of(-(-rows // tile.block_m), heads, 1, _heads_in_cache(vectors, length))
+
+
+def key_gradient_launch(vectors: Tensor, rows: int, heads: int, length: int) -> tuple[Tile, Order]:
+    """Tile of the gradient of base keys, and the order of its programs; see ``forward_launch``.
+
+    Rows are split until there are two programs for each that can run: the longest is then with the shortest, and none
+    waits long. More would add up more partial gradients to no end.
+    """
     tile = tile_for(KEY_GRADIENT, vectors)
-    programs = heads * -(-length // tile.block_n)
-    return tile, _splits(vectors, tile, programs, -(-rows // SPLIT_ROWS))
+    blocks, resident = -(-length // tile.block_n), _resident(vectors, tile)
+    splits = min(2 * resident // (blocks * heads), -(-rows // SPLIT_ROWS))
+    return tile, Order.of(blocks, heads, max(1, splits), resident // SHARED)
 
 
-def _splits(vectors: Tensor, tile: Tile, programs: int, most: int) -> int:
-    """Into how many to split programs that are too few to fill the device; 1 if they are not."""
-    resident = processors(vectors.device) * max(1, 8 // tile.num_warps)
-    return max(1, min(resident // max(1, programs), most))
+def _resident(vectors: Tensor, tile: Tile) -> int:
+    """Programs that run at a time, at the least."""
+    return processors(vectors.device) * max(1, 8 // tile.num_warps)
+
+
+def _heads_in_cache(vectors: Tensor, length: int) -> int:
+    """How many heads have their base keys and values in half of the L2 cache."""
+    return cache_bytes(vectors.device) // (4 * length * vectors.shape[-1] * vectors.element_size())
 
 
 def thought_gradient_tile(vectors: Tensor, rows: int, thought_steps: int) -> Tile:
