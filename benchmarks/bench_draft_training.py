@@ -133,7 +133,7 @@ def memory(name: str, backend: str, runs: Mapping[str, Callable[[], object]]) ->
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("backend", [backend for backend in FUSED if backend != "cuda"])  # which has no backward
+@pytest.mark.parametrize("backend", [backend for backend in FUSED if backend != "cuda"])  # whose backward is another's
 def bench_draft_training(backend, name, compare):
     shape = SHAPES[name]
     passes = random_passes(shape)

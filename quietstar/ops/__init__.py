@@ -10,7 +10,7 @@ name        runs on                        what it is
 reference   anything                       the specification: shortest readable PyTorch, never fast
 torch       anything                       library kernels, in blocks that keep memory small
 triton      GPU (interpreter: for tests)   fused kernels
-cuda        CUDA, not float64              kernels of the compiled module; thought_attention forward only
+cuda        CUDA, not float64              kernels of the compiled module; thought_attention's forward
 cpu         CPU, float32 and bfloat16      C++ kernels of the compiled module
 =========== ============================== ==============================================================
 

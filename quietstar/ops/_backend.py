@@ -50,11 +50,7 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Back
         TypeError: ``requested`` is neither None nor a string.
         ValueError: a name is not a backend or comes twice, or none of those named can run these inputs.
     """
-    source = "backend"
-    if requested is None:
-        requested, source = os.environ.get(ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE} (the default of backend)"
-        if requested is None or not requested.strip():
-            requested = AUTO
+    requested, source = _with_default(requested)
     names = _parse(requested, source)
     reasons = []
     for name in names:
@@ -71,6 +67,27 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Back
     usable = [name for name, candidate in candidates.items() if candidate.unavailable(*inputs) is None]
     advice = f" ('{requested.strip()},{usable[0]}' takes the first that can run)" if usable and names != [AUTO] else ""
     raise ValueError(f"{source}: {'; '.join(reasons)}; usable here: {', '.join(usable) or 'none'}{advice}")
+
+
+def request_behind(requested: str | None, name: str) -> str:
+    """The request for what the backend ``name``, that ``requested`` has led to, cannot do itself.
+
+    Returns:
+        What follows ``name`` in the list, and then whichever can.
+    """
+    names = _parse(*_with_default(requested))
+    rest = names[names.index(name) + 1 :] if name in names else []
+    return ",".join([*(other for other in rest if other != AUTO), AUTO])
+
+
+def _with_default(requested: str | None) -> tuple[str, str]:
+    """The request and what it is called."""
+    if requested is not None:
+        return requested, "backend"
+    requested = os.environ.get(ENVIRONMENT_VARIABLE)
+    if requested is None or not requested.strip():
+        requested = AUTO
+    return requested, f"{ENVIRONMENT_VARIABLE} (the default of backend)"
 
 
 def _parse(requested: str, source: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quietstar.ops import linear_sample, mix_logits, thought_attention
-from quietstar.ops._backend import Backend, select_backend
+from quietstar.ops._backend import Backend, request_behind, select_backend
 
 PLACES = ("backend", "QUIETSTAR_BACKEND")
 WORKING = Backend(lambda: None, lambda: None)
@@ -106,22 +106,49 @@ def test_the_interpreter_runs_only_if_triton_is_named(monkeypatch):
         select_backend("the_op", "auto", {"triton": WORKING})
 
 
-def test_with_a_list_a_step_that_needs_gradients_takes_what_has_them(monkeypatch):
-    """The cuda backend of thought attention has no backward: with a list it samples, and another backend trains."""
+@pytest.mark.parametrize(
+    ("requested", "rest"),
+    [
+        ("cuda", "auto"),
+        ("auto", "auto"),
+        ("cuda,triton,torch", "triton,torch,auto"),
+        ("triton, cuda, auto", "auto"),
+        (" ", "auto"),
+        ("torch,cuda,reference", "reference,auto"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_for_those_behind_it(requested, rest, monkeypatch):
+    monkeypatch.setenv("QUIETSTAR_BACKEND", requested)
+    assert request_behind(None, "cuda") == rest
+    if requested.strip():
+        assert request_behind(requested, "cuda") == rest
+
+
+def test_the_backward_of_a_backend_without_one_is_that_of_another(monkeypatch):
+    """The cuda backend of thought attention has none."""
     from quietstar.ops.thought_attention import api, backends
 
     ran = []
-    monkeypatch.setattr(backends, "cuda_unavailable", lambda query: None)
-    monkeypatch.setattr(api.ThoughtAttention, "apply", lambda *arguments: ran.append(arguments[-1]) or (None, None))
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(backends, f"{name}_unavailable", lambda query: None)
+    monkeypatch.setattr(api.ThoughtAttention, "apply", lambda *arguments: ran.append(arguments[-2:]) or (None, None))
     query, key = torch.zeros(1, 1, 3, 2, 8, requires_grad=True), torch.zeros(1, 1, 3, 8)
-    for backend in ("cuda,torch", None):
-        monkeypatch.setenv("QUIETSTAR_BACKEND", "cuda,torch")
+
+    def backends_of(backend, interpreted="0"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
         thought_attention(query, key, key, query, query, backend=backend)
-        with torch.no_grad():
-            thought_attention(query, key, key, query, query, backend=backend)
-    assert ran == ["torch", "cuda"] * 2
-    with pytest.raises(ValueError, match=r"have no backward.*\('cuda,\w+' takes the first that can run\)"):
-        thought_attention(query, key, key, query, query, backend="cuda")
+        return ran.pop()
+
+    assert backends_of("auto") == ("triton", "triton")
+    assert backends_of("cuda") == backends_of("cuda,auto") == backends_of("cuda,triton,torch") == ("cuda", "triton")
+    assert backends_of("cuda,torch") == backends_of("cuda,torch,triton") == ("cuda", "torch")
+    assert backends_of("torch,cuda") == ("torch", "torch")
+    assert backends_of("cuda", interpreted="1")[1] in ("cpu", "torch")
+    assert backends_of("cuda,triton", interpreted="1") == ("cuda", "triton")
+    monkeypatch.setenv("QUIETSTAR_BACKEND", "cuda,torch")
+    assert backends_of(None) == ("cuda", "torch")
+    with torch.no_grad():
+        assert backends_of(None) == ("cuda", "cuda")
 
 
 @pytest.mark.parametrize("backend", ["cuda,torch", "cuda, auto", None])

@@ -8,6 +8,8 @@ from thought_attention_cases import CASES, case, make_inputs
 from tolerances import assert_as_accurate
 
 from quietstar.ops import thought_attention
+from quietstar.ops.thought_attention import backend_torch
+from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,10 +189,40 @@ def test_splits_are_added_up_in_a_fixed_order(shim):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["window, padding, anchors", "softcap", "unsorted, repeated, inactive"])
+def test_gradients_are_those_of_another_backend(name, dtype, compiled):
+    """Of torch, to the bit, given the output and the lse of these kernels."""
+    inputs, options = case(name, dtype, DEVICE)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    call = torch.compile(thought_attention, fullgraph=True, backend="aot_eager") if compiled else thought_attention
+    output, lse = call(*leaves, **options, return_lse=True, backend="cuda,torch")
+    for a, b in zip((output, lse), run(inputs, options, "cuda"), strict=True):
+        assert torch.equal(a, b)
+    grads = [torch.randn(x.shape, device=DEVICE).to(x.dtype) for x in (output, lse)]
+    mask = Mask.of(Inputs(*leaves), **options)
+    result = Result(output.detach(), lse.detach())
+    expected = backend_torch.backward(ResultGradients(*grads), Inputs(*(x.detach() for x in inputs)), mask, result)
+    for grad, same in zip(torch.autograd.grad((output, lse), leaves, grads), expected, strict=True):
+        assert torch.equal(grad, same)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 4), (2, 3)])
+def test_gradients_of_some_inputs_alone(wanted):
+    inputs, options = case("window, padding, anchors", device=DEVICE)
+
+    def grads(backend):
+        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        thought_attention(*leaves, **options, backend=backend).square().sum().backward()
+        assert [x.grad is not None for x in leaves] == [i in wanted for i in range(5)]
+        return [leaves[i].grad for i in wanted]
+
+    for grad, expected in zip(grads("cuda"), grads("reference"), strict=True):
+        torch.testing.assert_close(grad, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_who_else_can():
-    inputs = make_inputs(device=DEVICE)
-    with pytest.raises(ValueError, match=r"'cuda' cannot run .* no backward.*; usable here: .*torch, reference"):
-        thought_attention(*inputs, backend="cuda")
     with torch.no_grad(), pytest.raises(ValueError, match=r"heads of at most 128 elements, got D = 129; usable here"):
         thought_attention(*make_inputs(head=129, device=DEVICE), backend="cuda")
     with torch.no_grad(), pytest.raises(ValueError, match=r"heads of at most 128 elements, got Dv = 129; usable here"):

@@ -167,11 +167,10 @@ LAYOUTS = {
 def test_any_layout(op, layout, gpu_backend):
     """Results are laid out as is said of them: see ``pretended_gpu``."""
     arguments = Arguments()
-    needs = gpu_backend != "cuda" or op != "thought_attention"
     leaves = []
     for name in ("attention", "logits", "mixed"):
         made = [LAYOUTS[layout](x) for x in getattr(arguments, name)]
-        setattr(arguments, name, [x.requires_grad_() if needs and x.is_floating_point() else x for x in made])
+        setattr(arguments, name, [x.requires_grad_() if x.is_floating_point() else x for x in made])
     arguments.hidden, _, _, arguments.weight, arguments.target = arguments.mixed
     with nothing_waits():
         result = CALLS[op](arguments, backend=gpu_backend)

@@ -15,11 +15,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run(inputs, options, backend, grad=None, dtype=None):
-    """Output, lse and, of backends that have them, gradients through the output."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_(backend != "cuda") for x in inputs]
+    """Output, lse and gradients through the output."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
     output, lse = thought_attention(*leaves, **options, return_lse=True, backend=backend)
-    if backend == "cuda":
-        return output, lse
     grad = torch.ones_like(output) if grad is None else grad.to(output.dtype)
     return output, lse, *torch.autograd.grad(output, leaves, grad)
 
@@ -27,7 +25,7 @@ def run(inputs, options, backend, grad=None, dtype=None):
 def assert_specified(inputs, options, backend, grad=None, tolerance=2e-5):
     """Errors count in units of each result's largest element."""
     expected = run(inputs, options, "reference", grad, torch.float64)
-    for actual, want in zip(run(inputs, options, backend, grad), expected, strict=backend != "cuda"):
+    for actual, want in zip(run(inputs, options, backend, grad), expected, strict=True):
         largest = want.masked_fill(want == -math.inf, 0).abs().max().item()
         torch.testing.assert_close(actual.double(), want, atol=tolerance * max(largest, 1e-30), rtol=0)
 

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from quietstar.ops._backend import select_backend
+from quietstar.ops._backend import request_behind, select_backend
 from quietstar.ops._checks import (
     Dims,
     check_choice,
@@ -18,7 +18,7 @@ from quietstar.ops._checks import (
 from quietstar.ops._precision import autocast_inputs, autocast_off, compute_dtype
 from quietstar.ops.thought_attention import reference
 from quietstar.ops.thought_attention.autograd import ThoughtAttention
-from quietstar.ops.thought_attention.backends import BACKENDS
+from quietstar.ops.thought_attention.backends import BACKENDS, BACKWARDS
 from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 
@@ -97,7 +97,9 @@ def thought_attention(
         scale: factor on the scores (kept in float32 or wider) before the softmax, of any sign. Default D^−½.
         softcap: c > 0: the scaled scores s become c · tanh(s / c), as in Gemma 2 (arXiv 2408.00118). Default none.
         return_lse: also return the log-sum-exp of the scores.
-        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
+        backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``. "cuda" has no backward:
+            gradients are made, from its output and lse, by what follows it in the list, else by triton or torch,
+            whichever can first.
 
     Returns:
         output [B, Hq, P, S, Dv] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
@@ -164,13 +166,15 @@ def thought_attention(
 
     inputs = Inputs(query, key, value, thought_key, thought_value)
     mask = Mask.of(inputs, anchors, key_start, thought_lengths, window, window_from, causal, scale, softcap)
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    name = select_backend("thought_attention", backend, BACKENDS, inputs, mask, needs_gradient)
+    name = backward = select_backend("thought_attention", backend, BACKENDS, inputs, mask)
     if name == "reference":
         with autocast_off(query.device):
             output, lse = reference.forward(inputs, mask)
     else:
-        output, lse = ThoughtAttention.apply(*inputs, *mask, name)
+        if name not in BACKWARDS and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            rest = request_behind(backend, name)
+            backward = select_backend("thought_attention's backward", rest, BACKWARDS, inputs, mask)
+        output, lse = ThoughtAttention.apply(*inputs, *mask, name, backward)
     return (output, lse) if return_lse else output
 
 

@@ -63,21 +63,22 @@ _backward_op = register_op(
 
 
 class ThoughtAttention(torch.autograd.Function):
-    """Thought attention by a named backend: ``apply(*inputs, *mask, backend)``; once differentiable."""
+    """Thought attention by named backends: ``apply(*inputs, *mask, forward's, backward's)``; once differentiable."""
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:
+        *arguments, backward = arguments
         output, lse = _forward_op(*arguments)
         inputs, mask = arguments[:_NUM_INPUTS], Mask(*arguments[_NUM_INPUTS:-1])
         ctx.save_for_backward(*inputs, output, lse, mask.anchors, mask.key_start, mask.thought_lengths)
-        ctx.options = mask[3:], arguments[-1]
+        ctx.options = mask[3:], backward
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_lse):
-        unneeded = (None,) * (len(Mask._fields) + 1)
+        unneeded = (None,) * (len(Mask._fields) + 2)
         if grad_output is None and grad_lse is None:
             return (None,) * _NUM_INPUTS + unneeded
         *saved, anchors, key_start, thought_lengths = ctx.saved_tensors

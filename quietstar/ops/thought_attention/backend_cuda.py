@@ -1,4 +1,6 @@
-"""The ``cuda`` backend: a fused forward for a sampling step and for decoding behind a long cache; no backward.
+"""The ``cuda`` backend: a fused forward for a sampling step and for decoding behind a long cache.
+
+Gradients are made by another backend's backward (``backends.py``).
 
 With few query rows the keys are split over blocks, whose results a second kernel adds up in fixed order.
 """

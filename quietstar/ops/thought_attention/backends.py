@@ -5,8 +5,8 @@ Each is a module with
     forward(inputs, mask) -> Result
     backward(gradients, inputs, mask, result) -> Inputs
 
-of the types in ``inputs.py``, where no size is 0 (``cuda`` has a forward only). The reference is called by itself: its
-gradients are made by autograd.
+of the types in ``inputs.py``, where no size is 0. A backward takes the result of any forward: ``cuda`` has none, and
+another backend's runs in its place. The reference is called by itself: its gradients are made by autograd.
 """
 
 from types import ModuleType
@@ -23,7 +23,7 @@ def _triton() -> ModuleType:
     return backend_triton
 
 
-def _triton_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
+def _triton_unavailable(inputs: Inputs, mask: Mask) -> str | None:
     return _head_too_large(inputs, 256) or triton_unavailable(inputs.query)
 
 
@@ -33,9 +33,7 @@ def _cuda() -> ModuleType:
     return backend_cuda
 
 
-def _cuda_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
-    if needs_gradient:
-        return "its kernels have no backward, and an input needs a gradient (torch.no_grad() switches gradients off)"
+def _cuda_unavailable(inputs: Inputs, mask: Mask) -> str | None:
     return _head_too_large(inputs, 128) or cuda_unavailable(inputs.query)
 
 
@@ -45,7 +43,7 @@ def _cpu() -> ModuleType:
     return backend_cpu
 
 
-def _cpu_unavailable(inputs: Inputs, mask: Mask, needs_gradient: bool) -> str | None:
+def _cpu_unavailable(inputs: Inputs, mask: Mask) -> str | None:
     return cpu_unavailable(inputs.query)
 
 
@@ -76,3 +74,4 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend(always_available, _torch),
     "reference": Backend(always_available, _reference),
 }
+BACKWARDS = {name: BACKENDS[name] for name in ("triton", "cpu", "torch")}
