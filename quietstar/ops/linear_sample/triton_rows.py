@@ -18,13 +18,16 @@ from quietstar.ops._triton_softcap import cap_logits_
 from quietstar.ops.linear_sample import noise
 from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals, first_arrivals, row_words
+from quietstar.ops.linear_sample.triton_thresholds import threshold_kernel
 
 _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
+
+# Up to so many logits in a row, 2048 rows and more fill the GPU twice with programs of 8 warps.
+_FEW_LOGITS = 65536
 
 # Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 _SLACK = tl.constexpr(1e-5)
 
-_KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 # Compiler options of all kernels here: a score is rounded alike wherever it is made, and whatever Triton's default.
@@ -35,68 +38,6 @@ AS_WRITTEN = {"enable_fp_fusion": False}
 def without_nan(logits):
     """+∞ for NaN, which maxima would pass over: a row that holds either has no token."""
     return tl.where(logits < float("inf"), logits, float("inf"))
-
-
-@triton.jit
-def _key(x):
-    """Float32 as int32 of the same order."""
-    # −0 comes before 0, but that moves no threshold: those are compared as floats.
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _largest(row, size, BLOCK: tl.constexpr):
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(row + columns, mask=columns < size, other=float("-inf")))
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def _above(row, size, cut, floor, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Number of keys above ``cut`` or, of those not below ``floor``, Σ exp((logit − largest) / temperature)."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
-        key = _key(logits)
-        if COUNT:
-            weight = tl.full((BLOCK,), 1.0, tl.float32)
-        else:
-            weight = tl.where(key >= floor, tl.exp((logits - largest) / temperature), 0.0)
-        total += tl.where(key > cut, weight, 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _smallest_cut(row, size, limit, floor, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The smallest key, not below ``floor``, above which there is less than ``limit`` (see ``_above``)."""
-    low = floor.to(tl.int64)
-    high = _key(largest).to(tl.int64)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        enough = _above(row, size, middle.to(tl.int32), floor, largest, temperature, COUNT, BLOCK) < limit
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, tl.minimum(middle + 1, high))
-    return high.to(tl.int32)
-
-
-@triton.jit
-def threshold_kernel(logits, thresholds, size, temperature, top_k, top_p, BLOCK: tl.constexpr):
-    """The smallest logit of a row that may be drawn; top_k or top_p may be None. Grid: rows."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * size
-    largest = _largest(logits, size, BLOCK)
-    cut = tl.full((), _KEY_OF_MINUS_INFINITY, tl.int32)
-    if top_k is not None:
-        cut = _smallest_cut(logits, size, top_k, cut, largest, temperature, True, BLOCK)
-    if top_p is not None:
-        limit = top_p * _above(logits, size, cut - 1, cut, largest, temperature, False, BLOCK)
-        cut = _smallest_cut(logits, size, limit, cut, largest, temperature, False, BLOCK)
-    bits = cut ^ ((cut >> 31) & 0x7FFFFFFF)
-    tl.store(thresholds + row, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -142,6 +83,19 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
     tl.store(tokens + row, winner)
 
 
+def _thresholds(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a logit of each row must reach to be drawn."""
+    rows, size = logits.shape
+    # Places and room for candidates: a sixteenth to an eighth of the logits, so that two or three reads are enough.
+    block, num_warps = (4096, 8) if size <= _FEW_LOGITS else (8192, 16)
+    thresholds, candidates = logits.new_empty(rows), logits.new_empty(rows, block)
+    threshold_kernel[(rows,)](
+        logits, candidates, thresholds, size, sampling.temperature, sampling.top_k, sampling.top_p,
+        BLOCK=block, num_warps=num_warps, **AS_WRITTEN,
+    )  # fmt: skip
+    return thresholds
+
+
 def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
     """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
     rows, size = logits.shape
@@ -151,12 +105,7 @@ def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
         cap_logits_(logits, sampling.softcap)
     if sampling.suppress is not None:
         logits.index_fill_(1, sampling.suppress, float("-inf"))
-    thresholds = None
-    if sampling.filtered:
-        thresholds = logits.new_empty(rows)
-        threshold_kernel[(rows,)](
-            logits, thresholds, size, temperature, sampling.top_k, sampling.top_p, BLOCK=4096, num_warps=8, **AS_WRITTEN
-        )
+    thresholds = _thresholds(logits, sampling) if sampling.filtered else None
     bounds = logits.new_empty(rows, groups)
     bounds_kernel[(rows * triton.cdiv(groups, _GROUPS_A_PROGRAM),)](
         logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS=_GROUPS_A_PROGRAM, num_warps=4,

@@ -1,0 +1,220 @@
+"""Which logits of a row top_k and top_p keep, in Triton: those from a threshold on, found in two to four reads of the row.
+
+Both look for the smallest key, a float's bits as an integer of the same order, above which the tokens weigh less than a
+limit: by number, or by probability. One read of the row leaves the largest logit and the total probability of every
+place, one of BLOCK, in registers. A place holds between its largest and all of its tokens above any key, which brackets
+the key: of top_k = 50 in V = 128,256, 50 places reach the lower end, and of top_p with a few likely tokens few more do.
+Where more may lie in the bracket than BLOCK, a read weighs all tokens against PIVOTS keys at once and narrows it to a
+thirteenth or less. The last read lists what lies in the bracket, and bisecting the list, in registers, ends the search.
+
+Bound by memory at 4 bytes per logit and read, but for the pivots, at about 50 instructions per logit. Everything is
+summed in one order: a row gives the same threshold in every call.
+"""
+
+import triton
+import triton.language as tl
+
+_LOWEST = tl.constexpr(-3.4e38)  # the largest of no logits: −inf − (−inf) would be NaN
+_KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
+_MOST_KEY = tl.constexpr(0x7FFFFFFF)
+
+_PIVOTS = tl.constexpr(32)
+# Of these, spaced evenly in value. Four more are in bits, so that the bracket narrows whatever the logits are.
+_BY_VALUE = tl.constexpr(27)
+
+
+@triton.jit
+def _key(x):
+    """Float32 as int32 of the same order."""
+    # −0 comes before 0, but that moves no threshold: those are compared as floats.
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    """The float32 of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(logits, top, inverse_temperature, COUNT: tl.constexpr):
+    """What a token weighs: 1, or its probability by that of the likeliest."""
+    if COUNT:
+        return tl.full(logits.shape, 1.0, tl.float32)
+    else:
+        return tl.exp((logits - top) * inverse_temperature)
+
+
+@triton.jit
+def _smallest_cut(keys, weights, above, limit, low, high):
+    """The smallest key from ``low`` to ``high`` above which ``weights``, and what is ``above`` all, sum to < limit."""
+    while low < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        enough = above + tl.sum(tl.where(keys > middle, weights, 0.0), 0) < limit
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return high
+
+
+@triton.jit
+def _places(row, size, inverse_temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest logit of every place, and the sum of its exp((logit − largest) / temperature): columns modulo BLOCK."""
+    peak = tl.full((BLOCK,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, size, BLOCK, num_stages=2):
+        columns = start + tl.arange(0, BLOCK)
+        logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
+        if MASS:
+            smaller = tl.exp(-tl.abs(logits - peak) * inverse_temperature)
+            total = tl.where(logits > peak, total * smaller + 1, total + smaller)
+        peak = tl.maximum(peak, logits)
+    return tl.where(peak > _LOWEST, peak, float("-inf")), total
+
+
+@triton.jit
+def _narrowed(
+    row, size, limit, low, high, within, floor, start, top, inverse_temperature, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bracket after one more read, at most how many tokens are in it, ``within`` so far, and what weighs from
+    ``low`` on, infinite if not known.
+
+    All pivots but the first are keys from ``low`` to below ``high``, so that each moves one of them; by value they begin
+    at ``start``. What is above the first is what is in the bracket and above it.
+    """
+    number = tl.arange(0, _PIVOTS)
+    first, last = tl.maximum(_value(low), start), _value(high)
+    by_value = _key(first + (last - first) * ((number + 1) / (_BY_VALUE + 1)))
+    by_bits = low + ((high.to(tl.int64) - low) * (number - _BY_VALUE + 1) // (_PIVOTS - _BY_VALUE)).to(tl.int32)
+    pivots = tl.maximum(tl.minimum(tl.where(number < _BY_VALUE, by_value, by_bits), high - 1), low)
+    pivots = tl.where(number == _PIVOTS - 1, low - 1, pivots)
+    sums = tl.zeros((_PIVOTS, BLOCK), tl.float32)
+    for begin in tl.range(0, size, BLOCK, num_stages=4):
+        columns = begin + tl.arange(0, BLOCK)
+        logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
+        keys = _key(logits)
+        weights = tl.where(keys >= floor, _weight(logits, top, inverse_temperature, COUNT), 0.0)
+        sums += tl.where(keys[None, :] > pivots[:, None], weights[None, :], 0.0)
+    above = tl.sum(sums, 1)
+    enough = above < limit
+    low = tl.maximum(low, tl.max(tl.where(enough, low, pivots + 1), 0))
+    high = tl.maximum(tl.minimum(high, tl.min(tl.where(enough, pivots, _MOST_KEY), 0)), low)
+    from_low = tl.min(tl.where(enough, float("inf"), above), 0)
+    # What weighs between the two, by what the lowest weighs.
+    between = from_low - tl.max(tl.where(enough, above, 0.0), 0)
+    lightest = 1.0 if COUNT else 0.999 * tl.exp((_value(low) - top) * inverse_temperature)
+    return low, high, tl.minimum(within, between / lightest), from_low
+
+
+@triton.jit
+def _listed(
+    row, candidates, size, low, high, top, inverse_temperature, COUNT: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits from ``low`` to ``high``, −∞ behind the last; what weighs more; BOTH: number and mass from ``low`` on."""
+    PART: tl.constexpr = BLOCK // 4  # with what is held beside it, this fits the registers
+    count = tl.zeros((), tl.int32)
+    above = tl.zeros((PART,), tl.float32)
+    number = tl.zeros((PART,), tl.float32)
+    mass = tl.zeros((PART,), tl.float32)
+    for start in range(0, size, PART):
+        columns = start + tl.arange(0, PART)
+        logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
+        keys = _key(logits)
+        above += tl.where(keys > high, _weight(logits, top, inverse_temperature, COUNT), 0.0)
+        if BOTH:
+            number += tl.where((keys >= low) & (logits > float("-inf")), 1.0, 0.0)
+            mass += tl.where(keys >= low, _weight(logits, top, inverse_temperature, False), 0.0)
+        inside = ((keys >= low) & (keys <= high) & (columns < size)).to(tl.int32)
+        place = count + tl.cumsum(inside, 0) - 1
+        tl.store(candidates + place, logits, mask=(inside != 0) & (place < BLOCK))  # more only if all are equal
+        count += tl.sum(inside, 0)
+    tl.debug_barrier()  # the list is read by other threads than wrote it
+    place = tl.arange(0, BLOCK)
+    logits = tl.load(candidates + place, mask=place < count, other=float("-inf"))
+    tl.debug_barrier()  # before another list is written over it
+    return logits, tl.sum(above, 0), tl.sum(number, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def _searched(
+    row, candidates, size, top_p, low, high, within, number, mass, floor, start, top, temperature, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The bracket of top_p, narrow enough for a list, the list, and what weighs more than all of it.
+
+    What is at least ``floor`` is ``number`` tokens of ``mass`` at the most; ``within`` of them are in the bracket.
+    """
+    inverse_temperature = 1 / temperature
+    NARROW: tl.constexpr = max(BLOCK // 16, 32)
+    # All that is lower weighs, together, less than what may be left out.
+    spare = tl.log((1 - top_p) * mass / number) - 1e-2
+    low = tl.minimum(tl.maximum(low, _key(top + tl.minimum(spare, 0.0) * temperature)), high)
+    while (within > BLOCK) & (low < high):
+        low, high, within, _ = _narrowed(
+            row, size, top_p * mass, low, high, within, floor, start, top, inverse_temperature, False, NARROW
+        )
+    z, above, _, _ = _listed(row, candidates, size, low, high, top, inverse_temperature, False, False, BLOCK)
+    return low, high, z, above
+
+
+@triton.jit
+def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, top_p, BLOCK: tl.constexpr):
+    """The smallest logit of a row that may be drawn; top_k or top_p may be None. Grid: rows.
+
+    ``candidates`` is room for BLOCK logits of each row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * size
+    candidates += row * BLOCK
+    inverse_temperature = 1 / temperature
+    BOTH: tl.constexpr = top_k is not None and top_p is not None
+    NARROW: tl.constexpr = max(BLOCK // 16, 32)
+    peak, masses = _places(logits, size, inverse_temperature, top_k is None, BLOCK)
+    top = tl.max(peak, 0)
+    highest = _key(top)
+    start = 2 * tl.min(peak, 0) - top  # about the smallest logit, if as many are small as are large
+    in_a_place = tl.cdiv(size, BLOCK)
+    cut = tl.full((), _KEY_OF_MINUS_INFINITY, tl.int32)
+
+    if top_k is not None:
+        ones = tl.full((BLOCK,), 1.0, tl.float32)
+        low, high = _smallest_cut(_key(peak), ones, 0.0, top_k, cut, highest), highest
+        from_low = tl.sum(tl.where(_key(peak) >= low, 1.0, 0.0), 0) * in_a_place
+        within = from_low
+        while (within > BLOCK) & (low < high):
+            low, high, within, from_low = _narrowed(
+                logits, size, top_k, low, high, within, cut, start, top, inverse_temperature, True, NARROW
+            )  # fmt: skip
+        all_listed = from_low <= BLOCK
+        if BOTH:
+            high = tl.where(all_listed, highest, high)
+        z, above, number, mass = _listed(
+            logits, candidates, size, low, high, top, inverse_temperature, True, BOTH, BLOCK
+        )
+        cut = _smallest_cut(_key(z), ones, above, top_k, low, high)
+        if BOTH:
+            goes = (_key(z) < cut) & (z > float("-inf"))
+            number -= tl.sum(tl.where(goes, 1.0, 0.0), 0)
+            mass -= tl.sum(tl.where(goes, tl.exp((z - top) * inverse_temperature), 0.0), 0)
+            low, high, within = cut, highest, number
+            above *= 0
+            if not all_listed:
+                low, high, z, above = _searched(
+                    logits, candidates, size, top_p, low, high, within, number, mass, cut, start, top, temperature,
+                    BLOCK,
+                )  # fmt: skip
+            cut = _smallest_cut(_key(z), tl.exp((z - top) * inverse_temperature), above, top_p * mass, low, high)
+    else:
+        weights = tl.exp((peak - top) * inverse_temperature)
+        masses *= weights
+        mass = tl.sum(masses, 0)
+        high = _smallest_cut(_key(peak), masses, 0.0, top_p * mass, cut, highest)
+        low = _smallest_cut(_key(peak), weights, 0.0, top_p * mass, cut, high)
+        within = tl.sum(tl.where(_key(peak) >= low, 1.0, 0.0), 0) * in_a_place
+        low, high, z, above = _searched(
+            logits, candidates, size, top_p, low, high, within, size.to(tl.float32), mass, cut, start, top, temperature,
+            BLOCK,
+        )  # fmt: skip
+        cut = _smallest_cut(_key(z), tl.exp((z - top) * inverse_temperature), above, top_p * mass, low, high)
+    tl.store(thresholds + row, _value(cut))
