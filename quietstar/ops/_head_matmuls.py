@@ -41,12 +41,24 @@ def hidden_gradient(d_logits: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def add_weight_gradient(total: Tensor | None, d_logits: Tensor, hidden: Tensor) -> Tensor:
-    """``total`` plus d_logits^T @ hidden, [V, H] in float32 (float64 for float64), in place unless total is None."""
-    wide = compute_dtype(d_logits.dtype)
-    if d_logits.dtype != wide:
-        if total is None:
-            return torch.mm(d_logits.t(), hidden, out_dtype=wide)
-        return torch.addmm(total, d_logits.t(), hidden, out_dtype=wide, out=total)
-    hidden = hidden.to(wide)
-    return torch.mm(d_logits.t(), hidden) if total is None else total.addmm_(d_logits.t(), hidden)
+def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which d weight is handed out: on a GPU bfloat16 for a weight of it, else float32 (float64 for float64).
+
+    Of float16 the range would not do: sums over rows are scaled to size only when the incoming gradient is known. A CPU
+    makes the sums in float32 anyway.
+    """
+    return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else compute_dtype(weight.dtype)
+
+
+def add_weight_gradient(total: Tensor | None, d_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total`` plus d_logits^T @ hidden, [V, H], in place unless total is None.
+
+    ``dtype`` is float32 (float64 for float64) or, of a product that nothing is added to, that of d_logits: then the
+    matmul itself rounds its sums.
+    """
+    if d_logits.dtype == dtype:
+        hidden = hidden.to(dtype)
+        return torch.mm(d_logits.t(), hidden) if total is None else total.addmm_(d_logits.t(), hidden)
+    if total is None:
+        return torch.mm(d_logits.t(), hidden, out_dtype=dtype)
+    return torch.addmm(total, d_logits.t(), hidden, out_dtype=dtype, out=total)

@@ -7,6 +7,7 @@ by one, and the name of the backend.
 import torch
 from torch import Tensor
 
+from quietstar.ops._head_matmuls import weight_gradient_dtype
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._registration import once_differentiable, register_op
 from quietstar.ops._rows import BLOCK_BYTES, release_logits_buffer, rows_within, slices
@@ -35,7 +36,7 @@ def _cross_entropy_fake(*arguments):
     wide = compute_dtype(call.weight.dtype)
     rows = call.target.shape
     tensors = call.hidden.hidden, call.hidden.thought, call.hidden.mixing_weight, call.weight
-    dtypes = call.weight.dtype, call.weight.dtype, wide, wide
+    dtypes = call.weight.dtype, call.weight.dtype, wide, weight_gradient_dtype(call.weight)
     gradients = (
         x.new_empty(x.shape, dtype=dtype) if needed else call.weight.new_empty(0, dtype=wide)
         for x, dtype, needed in zip(tensors, dtypes, call.needs, strict=True)
@@ -77,12 +78,25 @@ _scaled_gradient_op = register_op(
 )
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient · factor; the gradient itself for a factor of 1, where that can be seen without waiting for a device."""
-    visible = gradient.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and gradient.dtype == dtype and factor == 1:
-        return gradient
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, *, again: bool) -> Tensor:
+    """Gradient · factor, in the memory of the gradient unless that is to be scaled ``again``.
+
+    For a factor of 1 it is the gradient itself: a CPU sees that, on a GPU the kernel does.
+    """
+    if gradient.dtype == dtype and not torch.compiler.is_compiling():
+        if gradient.device.type == "cpu":
+            if factor == 1:
+                return gradient
+        elif not again:
+            with torch.cuda.device_of(gradient):
+                BACKENDS[backend].load().scale_(gradient, factor)
+            return gradient
     return _scaled_gradient_op(gradient, factor, dtype)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward may be followed by another through the same graph: it was told to retain it."""
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _peak(scales: Scales, temperature: float) -> Tensor:
@@ -144,7 +158,7 @@ class ReducedCrossEntropy(torch.autograd.Function):
             -counted(scales.entropy, entropy) if needs_scale[1] else None,
         )
         ctx.save_for_backward(*gradients, peak, *slopes, link)
-        ctx.needs = call.needs
+        ctx.needs, ctx.backend = call.needs, backend
         ctx.dtypes = [None if x is None else x.dtype for x in (*call.hidden[:3], call.weight)]
         ctx.mark_non_differentiable(nll, entropy)
         return loss, nll, entropy
@@ -153,9 +167,9 @@ class ReducedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         *gradients, peak, nll, entropy, _ = ctx.saved_tensors
-        factor = grad_loss * peak
+        factor, again = grad_loss * peak, _graph_is_kept()
         wanted = (
-            _scaled(gradient, factor, dtype) if needed else None
+            _scaled(gradient, factor, dtype, ctx.backend, again=again) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
         )
         return *_at_their_places(*wanted, *(None if x is None else grad_loss * x for x in (nll, entropy))), None
@@ -192,7 +206,9 @@ class RowCrossEntropy(torch.autograd.Function):
         )  # fmt: skip
         _, _, *gradients = _cross_entropy_op(*call.flat(), backend)
         wanted = (
-            None if not needed else gradient.to(x.dtype) if peak is None else _scaled(gradient, peak, x.dtype)
+            None if not needed
+            else gradient.to(x.dtype) if peak is None
+            else _scaled(gradient, peak, x.dtype, backend, again=False)
             for gradient, x, needed in zip(gradients, (*hidden[:3], weight), needs, strict=True)
         )
         return _at_their_places(*wanted)

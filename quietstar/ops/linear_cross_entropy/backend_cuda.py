@@ -5,10 +5,10 @@ from torch import Tensor
 
 from quietstar.ops._native import _C, DTYPE_CODES, address, launch_place
 from quietstar.ops._vocabulary import Softmax
-from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
+from quietstar.ops.linear_cross_entropy.chunks import chunk_solver, scale_
 from quietstar.ops.linear_cross_entropy.inputs import MixedHidden, RowResult, Scales
 
-__all__ = ["MixedHidden", "solve_chunk"]
+__all__ = ["MixedHidden", "scale_", "solve_chunk"]
 
 
 def cross_entropy_rows(

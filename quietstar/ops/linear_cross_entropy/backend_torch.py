@@ -14,10 +14,10 @@ from torch import Tensor
 
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, cap_logits_
-from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
+from quietstar.ops.linear_cross_entropy.chunks import chunk_solver, scale_
 from quietstar.ops.linear_cross_entropy.inputs import MixedHidden, RowResult, Scales
 
-__all__ = ["MixedHidden", "solve_chunk"]
+__all__ = ["MixedHidden", "scale_", "solve_chunk"]
 
 
 def cross_entropy_rows(

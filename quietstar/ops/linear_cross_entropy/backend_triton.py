@@ -29,6 +29,9 @@ from quietstar.ops._vocabulary import Softmax
 from quietstar.ops.linear_cross_entropy import inputs
 from quietstar.ops.linear_cross_entropy.chunks import chunk_solver
 from quietstar.ops.linear_cross_entropy.inputs import RowResult, Scales
+from quietstar.ops.linear_cross_entropy.triton_scale import scale_
+
+__all__ = ["MixedHidden", "scale_", "solve_chunk"]
 
 _LONGEST_RESIDENT = 32768
 

@@ -4,6 +4,7 @@ Each is a module with
 
     solve_chunk(chunk, d_weight, needs_hidden, needs_weight) -> ChunkResult    (``chunks.ChunkKernel``)
     MixedHidden                                                                (``inputs.MixedHidden``)
+    scale_(gradient, factor), in place, if it runs on GPUs                     (``chunks.scale_``)
 
 The reference is called by itself: its gradients are made by autograd.
 """

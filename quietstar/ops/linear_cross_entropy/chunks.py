@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quietstar.ops._head_matmuls import add_weight_gradient, hidden_gradient, logits_into
+from quietstar.ops._head_matmuls import add_weight_gradient, hidden_gradient, logits_into, weight_gradient_dtype
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import CHUNK_BYTES, logits_buffer, rows_within, slices
 from quietstar.ops._vocabulary import Softmax, mark_rows
@@ -78,10 +78,15 @@ def chunk_solver(row_kernel: RowKernel) -> ChunkKernel:
             logits, chunk.softmax, chunk.target, chunk.scales, chunk.entropy, gradient_dtype
         )
         if needs_weight:
-            d_weight = add_weight_gradient(d_weight, d_logits, hidden)
+            d_weight = add_weight_gradient(d_weight, d_logits, hidden, chunk.weight_dtype)
         return ChunkResult(nll, entropy, hidden_gradient(d_logits, weight) if needs_hidden else None, d_weight)
 
     return solve_chunk
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """The gradient times the scalar ``factor`` on its device, in place, by the library: a pass whatever the factor."""
+    gradient.mul_(factor)
 
 
 def cross_entropy_in_chunks(
@@ -97,7 +102,8 @@ def cross_entropy_in_chunks(
             whatever they hold, nothing reaches a gradient.
 
     Returns:
-        nll [rows], entropy [rows] and d weight [V, H], all in the compute dtype; None where not wanted.
+        nll [rows] and entropy [rows] in the compute dtype, d weight [V, H] in that of ``weight_gradient_dtype``: summed
+        over chunks in the compute dtype, of a single one rounded by its matmul. None where not wanted.
     """
     weight, target, scales = call.weight, call.target, call.scales
     wide = compute_dtype(weight.dtype)
@@ -110,14 +116,19 @@ def cross_entropy_in_chunks(
     d_weight = None
 
     most = rows_within(CHUNK_BYTES, weight.shape[0] * wide.itemsize, weight.device)
-    for part, contributes in _chunks(contributing, wanted, most):
+    dtype = weight_gradient_dtype(weight)
+    parts = list(_chunks(contributing, wanted, most))
+    for part, contributes in parts:
         needs_hidden = scales is not None and contributes and hidden.needs_gradient
         needs_weight = scales is not None and contributes and call.needs[3]
         rows, absent = _without_absent(hidden.read(part), contributing[part], wanted[part])
         of_part = None
         if needs_hidden or needs_weight:
             of_part = scales.each(lambda scale, part=part: scale[part])
-        chunk = Chunk(rows, weight, call.softmax, target[part].clamp_min(0), of_part, call.entropy)
+        chunk = Chunk(
+            rows, weight, call.softmax, target[part].clamp_min(0), of_part, call.entropy,
+            weight_dtype=dtype if len(parts) == 1 else wide,
+        )  # fmt: skip
         result = chunk_kernel(chunk, d_weight, needs_hidden, needs_weight)
         d_weight = result.d_weight
         nll[part] = result.nll.masked_fill_(absent, float("nan"))
@@ -126,7 +137,9 @@ def cross_entropy_in_chunks(
         if needs_hidden:
             hidden.write_gradient(part, result.d_hidden)
     if call.needs[3] and d_weight is None:  # no row contributes
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    if d_weight is not None:
+        d_weight = d_weight.to(dtype)
     return mark_rows(nll, target), None if entropy is None else mark_rows(entropy, target), d_weight
 
 

@@ -69,15 +69,16 @@ class Chunk(NamedTuple):
     target: Tensor  # int64 [n], all in [0, V) and none suppressed
     scales: Scales | None  # [n]; None: no gradient is wanted
     entropy: bool
+    weight_dtype: torch.dtype  # in which d weight may be made
 
 
 class ChunkResult(NamedTuple):
-    """Of a chunk, all in the compute dtype; None where not wanted."""
+    """Of a chunk, in the compute dtype, but for d weight; None where not wanted."""
 
     nll: Tensor  # [n]
     entropy: Tensor | None  # [n]
     d_hidden: Tensor | None  # [n, H]
-    d_weight: Tensor | None  # [V, H]
+    d_weight: Tensor | None  # [V, H] in the compute dtype or the chunk's weight_dtype
 
 
 class RowResult(NamedTuple):

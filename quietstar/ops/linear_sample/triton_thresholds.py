@@ -62,7 +62,7 @@ def _places(row, size, inverse_temperature, MASS: tl.constexpr, BLOCK: tl.conste
     """Largest logit of every place, and the sum of its exp((logit − largest) / temperature): columns modulo BLOCK."""
     peak = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, size, BLOCK, num_stages=2):
+    for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
         if MASS:
