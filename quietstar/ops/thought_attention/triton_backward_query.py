@@ -30,6 +30,7 @@ from quietstar.ops.thought_attention.triton_tiles import (
     first_of_step,
     joined,
     load_block,
+    load_parts,
     load_vectors,
     original_of,
     owner_of,
@@ -167,8 +168,11 @@ def query_gradient_kernel(
         tl.store(row_grad + table, grad_offsets // GRAD_UNIT, mask=exists)
 
     # The thought keys, part by part.
-    q_parts = divided(q, DIAGONALS)
-    do_parts = divided(do, DIAGONALS)
+    q_parts = q
+    do_parts = do
+    if DIAGONALS > 1:
+        q_parts = load_parts(query, divided(query_offsets, DIAGONALS), None, HEAD, BLOCK_D)
+        do_parts = load_parts(grad_output, divided(grad_offsets, DIAGONALS), None, VALUE_HEAD, BLOCK_V)
     log_sum_parts = divided(log_sum, DIAGONALS)
     delta_parts = divided(delta, DIAGONALS)
     row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
@@ -192,8 +196,8 @@ def query_gradient_kernel(
         read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
         key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
         value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
-        k = load_vectors(thought_key, key_offsets, None, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, None, VALUE_HEAD, BLOCK_V)
+        k = load_parts(thought_key, key_offsets, None, HEAD, BLOCK_D)
+        v = load_parts(thought_value, value_offsets, None, VALUE_HEAD, BLOCK_V)
         owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
         visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
         dq = _step(dq, q_parts, do_parts, k, v, visible, log_sum_parts, delta_parts, base_2(scale), curve_scale)

@@ -30,6 +30,7 @@ from quietstar.ops.thought_attention.triton_tiles import (
     first_of_step,
     joined,
     load_block,
+    load_parts,
     load_vectors,
     not_before,
     original_of,
@@ -138,10 +139,13 @@ def forward_kernel(
         tile_anchor = anchor_of(tile_position, anchors, length)
         tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
         tile_first = first_of_step(tile_first, tile_anchor, thought_steps - STEPS, step_window)
-    q = load_vectors(query, row_offsets(rows, original, query_stride, STEPS, GROUP), None, HEAD, BLOCK_D)
+    query_offsets = row_offsets(rows, original, query_stride, STEPS, GROUP)
+    q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
 
     # The thought keys, part by part.
-    q_parts = divided(q, DIAGONALS)
+    q_parts = q
+    if DIAGONALS > 1:
+        q_parts = load_parts(query, divided(query_offsets, DIAGONALS), None, HEAD, BLOCK_D)
     row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
     row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
     acc = divided(tl.zeros((BLOCK_M, BLOCK_V), tl.float32), DIAGONALS)
@@ -152,8 +156,9 @@ def forward_kernel(
     )
     if SPLIT:
         columns = tl.where(split == 0, columns, 0)
-    # The next keys of a part are fetched ahead where shared memory has room for them.
-    for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if max(BLOCK_D, BLOCK_V) <= 128 else 1):
+    # The next keys are fetched ahead where shared memory has room for them; those of parts (``load_parts``) cannot be.
+    AHEAD: tl.constexpr = DIAGONALS == 1 and max(BLOCK_D, BLOCK_V) <= 128
+    for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if AHEAD else 1):
         key_position, key_step = diagonal_columns(
             tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
         )
@@ -168,8 +173,8 @@ def forward_kernel(
         seen = None
         if anchors is not None:
             seen = tl.load(anchors + near) >= 0
-        k = load_vectors(thought_key, key_offsets, seen, HEAD, BLOCK_D)
-        v = load_vectors(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
+        k = load_parts(thought_key, key_offsets, seen, HEAD, BLOCK_D)
+        v = load_parts(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
         owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
         visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
         scores = tl.where(visible, curved(dot(q_parts, transposed(k)), curve_scale), float("-inf"))

@@ -143,6 +143,21 @@ def load_vectors(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
+def load_parts(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``load_vectors`` of [DIAGONALS, n] ``offsets``; of [n], as they are, if the tile is not divided.
+
+    Loaded as [n, DIAGONALS, ...], with the parts in the middle: of [DIAGONALS, n, ...] Triton's products would have a
+    part's vectors all begin in the same banks of shared memory, and meet them eight at a time.
+    """
+    if len(offsets.shape) == 1:
+        return load_vectors(pointer, offsets, mask, HEAD, BLOCK_D)
+    elif mask is None:
+        return tl.permute(load_vectors(pointer, tl.trans(offsets), None, HEAD, BLOCK_D), (1, 0, 2))
+    else:
+        return tl.permute(load_vectors(pointer, tl.trans(offsets), tl.trans(mask), HEAD, BLOCK_D), (1, 0, 2))
+
+
+@triton.jit
 def store_vectors(pointer, offsets, vectors, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store rows of HEAD elements, held in BLOCK_D columns, at ``offsets`` in the dtype of ``pointer``."""
     column = tl.arange(0, BLOCK_D)
