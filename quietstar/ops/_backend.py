@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from quietstar.ops._availability import interpreted, triton_unavailable
+from quietstar.ops._log import log_call
 from quietstar.ops._native import cpu_unavailable, cuda_unavailable
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
@@ -34,7 +37,9 @@ def usual_backends(**load: Callable[[], Any]) -> dict[str, Backend]:
     return {name: Backend(unavailable.get(name, always_available), load[name]) for name in load}
 
 
-def select_backend(op: str, requested: str | None, candidates: Mapping[str, Backend], *inputs: object) -> str:
+def select_backend(
+    op: str, requested: str | None, candidates: Mapping[str, Backend], *inputs: object, **tensors: Tensor | None
+) -> str:
     """Return the name of the backend that runs ``op`` on ``inputs``.
 
     Args:
@@ -45,6 +50,7 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Back
         candidates: the op's backends in order of preference. ``"auto"`` takes the first that can run, but
             never Triton's interpreter.
         inputs: handed to the availability checks.
+        tensors: what the log of calls shows, by the names of the op's arguments.
 
     Raises:
         TypeError: ``requested`` is neither None nor a string.
@@ -62,11 +68,13 @@ def select_backend(op: str, requested: str | None, candidates: Mapping[str, Back
             if name == AUTO and backend == "triton" and interpreted():
                 reason = f"Triton's interpreter, which is slow, is not for {AUTO!r}"
             if reason is None:
+                log_call(op, backend, reasons, tensors)
                 return backend
-            reasons.append(f"{backend!r} cannot run {op} here: {reason}")
+            reasons.append((backend, reason))
     usable = [name for name, candidate in candidates.items() if candidate.unavailable(*inputs) is None]
     advice = f" ('{requested.strip()},{usable[0]}' takes the first that can run)" if usable and names != [AUTO] else ""
-    raise ValueError(f"{source}: {'; '.join(reasons)}; usable here: {', '.join(usable) or 'none'}{advice}")
+    problems = "; ".join(f"{name!r} cannot run {op} here: {reason}" for name, reason in reasons)
+    raise ValueError(f"{source}: {problems}; usable here: {', '.join(usable) or 'none'}{advice}")
 
 
 def request_behind(requested: str | None, name: str) -> str:

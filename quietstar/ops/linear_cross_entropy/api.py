@@ -261,7 +261,7 @@ def _cross_entropy(
         every_row=scales is None or reduce.return_nll or reduce.return_entropy,
         needs=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves[:4]],
     )  # fmt: skip
-    name = select_backend(op, backend, BACKENDS, hidden.hidden)
+    name = select_backend(op, backend, BACKENDS, hidden.hidden, hidden=hidden.hidden, weight=weight)
 
     if name == "reference":
         with autocast_off(weight.device):

@@ -127,7 +127,7 @@ def draw(
         suppressed_ids(suppress, dims["V"], weight.device), top_k, top_p,
     )  # fmt: skip
 
-    name = select_backend("linear_sample", backend, BACKENDS, hidden)
+    name = select_backend("linear_sample", backend, BACKENDS, hidden, hidden=hidden, weight=weight)
     if name == "reference":
         with autocast_off(weight.device):
             return reference.linear_sample(hidden, weight, sampling)

@@ -44,7 +44,7 @@ def mix_logits(
         ValueError: shapes or devices that disagree, an unknown or unavailable backend.
     """
     _check_logits(base_logits, thought_logits, mixing_weight)
-    name = select_backend("mix_logits", backend, BACKENDS, base_logits)
+    name = select_backend("mix_logits", backend, BACKENDS, base_logits, base_logits=base_logits)
     if name == "reference":
         with autocast_off(base_logits.device):
             return reference.mixed(base_logits, thought_logits, mixing_weight).to(base_logits.dtype)
@@ -101,7 +101,7 @@ def mixed_cross_entropy(
     target = marked_target(target, base_logits.shape[-1], ignore_index)
     # Rows without a target pass no gradient on, but a gradient of 0 times a weight of NaN is NaN.
     mixing_weight = mixing_weight.masked_fill(target < 0, 0)
-    name = select_backend("mixed_cross_entropy", backend, BACKENDS, base_logits)
+    name = select_backend("mixed_cross_entropy", backend, BACKENDS, base_logits, base_logits=base_logits)
     if name == "reference":
         with autocast_off(base_logits.device):
             nll = reference.mixed_nll(base_logits, thought_logits, mixing_weight, target)
