@@ -1,6 +1,32 @@
 """What the commands share."""
 
+import argparse
+import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class SuggestingParser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that says which flag may have been meant by one that there is not."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        super().error(message + "".join(map(self._suggestion, dict.fromkeys(self._given))))
+
+    def _suggestion(self, argument: str) -> str:
+        flag = argument.partition("=")[0]
+        flags = self._option_string_actions
+        known = flag in flags or (self.allow_abbrev and any(name.startswith(flag) for name in flags))
+        if not flag.startswith("--") or known:
+            return ""
+        names = [name.removeprefix("--") for name in flags if name.startswith("--")]
+        nearest = get_close_matches(flag.removeprefix("--"), names, n=1)
+        return f"; {flag}: did you mean --{nearest[0]}?" if nearest else ""
 
 
 def attach_texts(arguments: Sequence[str], *flags: str) -> list[str]:

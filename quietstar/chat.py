@@ -1,11 +1,11 @@
 """The command ``quietstar chat``: talk with a model that thinks, at the prompt."""
 
-import argparse
 import sys
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
+from quietstar._command_line import SuggestingParser
 from quietstar.generate import Generator, StepPrinter, add_arguments, report
 
 _HELP = "/new starts anew, /exit or the end of input leaves"
@@ -13,7 +13,7 @@ _HELP = "/new starts anew, /exit or the end of input leaves"
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="quietstar chat", description=f"Talk with a Quiet-STaR model. {_HELP}.")
+    parser = SuggestingParser(prog="quietstar chat", description=f"Talk with a Quiet-STaR model. {_HELP}.")
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()

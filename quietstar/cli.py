@@ -65,7 +65,8 @@ def _usage() -> str:
             "commands:",
             *lines,
             "",
-            "`quietstar COMMAND --help` describes a command's arguments.",
+            "Begin with `quietstar quickstart`: in about a minute a small model learns to think, and a page shows how.",
+            "`quietstar COMMAND --help` describes a command's arguments, `quietstar env` what this machine can run.",
         ]
     )
 

@@ -3,7 +3,6 @@
 The report never fails: where something cannot be found out, its line says why, and the rest is still reported.
 """
 
-import argparse
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import quietstar
+from quietstar._command_line import SuggestingParser
 
 PACKAGES = ("triton", "transformers", "numpy", "safetensors", "accelerate", "datasets", "tokenizers")
 # The smallest inputs on which an op can show that it runs.
@@ -142,7 +142,7 @@ def _usable(op: str, device: str) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the report."""
-    argparse.ArgumentParser(prog="quietstar env", description="Print versions, devices and backends.").parse_args(argv)
+    SuggestingParser(prog="quietstar env", description="Print versions, devices and backends.").parse_args(argv)
     report = environment()
     width = max(map(len, report))
     for label, text in report.items():

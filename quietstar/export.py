@@ -1,6 +1,5 @@
 """The command ``quietstar export``: the plain base model, for engines that cannot run thoughts."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from quietstar._command_line import SuggestingParser
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.checkpoint import check_tokenizer
 from quietstar.models.export import check_new, export_base
@@ -15,7 +15,7 @@ from quietstar.models.export import check_new, export_base
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar export",
         description="Write the base model of a Quiet-STaR model as a plain checkpoint of its own family, for vLLM, "
         "SGLang, llama.cpp and others. The thoughts stay behind: it predicts what the model does with --think never.",

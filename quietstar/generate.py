@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from quietstar._command_line import attach_texts
+from quietstar._command_line import SuggestingParser, attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.adapters import is_adapter, load_merged
@@ -35,9 +35,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 2 for bad arguments."""
-    parser = argparse.ArgumentParser(
-        prog="quietstar generate", description="Continue a prompt, thinking before every token."
-    )
+    parser = SuggestingParser(prog="quietstar generate", description="Continue a prompt, thinking before every token.")
     add_arguments(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument(

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 
+from quietstar._command_line import SuggestingParser
 from quietstar.estimate.configs import PRESETS, read_config
 from quietstar.estimate.devices import GPUS, Prediction, this_cpu
 from quietstar.estimate.flops import model_flops
@@ -128,7 +129,7 @@ def _lines(facts: dict) -> Iterable[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar estimate",
         description="Predict FLOPs, memory and time of a training step from its sizes, before it is run.",
     )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import quietstar
+from quietstar._command_line import SuggestingParser
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.evaluation.answers import AnswerProbabilities, answer_probabilities
 from quietstar.evaluation.means import Mean, token_mean
@@ -148,7 +149,7 @@ def _progress(what: str) -> Callable[[Iterable], Iterable]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar evaluate",
         description="How well a model answers questions, without examples: the probability of the right answer as the "
         "paper measures it, exact match in its own words, and the majority of several answers.",

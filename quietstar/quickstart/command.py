@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from quietstar._command_line import SuggestingParser
 from quietstar._numbers import SEED
 from quietstar.quickstart import experiment, text
 
@@ -53,7 +54,7 @@ def _quoted(prompt: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar quickstart",
         description="Train a small model that answers questions only after it has thought of the steps in between, and "
         "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a quarter.",

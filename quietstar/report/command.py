@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from quietstar._command_line import SuggestingParser
 from quietstar._numbers import SEED, Interval
 from quietstar.evaluation import text_nll
 from quietstar.generate import load_model
@@ -132,7 +133,7 @@ def _difficulty(name: str, windows: Tensor) -> Tensor:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar report",
         description="Write one HTML file that shows what a model's thoughts do to a text, token by token, beside "
         "thoughts that should not help.",

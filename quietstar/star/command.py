@@ -8,7 +8,7 @@ from dataclasses import fields
 from tqdm import tqdm
 from transformers.utils import logging
 
-from quietstar._command_line import attach_texts
+from quietstar._command_line import SuggestingParser, attach_texts
 from quietstar.evaluation import load_task
 from quietstar.evaluation.tasks import TASKS
 from quietstar.models.export import check_new
@@ -84,7 +84,7 @@ def _percent(share: float | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="quietstar star",
         description="Train a causal language model on those of its own rationales that lead to right answers: STaR "
         "(arXiv 2203.14465). Steps, texts per step and learning rate are the authors'.",

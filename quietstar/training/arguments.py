@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from quietstar._command_line import attach_texts
+from quietstar._command_line import SuggestingParser, attach_texts
 from quietstar._numbers import SEED, Interval, check_numbers
 from quietstar.models import QuietStarConfig
 from quietstar.models.configuration import INTERVALS, OPTIONAL_INTERVALS
@@ -257,7 +257,7 @@ class PaperTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class TrainParser(HfArgumentParser):
+class TrainParser(SuggestingParser, HfArgumentParser):
     """Parser of the three groups; ``--help`` shows the flags most runs need, ``--help_all`` every one."""
 
     def __init__(self) -> None:
