@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from quietstar.models import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
     from quietstar.training import QuietStarTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarOutput", "QuietStarTrainer"]
 

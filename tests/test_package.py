@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +10,7 @@ import pytest
 
 import quietstar
 
+ROOT = Path(__file__).parents[1]
 REPORT_ASSETS = {".html", ".css", ".js"}
 
 
@@ -87,6 +89,31 @@ except ValueError as error:
     assert value == "[[1.0, 1.0]]"
     assert "'cpu' cannot run mix_logits here: the compiled module is missing" in error
     assert "`pip install .` builds it" in error
+
+
+@pytest.mark.parametrize(
+    ("native", "succeeds", "message"),
+    [
+        ("AUTO", True, "installed without its compiled module"),
+        ("ON", False, "QUIETSTAR_NATIVE=ON, but"),
+        ("OFF", True, ""),
+        ("MAYBE", False, "must be AUTO, ON or OFF, got 'MAYBE'"),
+    ],
+)
+def test_a_build_without_a_compiler(tmp_path, native, succeeds, message):
+    """It gives a package of Python alone and says so, unless the compiled module is insisted on."""
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("needs CMake and ninja")
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), f"-DQUIETSTAR_NATIVE={native}"]
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert message in " ".join(done.stderr.split())
+
+
+def test_the_version_is_that_of_citation_and_changelog():
+    assert f"\nversion: {quietstar.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {quietstar.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_compiled_module_shares_the_threads_of_torch():

@@ -284,7 +284,7 @@ void base_forward(const ThoughtAttention<T>& a) {
         for (int64_t key = 0; key < inside; ++key) {
           const int32_t number = (int32_t)(block + key);
           float* score = scores + key * most + row;
-          const Vec s = (first <= number) & (number < last) ? load(score, Whole{}) * scale : splat(-kInfinity);
+          const Vec s = ((first <= number) & (number < last)) ? load(score, Whole{}) * scale : splat(-kInfinity);
           store(score, s, Whole{});
           highest = larger(s, highest);
         }
@@ -393,7 +393,7 @@ void base_backward(const ThoughtAttentionBackward<T>& a) {
             const int32_t number = (int32_t)(block + key);
             float *probability = probabilities + key * most + row, *grad_score = grad_scores + key * most + row;
             const Vec s = load(probability, Whole{}) * scale - lse;
-            const Vec p = exp((first <= number) & (number < last) ? s : splat(-kInfinity));
+            const Vec p = exp(((first <= number) & (number < last)) ? s : splat(-kInfinity));
             store(probability, p, Whole{});
             store(grad_score, p * (load(grad_score, Whole{}) - delta) * scale, Whole{});
           }

@@ -213,7 +213,7 @@ inline Vec tanh(Vec x) {
 inline void cap_logits(float* logits, int64_t count, float cap) {
   for_vectors(0, count, [&](int64_t v, auto extent) {
     const Vec x = load(logits + v, extent);
-    store(logits + v, (x == kInfinity) | (x == -kInfinity) ? x : cap * tanh(x / cap), extent);
+    store(logits + v, ((x == kInfinity) | (x == -kInfinity)) ? x : cap * tanh(x / cap), extent);
   });
 }
 

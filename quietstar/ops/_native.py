@@ -15,7 +15,7 @@ from quietstar.ops._availability import not_built_for, too_old
 try:  # after torch: the module then shares torch's OpenMP threads instead of starting its own
     from quietstar import _C
 except ImportError as error:
-    _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it"
+    _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it with GCC or Clang"
 
 # Asked once: torch.compile traces the choice of a backend, and cannot trace into the compiled module.
 _BUILD = {} if _C is None else _C.build_info()
