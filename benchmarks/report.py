@@ -1,15 +1,15 @@
 """Markdown tables and plots from what ``pytest benchmarks --benchmark-only --benchmark-json=RESULTS.json`` wrote.
 
-    python benchmarks/report.py RESULTS.json [...]                       tables, to the terminal
-    python benchmarks/report.py RESULTS.json [...] --readme README.md    tables, between the README's markers
-    python benchmarks/report.py RESULTS.json [...] --plots FOLDER        also a PNG for each sweep (needs matplotlib)
+    python benchmarks/report.py RESULTS.json [...]                            tables, to the terminal
+    python benchmarks/report.py RESULTS.json [...] --pages docs/benchmarks    a page for each device
+    python benchmarks/report.py RESULTS.json [...] --plots FOLDER             also a PNG for each sweep (matplotlib)
 
 The exit code is 0 unless a file could not be read or written; what a run left out is said in the tables.
 """
 
 import argparse
 import json
-import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,6 @@ LEGEND = (
     "ours / of the best peer, on a CPU of the whole process. There ops use again the memory that was freed, whereas "
     "whole programs (the training step, generation) get theirs from the system, unless the command says --keep-memory."
 )
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 class ReportError(Exception):
@@ -50,12 +49,12 @@ def checked(results: object, path: Path) -> dict:
     return results
 
 
-def document(files: Mapping[str, dict]) -> str:
-    """Markdown of several runs, by the name under which a file is referred to; those of a device stand together."""
+def documents(files: Mapping[str, dict]) -> dict[str, str]:
+    """Markdown of several runs, by device; ``files`` are by the names under which they are referred to."""
     devices: dict[str, list[str]] = {}
     for source, results in files.items():
         devices.setdefault(device(results), []).append(section(results, source))
-    return "\n\n".join([LEGEND, *(part for name, parts in devices.items() for part in (f"### {name}", *parts))])
+    return {name: "\n\n".join([f"# {name}", LEGEND, *parts]) + "\n" for name, parts in devices.items()}
 
 
 def section(results: dict, source: str) -> str:
@@ -86,7 +85,7 @@ def origin(results: dict, source: str) -> str:
     made = f"commit {commit['id'][:8]}{state}" if commit.get("id") else "no commit"
     return (
         f"{', '.join(versions)}, Python {machine['python']}; {results['datetime'][:10]}, {made}; "
-        f"`{results['command']}`; [JSON]({source})."
+        f"`{results['command']}`; `{source}`."
     )
 
 
@@ -216,13 +215,9 @@ def code(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`"
 
 
-def into_readme(path: Path, text: str) -> None:
-    """Replace what stands between the markers."""
-    readme = path.read_text() if path.exists() else ""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
-        raise ReportError(f"{path}: {BEGIN} and, behind it, {END} expected, once each")
-    before, _, rest = readme.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+def file_name(device: str) -> str:
+    """Of a device's page."""
+    return "-".join(re.findall(r"[a-z0-9]+", device.lower())) + ".md"
 
 
 def plot(results: dict, name: str, folder: Path) -> list[Path]:
@@ -276,28 +271,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
+    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="write a page for each device there")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a PNG for each sweep there")
     options = parser.parse_args(arguments)
 
     failures, files = [], {}
-    folder = options.readme.parent if options.readme else Path()
     for path in options.results:
         try:
             results = load(path)
-            files[Path(os.path.relpath(path, folder)).as_posix()] = results
+            files[path.as_posix()] = results
             if options.plots:
                 for picture in plot(results, path.stem, options.plots):
                     print(picture, file=sys.stderr)
         except ReportError as error:
             failures.append(error)
-    try:
-        if files and not options.readme:
-            print(document(files))
-        elif len(files) == len(options.results):  # else what the README has is better than a part of it
-            into_readme(options.readme, document(files))
-    except ReportError as error:
-        failures.append(error)
+    for name, text in documents(files).items():
+        if not options.pages:
+            print(text)
+        elif not failures:  # else what stands there is better than a part of it
+            options.pages.mkdir(parents=True, exist_ok=True)
+            (options.pages / file_name(name)).write_text(text, encoding="utf-8")
     for failure in failures:
         print(f"report.py: {failure}", file=sys.stderr)
     return int(bool(failures))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 RESULTS, IMAGES = HERE / "results" / "quickstart.json", HERE / "images"
+BENCHMARKS = HERE.parent / "benchmarks" / "results" / "cpu-2-threads.json"
 THEMES = {
     "light": {"ink": "#1c2230", "soft": "#8d93a1", "line": "#d5d0c5", "up": "#0b8a78"},
     "dark": {"ink": "#e8e9ee", "soft": "#6c7487", "line": "#3a4152", "up": "#3ecbb2"},
@@ -28,6 +29,15 @@ CONTROLS = {
     "trained with policy weight 0": "trained without the policy term",
     "ordinary training on the same text": "ordinary training on the same text",
 }
+# Benchmarks of the front figure.
+SPEED = {
+    "bench_training_step": "training step",
+    "bench_thought_attention[cpu-forward+backward]": "attention, forward and backward",
+    "bench_thought_attention[cpu-sampling step]": "attention, sampling step",
+    "bench_cross_entropy[cpu-linear-4096]": "cross-entropy of 4096 rows",
+}
+# Not peers: our own other backend, and what does less.
+NOT_PEERS = {"ours", "our torch backend", "base model, no thoughts"}
 LENGTHS = {length: f"trained with thoughts of length {length}" for length in range(4)}
 
 
@@ -43,8 +53,37 @@ def main() -> None:
         style = {"font.size": 11, "svg.hashsalt": "quietstar", "text.color": colours["ink"]}
         style |= dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), colours["ink"])
         with rc_context(style):
-            figure = quickstart(results, colours)
-            figure.savefig(IMAGES / f"quickstart-{theme}.svg", transparent=True, metadata={"Date": None})
+            figures = {
+                "front": front(results, json.loads(BENCHMARKS.read_text()), colours),
+                "quickstart": quickstart(results, colours),
+            }
+            for name, figure in figures.items():
+                figure.savefig(IMAGES / f"{name}-{theme}.svg", transparent=True, metadata={"Date": None})
+
+
+def front(results: dict[str, Any], benchmarks: dict[str, Any], colours: dict[str, str]) -> Figure:
+    """Answers right without and after thoughts; and what the best peers take, over what we take."""
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    bars, speed = figure.subplots(1, 2)
+    _answers(bars, results, colours)
+    for place, name in enumerate(SPEED):
+        found = next(each["extra_info"]["candidates"] for each in benchmarks["benchmarks"] if each["name"] == name)
+        ours = found["ours"]
+        peers = [peer for kind, peer in found.items() if kind not in NOT_PEERS]
+        best = min(peers, key=lambda peer: peer["median_ms"])
+        ratios = {"time": best["median_ms"] / ours["median_ms"]}
+        if best["peak_mib"] and ours["peak_mib"]:
+            ratios["memory"] = best["peak_mib"] / ours["peak_mib"]
+        for row, (kind, ratio) in enumerate(ratios.items()):
+            height = place + 0.36 * row
+            speed.barh(height, ratio, color=colours["up" if kind == "time" else "soft"], height=0.3)
+            speed.annotate(f"{ratio:.1f} × {kind}", (ratio, height), (5, 0), textcoords="offset points", va="center")
+    speed.axvline(1, color=colours["ink"], linewidth=0.8)
+    speed.set_yticks([place + 0.1 for place in range(len(SPEED))], SPEED.values())
+    speed.set(xlim=(0, 8), xticks=[])
+    speed.invert_yaxis()
+    _finish(speed, "Best peer over ours (2 CPU cores)", colours)
+    return figure
 
 
 def quickstart(results: dict[str, Any], colours: dict[str, str]) -> Figure:
@@ -52,17 +91,7 @@ def quickstart(results: dict[str, Any], colours: dict[str, str]) -> Figure:
     controls = {control["name"]: control["accuracy"] for control in results["controls"]}
     figure = Figure(figsize=(10, 3.3), layout="constrained")
     bars, stairs = figure.subplots(1, 2, width_ratios=[3, 2])
-    shares = {label: results[f"accuracy_{kind}"] for kind, label in KINDS.items()}
-    shares |= {label: controls[name] for name, label in CONTROLS.items()}
-    bars.barh(range(len(shares)), shares.values(), color=_shades(shares, OWN, colours), height=0.62)
-    bars.set_yticks(range(len(shares)), shares)
-    bars.set(xlim=(0, 1.14), xticks=[])
-    bars.invert_yaxis()
-    for place, (label, share) in enumerate(shares.items()):
-        weight = "bold" if label == OWN else "normal"
-        bars.get_yticklabels()[place].set_weight(weight)
-        bars.annotate(_percent(share), (share, place), (5, 0), textcoords="offset points", va="center", weight=weight)
-    _finish(bars, "Questions that no text answered, right", colours)
+    _answers(bars, results, colours)
 
     own = results["thought_length"]
     lengths = {length: controls[name] for length, name in LENGTHS.items() if length != own}
@@ -75,6 +104,21 @@ def quickstart(results: dict[str, Any], colours: dict[str, str]) -> Figure:
         stairs.annotate(_percent(share), (place, share), (0, 4), textcoords="offset points", ha="center", weight=weight)
     _finish(stairs, "By thought length", colours)
     return figure
+
+
+def _answers(bars: Axes, results: dict[str, Any], colours: dict[str, str]) -> None:
+    controls = {control["name"]: control["accuracy"] for control in results["controls"]}
+    shares = {label: results[f"accuracy_{kind}"] for kind, label in KINDS.items()}
+    shares |= {label: controls[name] for name, label in CONTROLS.items()}
+    bars.barh(range(len(shares)), shares.values(), color=_shades(shares, OWN, colours), height=0.62)
+    bars.set_yticks(range(len(shares)), shares)
+    bars.set(xlim=(0, 1.14), xticks=[])
+    bars.invert_yaxis()
+    for place, (label, share) in enumerate(shares.items()):
+        weight = "bold" if label == OWN else "normal"
+        bars.get_yticklabels()[place].set_weight(weight)
+        bars.annotate(_percent(share), (share, place), (5, 0), textcoords="offset points", va="center", weight=weight)
+    _finish(bars, "Questions that no text answered, right", colours)
 
 
 def _shades(labels: dict, own: object, colours: dict[str, str]) -> list[str]:

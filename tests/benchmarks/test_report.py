@@ -72,11 +72,11 @@ def results(tmp_path):
 
 
 def test_every_number_stands_in_its_row():
-    text = report.document({"results.json": RESULTS})
+    text = "\n".join(report.documents({"results.json": RESULTS}).values())
     for line in (
-        "### A Processor, 2 threads",
+        "# A Processor, 2 threads",
         "quietstar 0.1.0, torch 2.13.0, transformers 5.23.0, Python 3.11.7; 2026-01-02, commit 01234567; "
-        "`pytest benchmarks --benchmark-only`; [JSON](results.json).",
+        "`pytest benchmarks --benchmark-only`; `results.json`.",
         "| benchmark | shape | ours | best peer | its time | ratio | promise | speed of ours | peak memory |",
         "| `mixing[torch]` | rows 8, vocab size 32, float32 | 50 ms ± 5% | plain | 2.50 s  | 50.00 "
         "| plain: 50.00, ≥ 9 promised | 50 GFLOP/s, 25% of matmul | 100 / 300 MiB |",
@@ -89,13 +89,13 @@ def test_every_number_stands_in_its_row():
         assert line in text.splitlines(), text
 
 
-def test_runs_of_a_device_stand_under_one_heading():
+def test_runs_of_a_device_stand_on_one_page():
     other = copy.deepcopy(RESULTS)
     other["machine_info"]["device"] = "Another"
-    text = report.document({"a.json": RESULTS, "b.json": other, "c.json": RESULTS})
-    marks = "### A Processor, 2 threads", "[JSON](a.json)", "[JSON](c.json)", "### Another, 2 threads", "[JSON](b.json)"
-    assert [text.count(mark) for mark in marks] == [1] * 5
-    assert sorted(marks, key=text.index) == list(marks)
+    pages = report.documents({"a.json": RESULTS, "b.json": other, "c.json": RESULTS})
+    assert list(pages) == ["A Processor, 2 threads", "Another, 2 threads"]
+    for page, sources in zip(pages.values(), ({"a.json", "c.json"}, {"b.json"}), strict=True):
+        assert {source for source in ("a.json", "b.json", "c.json") if f"`{source}`." in page} == sources
 
 
 def test_bars_do_not_cut_cells_and_empty_columns_go():
@@ -108,8 +108,8 @@ def test_gpus_have_no_threads_and_changes_are_said():
     on_gpu = copy.deepcopy(RESULTS)
     on_gpu["machine_info"] |= {"kind": "cuda", "device": "A GPU"}
     on_gpu["commit_info"]["dirty"] = True
-    text = report.document({"gpu.json": on_gpu})
-    assert "### A GPU\n" in text
+    [(name, text)] = report.documents({"gpu.json": on_gpu}).items()
+    assert name == "A GPU"
     assert "commit 01234567 with uncommitted changes" in text
 
 
@@ -135,34 +135,23 @@ def test_files_that_are_not_results_are_named_and_the_others_reported(content, m
     printed = capsys.readouterr()
     assert f"report.py: {bad}: " in printed.err
     assert message in printed.err
-    assert "### A Processor" in printed.out
+    assert "# A Processor" in printed.out
 
 
-def test_readme_section_is_replaced_and_nothing_else(results, tmp_path, capsys):
-    readme = tmp_path / "docs" / "README.md"
-    readme.parent.mkdir()
-    readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
-    for _ in range(2):  # a second time changes nothing
-        assert report.main([str(results), "--readme", str(readme)]) == 0
-        wanted = report.document({"../results.json": RESULTS})
-        assert readme.read_text() == f"before\n\n{report.BEGIN}\n{wanted}\n{report.END}\n\nafter\n"
+def test_every_device_has_a_page(results, tmp_path, capsys):
+    pages = tmp_path / "docs"
+    assert report.main([str(results), "--pages", str(pages)]) == 0
+    [page] = pages.iterdir()
+    assert page.name == "a-processor-2-threads.md"
+    assert page.read_text() == report.documents({results.as_posix(): RESULTS})["A Processor, 2 threads"]
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("text", ["", "{BEGIN}", "{END} {BEGIN}", "{BEGIN} {BEGIN} {END}"])
-def test_readme_without_markers_stays_as_it_is(text, results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(before := text.format(BEGIN=report.BEGIN, END=report.END))
-    assert report.main([str(results), "--readme", str(readme)]) == 1
-    assert f"{readme}: {report.BEGIN} and, behind it, {report.END} expected" in capsys.readouterr().err
-    assert readme.read_text() == before
-
-
-def test_readme_keeps_its_results_if_a_file_is_bad(results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(before := f"{report.BEGIN}\nold\n{report.END}\n")
-    assert report.main([str(results), str(tmp_path / "none.json"), "--readme", str(readme)]) == 1
-    assert readme.read_text() == before
+def test_pages_stay_as_they_are_if_a_file_is_bad(results, tmp_path):
+    page = tmp_path / "a-processor-2-threads.md"
+    page.write_text("old")
+    assert report.main([str(results), str(tmp_path / "none.json"), "--pages", str(tmp_path)]) == 1
+    assert page.read_text() == "old"
 
 
 def test_plots(results, tmp_path, capsys):
@@ -180,15 +169,14 @@ def test_without_matplotlib_there_are_tables_and_a_reason(results, tmp_path, cap
     assert report.main([str(results), "--plots", str(tmp_path / "plots")]) == 1
     printed = capsys.readouterr()
     assert "plots need matplotlib (pip install '.[bench]')" in printed.err
-    assert "### A Processor" in printed.out
+    assert "# A Processor" in printed.out
 
 
-def test_readme_shows_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    if report.BEGIN not in readme:
-        pytest.skip("the README has no place for results yet")
-    shown = readme.partition(report.BEGIN)[2].partition(report.END)[0]
+def test_pages_show_the_committed_results():
+    if not (ROOT / "docs").is_dir():
+        pytest.skip("tests beside no docs")
     files = {path.relative_to(ROOT).as_posix(): report.load(path) for path in COMMITTED}
-    assert shown == f"\n{report.document(files)}\n", (
-        "README.md is not what `python benchmarks/report.py benchmarks/results/*.json --readme README.md` makes"
+    shown = {page.name: page.read_text("utf-8") for page in (ROOT / "docs" / "benchmarks").glob("*-*.md")}
+    assert shown == {report.file_name(name): text for name, text in report.documents(files).items()}, (
+        "run `python benchmarks/report.py benchmarks/results/*.json --pages docs/benchmarks`"
     )

@@ -27,8 +27,9 @@ def drawn(figures, monkeypatch, tmp_path, *arguments):
     return {file.name for file in tmp_path.glob("*.svg")}
 
 
-def test_every_picture_of_the_readme_is_drawn(figures, monkeypatch, tmp_path):
-    used = set(re.findall(r"docs/images/([\w-]+\.svg)", (ROOT / "README.md").read_text()))
+def test_every_picture_is_drawn_and_used(figures, monkeypatch, tmp_path):
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    used = {name for page in pages for name in re.findall(r"images/([\w-]+\.svg)", page.read_text("utf-8"))}
     assert used == drawn(figures, monkeypatch, tmp_path)
     assert used <= {file.name for file in (ROOT / "docs" / "images").iterdir()}
 
@@ -41,6 +42,17 @@ def test_the_figure_shows_the_results(figures):
     assert stairs == ["5.0 %", "9.6 %", "100 %", "100 %"]
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths[:3] == [results[f"accuracy_{kind}"] for kind in ("without", "with", "shuffled")]
+
+
+def test_the_front_figure_compares_with_the_best_peer(figures):
+    benchmarks = json.loads(figures.BENCHMARKS.read_text())
+    figure = figures.front(json.loads(figures.RESULTS.read_text()), benchmarks, figures.THEMES["dark"])
+    found = {each["name"]: each["extra_info"] for each in benchmarks["benchmarks"]}
+    step = found["bench_training_step"]["candidates"]
+    memory = step["sequential baseline"]["peak_mib"] / step["ours"]["peak_mib"]
+    texts = [text.get_text() for text in figure.axes[1].texts]
+    time = found["bench_training_step"]["best_peer_ratio"]
+    assert texts[:2] == [f"{time:.1f} × time", f"{memory:.1f} × memory"]
 
 
 def test_results_are_taken_over_without_the_questions(figures, monkeypatch, tmp_path):
