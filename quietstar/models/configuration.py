@@ -53,7 +53,7 @@ class QuietStarConfig(PreTrainedConfig):
     The defaults are those of the authors' training run. Fields of the decoder (``hidden_size``, ``sliding_window`` and
     so on) can be read and set here too.
 
-    Args:
+    Attributes:
         text_config: of the decoder, or its dictionary with a ``model_type``. Default: a
             :class:`~transformers.MistralConfig` of the other keyword arguments, as in files of version 0.1.
         thought_length: k, sampled tokens in a thought, start and end token not counted; 0 is legal (no policy term).
@@ -89,10 +89,12 @@ class QuietStarConfig(PreTrainedConfig):
         learned_thought_end: a thought may end before it has k tokens: from its second token on the end token may be
             drawn.
         embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
-        start_thought_token_id, end_thought_token_id: vocabulary ids of the two thought tokens. The model never
-            produces them: neither inside a thought nor in generated text.
-        think, gain_threshold, draft_length: what ``generate`` does where neither the call nor its
-            ``generation_config`` says.
+        start_thought_token_id: vocabulary id of the token in front of a thought. The model never produces it nor the
+            next: neither inside a thought nor in generated text.
+        end_thought_token_id: vocabulary id of the token behind a thought.
+        think: where ``generate`` thinks, where neither the call nor its ``generation_config`` says.
+        gain_threshold: nats that a thought must be expected to gain with ``think="learned"``, likewise.
+        draft_length: of drafts in ``generate``, likewise.
         base_model_name_or_path: the checkpoint that Quiet-STaR started from, if it is known.
         base_vocab_size: how many tokens that checkpoint had, if it is known.
     """

@@ -188,8 +188,13 @@ def mixed_linear_cross_entropy(
         weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three take the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
         base_index: int [rows], values in [0, base rows), in any order, with repeats. Default: row r mixes with row r.
-        temperature, softcap, ignore_index, reduction, row_weight, return_nll, backend: as in
-            :func:`linear_cross_entropy`.
+        temperature: as in :func:`linear_cross_entropy`, and so are all that follow.
+        softcap: likewise.
+        ignore_index: likewise.
+        reduction: likewise.
+        row_weight: likewise.
+        return_nll: likewise.
+        backend: likewise.
 
     Returns:
         As :func:`linear_cross_entropy`.
