@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that generates text takes; for :class:`Generator`."""
+    """What every command that generates text takes; for ``Generator``."""
     parser.add_argument("--model", required=True, help="folder or hub name of a Quiet-STaR checkpoint")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -136,7 +136,7 @@ class Generator(NamedTuple):
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> "Generator":
-        """Load and seed as the arguments of :func:`add_arguments` say.
+        """Load and seed as the arguments of ``add_arguments`` say.
 
         Raises:
             ValueError: an argument is out of range, or there is no such model.

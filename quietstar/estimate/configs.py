@@ -35,7 +35,7 @@ def read_config(name: str, **overrides: int) -> QuietStarConfig:
     Args:
         name: a preset, a JSON file or a folder with a config.json, or a name on the hub; of a Quiet-STaR model, or of
             an ordinary Mistral, which is given two more tokens.
-        overrides: fields of :class:`QuietStarConfig`.
+        overrides: fields of ``QuietStarConfig``.
 
     Raises:
         ValueError: there is no such configuration, it is of another kind of model, or a field has a bad value.

@@ -57,7 +57,7 @@ def answer_probabilities(
     Args:
         model: put into evaluation mode while this runs.
         tokenizer: of the model.
-        task: from :func:`~quietstar.evaluation.load_task`.
+        task: from ``load_task``.
         think: ``"always"``, as in the paper, one thought behind every token; ``"never"``: of the base prediction; or a
             threshold in nats, as for ``generate``.
         batch_size: questions per forward pass; thoughts are drawn differently for another one.

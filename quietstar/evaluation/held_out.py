@@ -90,7 +90,7 @@ def held_out_nll(
 def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -> Tensor:
     """Nll in nats of every token but the first of ``windows`` for a model that does not think, float [windows, L−1].
 
-    That is how hard the tokens are, for :func:`~quietstar.evaluation.gain_by_difficulty`.
+    That is how hard the tokens are, for ``gain_by_difficulty``.
 
     Args:
         model: of any family, on the device of the windows; put into evaluation mode while this runs.
@@ -111,7 +111,7 @@ def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -
 
 
 def check_windows(windows: Tensor, thoughts: Thoughts = None, thought_length: int | None = None) -> None:
-    """Check windows and what is thought in them, see :func:`held_out_nll`."""
+    """Check windows and what is thought in them, see ``held_out_nll``."""
     if windows.dim() != 2 or windows.numel() == 0:
         raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
     if isinstance(thoughts, Tensor):

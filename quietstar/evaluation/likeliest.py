@@ -30,7 +30,7 @@ def likeliest_tokens(
     Args:
         model: on the device of the windows; put into evaluation mode while this runs.
         windows: int64 [windows, L], without padding; L >= 3.
-        thoughts: int64 [windows, N, L, k], for example those of :func:`~quietstar.evaluation.held_out_nll`.
+        thoughts: int64 [windows, N, L, k], for example those of ``held_out_nll``.
         count: how many of the likeliest.
         batch_size: windows per forward pass.
 

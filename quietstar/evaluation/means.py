@@ -87,7 +87,7 @@ def gain_by_token(nll: HeldOutNll, windows: Tensor) -> dict[int, Gain]:
 def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
     """The tokens with the highest ``nll``, bool like it: ``share`` of all, rounded, more where nll are equal.
 
-    Choose them by a model whose nll is not compared on them, as for :func:`gain_by_difficulty`.
+    Choose them by a model whose nll is not compared on them, as for ``gain_by_difficulty``.
 
     Raises:
         TypeError, ValueError: a share outside (0, 1], or no tokens.

@@ -35,7 +35,7 @@ def greedy_answers(
     Args:
         model: put into evaluation mode while this runs.
         tokenizer: of the model.
-        task: from :func:`~quietstar.evaluation.load_task`.
+        task: from ``load_task``.
         think, draft_length: as for ``generate``.
         batch_size: questions at a time.
         seed: of the thoughts; the state of the random number generators is left as it was.
@@ -70,14 +70,14 @@ def sampled_answers(
 
     The model is told "Let's think step by step.", up to the next question at most, and then to answer (zero-shot
     chains of thought, arXiv 2205.11916); questions of the task ``qa`` are answered at once. Other arguments are those
-    of :func:`greedy_answers`.
+    of ``greedy_answers``.
 
     Args:
         samples: at least one.
         max_new_tokens: most tokens to reason with.
 
     Raises:
-        TypeError, ValueError: as for :func:`greedy_answers`.
+        TypeError, ValueError: as for ``greedy_answers``.
     """
     Interval(int, "[1, inf)").check("samples", samples)
     Interval(int, "[1, inf)").check("max_new_tokens", max_new_tokens)

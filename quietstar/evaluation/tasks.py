@@ -23,7 +23,7 @@ class Question(NamedTuple):
 
     prompt: str  # "Q: ...\nA:"
     continuation: str  # what stands behind it where the answer is right, " 72\n"
-    answer: str  # as :meth:`Task.extract` would read it
+    answer: str  # as ``Task.extract`` would read it
     place: str  # where it stands, for messages
 
 

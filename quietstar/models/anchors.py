@@ -23,9 +23,9 @@ def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchor
     (Where every position thinks, the last of these is not rewarded, as in the authors' code.)
 
     Args:
-        labels: int [B, L], from :func:`~quietstar.models.documents.text_labels`.
+        labels: int [B, L], from ``text_labels``.
         lookahead: M.
-        starts: where documents begin, see :mod:`quietstar.models.documents`.
+        starts: where documents begin, see ``quietstar.models.documents``.
         anchors: int64 [B, A], −1 for none; None is every position but the last.
     """
     last = labels.shape[1] - 2  # that has something to predict

@@ -67,9 +67,9 @@ def write_card(
     """Write README.md into a folder, unless there is one that somebody wrote or changed.
 
     Args:
-        model: the one in the folder, a :class:`~quietstar.QuietStarForCausalLM`.
+        model: the one in the folder, a ``QuietStarForCausalLM``.
         training: rows of a table, what is known about the training.
-        metadata: more fields of :class:`huggingface_hub.ModelCardData` (``license``, ``language``, ``model_name``,
+        metadata: more fields of ``huggingface_hub.ModelCardData`` (``license``, ``language``, ``model_name``,
             ...); ``tags`` are added to ours.
 
     Returns:

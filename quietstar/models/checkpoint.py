@@ -78,14 +78,14 @@ def from_base(
         initial_token_ids: start the thought embeddings from these tokens (their mean) instead; then no
             tokenizer is needed.
         config: of the decoder, or where it is; default the one saved with the checkpoint.
-        kwargs: fields of :class:`QuietStarConfig` and of the decoder's go to the configuration, the rest (``dtype``,
+        kwargs: fields of ``QuietStarConfig`` and of the decoder's go to the configuration, the rest (``dtype``,
             ``device_map``, ``quantization_config``, ``output_loading_info``, ...) to ``from_pretrained``. What says
             where the checkpoint is (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) holds for its
             configuration and tokenizer too.
 
     Raises:
         ValueError: a decoder that cannot think, which the message says why and names those that can
-            (:class:`~quietstar.models.families.UnsupportedFamilyError`), or whose own predictions differ from those of
+            (``UnsupportedFamilyError``), or whose own predictions differ from those of
             the new model on a few tokens; a checkpoint that lacks tensors; a tokenizer of another model, or none to
             look up "---".
     """
@@ -142,7 +142,7 @@ def from_pretrained(
 ) -> ThinkingModel | tuple[ThinkingModel, dict]:
     """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
 
-    Arguments as for every transformers model; keyword arguments that are fields of :class:`QuietStarConfig` override
+    Arguments as for every transformers model; keyword arguments that are fields of ``QuietStarConfig`` override
     the saved ones. Quantisers leave ``lm_head`` and the mixing head alone. A ``gain_weight`` given to a checkpoint that
     has no gain head yet starts one from zero.
 

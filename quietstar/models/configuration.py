@@ -55,7 +55,7 @@ class QuietStarConfig(PreTrainedConfig):
 
     Attributes:
         text_config: of the decoder, or its dictionary with a ``model_type``. Default: a
-            :class:`~transformers.MistralConfig` of the other keyword arguments, as in files of version 0.1.
+            ``MistralConfig`` of the other keyword arguments, as in files of version 0.1.
         thought_length: k, sampled tokens in a thought, start and end token not counted; 0 is legal (no policy term).
         lookahead: M ≥ 1, real tokens predicted after a thought during training.
         num_thoughts: N ≥ 1, independent thoughts per position during training; inference uses one.

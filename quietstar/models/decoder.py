@@ -46,7 +46,7 @@ class Decoder:
 
     Attributes:
         module: the decoder, without a head.
-        positions: how many there may be, see :func:`~quietstar.models.families.positions_of_short_texts`.
+        positions: how many there may be, see ``positions_of_short_texts``.
     """
 
     module: PreTrainedModel

@@ -60,7 +60,7 @@ def document_starts(
 
 
 def token_starts(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """As :func:`document_starts`, but always [B, L] where a mask or positions are given, without reading values."""
+    """As ``document_starts``, but always [B, L] where a mask or positions are given, without reading values."""
     starts = None
     if position_ids is not None:
         column = torch.arange(1, shape[1], device=position_ids.device)
@@ -103,7 +103,7 @@ def look_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
     −100 behind the end of the row, in the documents after the thought's own, and for thoughts behind padding.
 
     Args:
-        labels: int [B, L], from :func:`text_labels`.
+        labels: int [B, L], from ``text_labels``.
         lookahead: M.
         starts: as in this module's docstring.
     """
@@ -122,7 +122,7 @@ def look_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
 def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | None:
     """Which of the first L−1−M thoughts look no further than their document, bool [B, L−1−M]: those are rewarded.
 
-    None is all of them. Arguments as of :func:`look_ahead`.
+    None is all of them. Arguments as of ``look_ahead``.
     """
     if starts is None or starts.dim() == 1:
         return None
@@ -132,7 +132,7 @@ def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | 
 def sees_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
     """From which positions but the last all M tokens ahead are in the same document, bool [1 or B, L−1].
 
-    Arguments as of :func:`look_ahead`.
+    Arguments as of ``look_ahead``.
     """
     last = labels.shape[1] - 1
     position = torch.arange(last, device=labels.device)[None]

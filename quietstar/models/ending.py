@@ -1,6 +1,6 @@
 """Thoughts that end themselves: from the second token on the end token may be drawn, and nothing more is thought then.
 
-One of k tokens ends there without having drawn its end. How they are written down: :mod:`quietstar.models.lengths`.
+One of k tokens ends there without having drawn its end. How they are written down: ``quietstar.models.lengths``.
 """
 
 import torch

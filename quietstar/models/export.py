@@ -35,7 +35,7 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
     else they are never generated.
 
     Args:
-        model: a :class:`~quietstar.QuietStarForCausalLM`, of no use afterwards: its parts are taken and cut.
+        model: a ``QuietStarForCausalLM``, of no use afterwards: its parts are taken and cut.
         tokenizer: the model's; None if it has none.
         folder: new or empty.
 

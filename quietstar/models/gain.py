@@ -29,7 +29,7 @@ def gain_loss(
         predicted: [B, L−1], by the head, behind every position that has a next token.
         base_nll: [B, L−1], of the next token without a thought.
         talk_nll: [B, N, L−1 or A, M], after each of N thoughts; the first of the M tokens counts.
-        labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
+        labels: int [B, L], −100 is ignored; from ``text_labels``.
         anchors: int64 [B, A], the positions that thought, −1 for none; None is all of them.
 
     Returns:

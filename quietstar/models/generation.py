@@ -109,7 +109,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
                 model's configuration: ``"always"`` and None where nobody has set it.
             gain_threshold: in nats, with ``think="learned"``; ``"default"`` as for ``think``: 0.1 where nobody has
                 set it. At 0 a head that is right but for noise thinks at half of the places where nothing is gained.
-            return_thoughts: return a :class:`QuietStarGenerateOutput` with every thought. So does
+            return_thoughts: return a ``QuietStarGenerateOutput`` with every thought. So does
                 ``return_dict_in_generate`` with one of the other options, without the thoughts.
             thoughts: what is thought in front of the tokens. ``"own"``: what the model thinks. Given ones: int64
                 [B, k], the same in front of every token, or [B, n, k], one in front of each of at most n new tokens, −1

@@ -65,7 +65,7 @@ class ThoughtAlone(nn.Module):
     """In the place of a mixing head: the thought prediction has all the weight."""
 
     def forward(self, base_hidden: Tensor, thought_hidden: Tensor, base_index: Tensor | None = None) -> Tensor:
-        """Ones, as of :class:`MixingHead`."""
+        """Ones, as of ``MixingHead``."""
         return thought_hidden.new_ones(thought_hidden.shape[:-1])
 
 

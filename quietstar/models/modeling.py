@@ -21,7 +21,7 @@ from quietstar.models.transformers_names import CACHE, LeftByQuantisers, only_ca
 
 
 class ThinkingModel(LeftByQuantisers, PreTrainedModel):
-    """A decoder with Quiet-STaR; :class:`~quietstar.QuietStarForCausalLM` generates too.
+    """A decoder with Quiet-STaR; ``QuietStarForCausalLM`` generates too.
 
     The decoder is a part of it, ``model``, whatever its family; its tensors keep their names.
     """
@@ -136,7 +136,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             output_thought_entropy: with labels: give ``thought_entropy``, which costs about one per cent of a step.
             anchors: int64 [B, A], with labels: the positions that think, −1 for none; thoughts are then [B, N, A, k].
                 Default as ``anchors_per_text`` and ``anchor_choice`` of the configuration say.
-            baseline_nll: float [B, L−1], with labels and the baseline "teacher": what :meth:`base_nll` of it gives.
+            baseline_nll: float [B, L−1], with labels and the baseline "teacher": what ``base_nll`` of it gives.
             teacher_logprobs: float [B, N, A, k], with labels and a ``kl_weight``: the teacher's ``thought_logprobs`` of
                 the same thoughts.
             old_logprobs: the same of the model that drew the thoughts, with labels and a ``clip_ratio``; default those
@@ -197,7 +197,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         """What the model predicts without thoughts: ``baseline_nll`` for another that has it as its teacher.
 
         Args:
-            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in :meth:`forward`.
+            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in ``forward``.
 
         Returns:
             float [B, L−1], −log p of token i+1 in nats; 0 where there is no label.
@@ -217,7 +217,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         """The positions that think in training, as the configuration says, int64 [B, A]; None is all of them.
 
         Args:
-            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in :meth:`forward`.
+            input_ids, labels, attention_mask, position_ids, inputs_embeds: as in ``forward``.
         """
         text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
         return self.predictor().chosen_anchors(text, labels)
@@ -235,7 +235,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         """Sample thoughts behind positions of a text.
 
         Args:
-            input_ids, attention_mask, position_ids: as in :meth:`forward`.
+            input_ids, attention_mask, position_ids: as in ``forward``.
             anchors: int [P] or [B, P]: think behind these positions, once each; −1 is inactive. Default: behind every
                 position, ``config.num_thoughts`` times.
             temperature: default ``config.thought_temperature``; 0 is greedy.

@@ -100,9 +100,9 @@ def likelihood_objective(
         thought_hidden: [B, A, N, M, H], of the slots end and M−1 real.
         mixing_weight: [B, A, N, M], weight of the thought prediction.
         head: makes predictions of hidden states.
-        labels: int [B, L], −100 is ignored; from :func:`~quietstar.models.documents.text_labels`.
+        labels: int [B, L], −100 is ignored; from ``text_labels``.
         thought_tokens: int [B, A, N, k], −1 for none.
-        starts: where documents begin, see :mod:`quietstar.models.documents`.
+        starts: where documents begin, see ``quietstar.models.documents``.
         anchors: int64 [B, A], positions that think, −1 for none; None is every position but the last.
         given: what the configuration's ``baseline``, ``kl_weight`` and ``clip_ratio`` need.
         output_thought_logprobs: without them, thoughts of no advantage need no logits.

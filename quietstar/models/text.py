@@ -98,7 +98,7 @@ class Text:
         return positions.expand(self.shape)
 
     def starts(self, past: int | Tensor, cached: bool | None, states: ThoughtStates | None) -> Tensor | None:
-        """Where documents begin among ``past`` tokens and these, see :mod:`quietstar.models.documents`.
+        """Where documents begin among ``past`` tokens and these, see ``quietstar.models.documents``.
 
         Args:
             past: how many a cache holds.

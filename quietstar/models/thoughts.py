@@ -11,7 +11,7 @@ from quietstar.models.layouts import BaseAndThoughts, BaseStates, TextCache, Tho
 class Thinker:
     """Thinks behind anchors of a base pass: samples thoughts and gives the hidden state at their end.
 
-    The base pass is either finished, or is run by :meth:`read` together with the first steps of the thoughts.
+    The base pass is either finished, or is run by ``read`` together with the first steps of the thoughts.
 
     Args:
         decoder: it runs the steps.

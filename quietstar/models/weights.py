@@ -40,7 +40,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _is_matrix(layer: nn.Module) -> bool:
-    """As :func:`is_plain`, but possibly sharded."""
+    """As ``is_plain``, but possibly sharded."""
     return (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward

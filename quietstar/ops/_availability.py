@@ -52,7 +52,7 @@ def too_old(device: torch.device) -> str | None:
 
 
 def not_built_for(device: torch.device, architectures: tuple[str, ...]) -> str | None:
-    """Why kernels compiled for ``architectures`` cannot run on this GPU; see :func:`too_old`."""
+    """Why kernels compiled for ``architectures`` cannot run on this GPU; see ``too_old``."""
     found = capability(device)
     if found is None or runs_on(architectures, found):
         return None

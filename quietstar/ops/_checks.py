@@ -98,7 +98,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    """All values in [low, high]; passed over where values cannot be read (:func:`can_read_values`)."""
+    """All values in [low, high]; passed over where values cannot be read (``can_read_values``)."""
     if tensor.numel() == 0 or not can_read_values(tensor):
         return
     smallest, largest = (int(x) for x in torch.aminmax(tensor))

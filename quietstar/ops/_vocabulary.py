@@ -80,7 +80,7 @@ def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def cap_logits_(logits: Tensor, softcap: float | None) -> None:
-    """As :func:`cap_logits`, in place, for [rows, V]: by blocks of rows."""
+    """As ``cap_logits``, in place, for [rows, V]: by blocks of rows."""
     if softcap is not None:
         for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[:1].nbytes, logits.device)):
             torch.where(

@@ -8,7 +8,7 @@ from quietstar.quickstart.measures import THINK_ABOVE
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """What the quickstart writes into ``results.json``, for people: :func:`measure`, controls if there are any."""
+    """What the quickstart writes into ``results.json``, for people: ``measure``, controls if there are any."""
     kinds = {"without": "without thoughts", "with": "after a thought", "shuffled": "after another question's thought"}
     lines = [f"{'held-out questions':<44} {'answers right':>15}  {'nll of the answer':>17}"]
     lines += [_row(label, results, f"_{kind}") for kind, label in kinds.items()]

@@ -53,7 +53,7 @@ def run(folder: Path, size: Size, seed: int, source: str, command: str) -> str:
     """Text, tokenizer, base model, Quiet-STaR, and what came of it; models and ``report.html`` are saved in ``folder``.
 
     Args:
-        source: a file, a folder, or "stdlib"; see :func:`~quietstar.quickstart.corpus.read_texts`.
+        source: a file, a folder, or "stdlib"; see ``read_texts``.
         command: that this was started with, for the report.
 
     Returns:

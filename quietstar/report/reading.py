@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 
 def cut(tokens: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """Windows of at most ``width`` tokens and the predictions in them that count, as in :class:`Reading`.
+    """Windows of at most ``width`` tokens and the predictions in them that count, as in ``Reading``.
 
     A window begins with the last token of the one before, so that every token but the first is predicted; the last
     window begins earlier, to be as long as the others.
@@ -72,7 +72,7 @@ def read(
 
     Args:
         model: with ``config.num_thoughts`` 1, on the device of the windows.
-        windows, counted: as in :class:`Reading`; all predictions count by default.
+        windows, counted: as in ``Reading``; all predictions count by default.
         seed: of the thoughts and of their controls.
         thought_lengths: to measure besides that of the model.
         progress: wraps the batches of a measurement with a title.

@@ -118,7 +118,7 @@ def verdict(own: Mean, over_shuffled: Mean) -> str:
 def figures(
     reading: Reading, difficulty: Tensor | None, history: Sequence[Mapping[str, float]], staircase: plots.Figure | None
 ) -> list[plots.Figure]:  # fmt: skip
-    """The figures that there is something to draw for; ``difficulty`` and ``history`` as in :class:`Source`."""
+    """The figures that there is something to draw for; ``difficulty`` and ``history`` as in ``Source``."""
     counted, own = reading.counted, gain(reading.own, reading.counted)
     deciles = None
     if own.tokens >= 2 * PARTS:

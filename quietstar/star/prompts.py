@@ -79,7 +79,7 @@ class Format:
         return (rationale.strip(), answer.strip()) if found else None
 
     def question(self, text: str) -> str:
-        """The question alone, of a text that is one or is already written like :meth:`prompt`."""
+        """The question alone, of a text that is one or is already written like ``prompt``."""
         before, after = self.template.split("{question}")
         inside = text.removeprefix(before).removesuffix(after)
         return inside if self.prompt(inside) == text else text

@@ -120,13 +120,13 @@ def star(
 
     Args:
         base: folder or hub name of a causal language model.
-        task: questions to learn from, of :func:`~quietstar.evaluation.load_task`.
-        examples: worked ones, of :func:`read_examples`.
+        task: questions to learn from, of ``load_task``.
+        examples: worked ones, of ``read_examples``.
         folder: for what comes out, new or empty.
         held_out: questions to measure the accuracy with, greedily, of the base and after every round; with the
             examples where the next round would be shown them.
-        form: how questions, rationales and answers are written; default :class:`Format` as it is.
-        settings: default :class:`Settings` as they are.
+        form: how questions, rationales and answers are written; default ``Format`` as it is.
+        settings: default ``Settings`` as they are.
         dtype: of the weights; in bfloat16 so small a learning rate may change nothing.
         progress: wraps batches, with a title.
         report: is given the results after the base was measured and after every round.

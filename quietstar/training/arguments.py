@@ -157,7 +157,7 @@ class ModelArguments:
                 raise ValueError(f"{name} must be left out without lora_r, got {value}")
 
     def config_fields(self) -> dict[str, int | float | str]:
-        """Fields of :class:`QuietStarConfig` that were given."""
+        """Fields of ``QuietStarConfig`` that were given."""
         names = QuietStarConfig.__dataclass_fields__.keys() & vars(self).keys() - {"dtype"}
         given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
         if self.stages is not None:  # its first stage, until the trainer goes through them

@@ -2,7 +2,7 @@
 
 A row of a JSON Lines, CSV or Parquet file or of a dataset is a document, and so is a paragraph (what blank lines
 separate) of a text file. Text is tokenised with the tokenizer's special tokens and ended by its end-of-text token where
-it has one; documents may also be conversations or token ids (:mod:`quietstar.training.rows`). They are put one behind
+it has one; documents may also be conversations or token ids (``quietstar.training.rows``). They are put one behind
 the other and cut into windows of equal length. There is no padding: the tail that fills no window is dropped, once for
 every ``PACKED_TOGETHER`` documents.
 """
@@ -114,7 +114,7 @@ def pack(documents: Iterable[Sequence[int]], block_size: int) -> np.ndarray:
 
 
 def positions(documents: Sequence[Sequence[int]], block_size: int) -> np.ndarray:
-    """Positions of the tokens of :func:`pack` within their documents; what a window begins with counts from 0.
+    """Positions of the tokens of ``pack`` within their documents; what a window begins with counts from 0.
 
     >>> positions([[5, 6, 7], [8, 9, 5, 6, 7]], 4)
     array([[0, 1, 2, 0], [0, 1, 2, 3]])
@@ -133,7 +133,7 @@ def pack_dataset(
     separate: bool = False,
     vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Windows in a column ``input_ids`` (and ``labels``) of documents from :func:`load_documents`.
+    """Windows in a column ``input_ids`` (and ``labels``) of documents from ``load_documents``.
 
     Args:
         workers: processes that tokenise a dataset; None for this one.

@@ -53,7 +53,7 @@ class GainByDifficulty:
             save_file(self._tenths, Path(folder) / FILE_NAME)
 
     def load(self, folder: str | PathLike) -> None:
-        """Take over what :meth:`save` wrote, if it did."""
+        """Take over what ``save`` wrote, if it did."""
         file = Path(folder) / FILE_NAME
         if file.is_file():
             self._tenths |= load_file(file)

@@ -130,7 +130,7 @@ class KeptThoughts:
         save_file(tensors, Path(folder) / _file_name(rank, processes))
 
     def load(self, folder: str | PathLike, rank: int, processes: int) -> None:
-        """Take over what :meth:`save` wrote.
+        """Take over what ``save`` wrote.
 
         Raises:
             ValueError: nothing was written by as many processes.

@@ -12,7 +12,7 @@ from quietstar.models.documents import IGNORE_INDEX, text_labels, token_starts
 
 
 class ThoughtMetrics:
-    """Means of what the model reports, over all tokens with a label since the last :meth:`totals`.
+    """Means of what the model reports, over all tokens with a label since the last ``totals``.
 
     Nothing waits for the device: sums and counts stay there until they are asked for.
     """
@@ -91,7 +91,7 @@ class ThoughtMetrics:
         self._totals = self._totals + totals
 
     def any(self) -> bool:
-        """Whether a pass was added since the last call of :meth:`totals`."""
+        """Whether a pass was added since the last call of ``totals``."""
         return self._totals is not None
 
     def totals(self) -> Tensor:

@@ -56,7 +56,7 @@ def _number(text: str) -> float | None:
 
 
 def read(data: str, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """The rows of ``data``, as :func:`quietstar.training.data.load_documents` describes it.
+    """The rows of ``data``, as ``quietstar.training.data.load_documents`` describes it.
 
     Raises:
         ValueError: there is no such text, or it cannot be read; file and line are named where they are known.

@@ -24,7 +24,7 @@ class AverageTeacher:
 
     Each process keeps, of every trained parameter, the part that it has of it, in float32 at least: so the teacher is
     sharded as the model is, and with adapters only they are doubled. It answers through the model itself, which has its
-    weights meanwhile. Before :meth:`start` it is the model.
+    weights meanwhile. Before ``start`` it is the model.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class AverageTeacher:
 
     @torch.no_grad()
     def start(self, model: nn.Module, checkpoint: str | PathLike | None = None) -> None:
-        """Become the model as it is now, or what :meth:`save` wrote into a checkpoint.
+        """Become the model as it is now, or what ``save`` wrote into a checkpoint.
 
         Raises:
             ValueError: DeepSpeed has sharded the weights; the checkpoint has no such teacher.

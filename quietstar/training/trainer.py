@@ -63,7 +63,7 @@ class _Hooks(TrainerCallback):
 
 
 class QuietStarTrainer(Trainer):
-    """:class:`transformers.Trainer` for :class:`~quietstar.models.QuietStarForCausalLM`.
+    """``transformers.Trainer`` for ``QuietStarForCausalLM``.
 
     Every log carries, besides the Trainer's own values, ``base_nll``, ``talk_nll_0`` … ``talk_nll_{M−1}``, ``reward``,
     ``mixing_weight``, ``policy_loss`` and ``tokens_per_second``, with a gain head ``gain_loss`` too (the squared error
@@ -86,7 +86,7 @@ class QuietStarTrainer(Trainer):
     The loss of an accumulated batch is the mean of the losses of its micro-batches, which for windows of equal length
     is the loss of the whole batch.
 
-    A loss that is NaN or infinite raises :class:`NonFiniteError`: on a CPU before the step is taken; elsewhere, where
+    A loss that is NaN or infinite raises ``NonFiniteError``: on a CPU before the step is taken; elsewhere, where
     reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights that
     are not finite are never saved.
 
@@ -103,7 +103,7 @@ class QuietStarTrainer(Trainer):
     - ``teacher``: another model, which stays as it is, in the place of that teacher;
     - ``stages``: thought length, lookahead and steps of one stage after the other, such as ``"16-8:50,8-4:50"``;
     - ``distil``: train the prediction without thoughts on what the teacher predicts after thoughts, ``"kl"`` or
-      ``"reward"`` (:func:`quietstar.training.distil.learn`). The teacher is the model as it is at first, or the one
+      ``"reward"`` (``quietstar.training.distil.learn``). The teacher is the model as it is at first, or the one
       given. What is saved does not think in ``generate`` unless it is asked to.
 
     ``compute_metrics`` is given the mixed logits [texts, L, V] after the first thought behind every position, and

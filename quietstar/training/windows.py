@@ -88,7 +88,7 @@ class Corpus:
         """Windows to train on, and to evaluate on (None where nothing is held out).
 
         Raises:
-            ValueError: as of :func:`quietstar.training.data.pack_dataset`.
+            ValueError: as of ``quietstar.training.data.pack_dataset``.
         """
         training = self._mixed(
             self._documents, self.sources, self.weights, tokenizer, vocab_size, ends_with_the_first=True

@@ -1,13 +1,13 @@
 """How rows of text and of thoughts lie in one pass, and the attention function through which they reach a decoder.
 
 Whatever the family, the rows of a pass go through the decoder's own forward; what they see of each other is a layout's,
-which reaches :func:`~quietstar.models.layouts.attention.quietstar_attention` as a keyword argument:
+which reaches ``quietstar_attention`` as a keyword argument:
 
-- :class:`BaseStates`: a base pass whose keys and values are kept for the thoughts that follow;
-- :class:`TextCache`: base passes over texts that grow each at its own pace (generation with drafts);
-- :class:`ThoughtCache`: steps of thoughts on kept base states (inference, sampling);
-- :class:`BaseAndThoughts`: a base pass and the first steps of the thoughts behind it at once;
-- :class:`ThoughtTree`: base text and all thought steps in one sequence (training).
+- ``BaseStates``: a base pass whose keys and values are kept for the thoughts that follow;
+- ``TextCache``: base passes over texts that grow each at its own pace (generation with drafts);
+- ``ThoughtCache``: steps of thoughts on kept base states (inference, sampling);
+- ``BaseAndThoughts``: a base pass and the first steps of the thoughts behind it at once;
+- ``ThoughtTree``: base text and all thought steps in one sequence (training).
 """
 
 from quietstar.models.layouts.attention import ATTENTION_NAME, Layout

@@ -14,7 +14,7 @@ class TextRows:
 
     Args:
         columns: int64 [B or 1, rows], where they stand in their texts.
-        starts: where documents begin, see :mod:`quietstar.models.documents`; None is in front of all keys.
+        starts: where documents begin, see ``quietstar.models.documents``; None is in front of all keys.
         together: whether no text has keys behind its last row, and all are of one length.
     """
 

@@ -178,7 +178,7 @@ def mixed_linear_cross_entropy(
 
     Row r of the head's input is (1 − w[r]) · base_hidden[base_index[r]] + w[r] · thought_hidden[r]. The head being
     linear, this interpolates the logits, and the log-probabilities up to normalisation (Quiet-STaR, arXiv 2403.09629,
-    section 4.3). Cost and memory are those of :func:`linear_cross_entropy`. Differentiable (once) in base_hidden,
+    section 4.3). Cost and memory are those of ``linear_cross_entropy``. Differentiable (once) in base_hidden,
     thought_hidden, mixing_weight, weight and row_weight.
 
     Args:
@@ -188,7 +188,7 @@ def mixed_linear_cross_entropy(
         weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three take the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
         base_index: int [rows], values in [0, base rows), in any order, with repeats. Default: row r mixes with row r.
-        temperature: as in :func:`linear_cross_entropy`, and so are all that follow.
+        temperature: as in ``linear_cross_entropy``, and so are all that follow.
         softcap: likewise.
         ignore_index: likewise.
         reduction: likewise.
@@ -197,10 +197,10 @@ def mixed_linear_cross_entropy(
         backend: likewise.
 
     Returns:
-        As :func:`linear_cross_entropy`.
+        As ``linear_cross_entropy``.
 
     Raises:
-        TypeError, ValueError: as :func:`linear_cross_entropy`; also for ``base_index`` out of range.
+        TypeError, ValueError: as ``linear_cross_entropy``; also for ``base_index`` out of range.
     """
     weight = gathered("weight", weight)
     dims = Dims()

@@ -1,6 +1,6 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes nll and entropy and, if asked, all gradients at once. It takes the parts of a :class:`.inputs.Call` one
+The op computes nll and entropy and, if asked, all gradients at once. It takes the parts of a ``.inputs.Call`` one
 by one, and the name of the backend.
 """
 
@@ -133,7 +133,7 @@ def _at_their_places(d_hidden, d_thought, d_mixing_weight, d_weight, d_nll_scale
 class ReducedCrossEntropy(torch.autograd.Function):
     """Σ of scaled nll − Σ of scaled entropy, with both; the gradients are made in the forward, three matmuls in all.
 
-    ``apply(*call.flat(), backend, link)``, where ``link`` is :func:`link_to` the tensors that may need a gradient.
+    ``apply(*call.flat(), backend, link)``, where ``link`` is ``link_to`` the tensors that may need a gradient.
     """
 
     @staticmethod

@@ -14,7 +14,7 @@ _TILE_ROWS = 12
 
 
 def solve_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
-    """Nll, entropy and gradients of one chunk: see :class:`.chunks.ChunkKernel`."""
+    """Nll, entropy and gradients of one chunk: see ``.chunks.ChunkKernel``."""
     (rows, size), vocabulary = chunk.hidden.shape, chunk.weight.shape[0]
     hidden, weight, target = unit_columns(chunk.hidden), unit_columns(chunk.weight), chunk.target.contiguous()
     suppress = None if chunk.softmax.suppress is None else chunk.softmax.suppress.contiguous()

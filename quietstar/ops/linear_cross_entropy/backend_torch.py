@@ -28,7 +28,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see :class:`.chunks.RowKernel`."""
+    """Nll and entropy of every row and, over the logits, its gradient: see ``.chunks.RowKernel``."""
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
     rows = len(logits)

@@ -98,7 +98,7 @@ def draw(
     seed: int | Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """As :func:`linear_sample`, but a row without a token has −1 on every device: the caller looks for NaN itself."""
+    """As ``linear_sample``, but a row without a token has −1 on every device: the caller looks for NaN itself."""
     weight = gathered("weight", weight)
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")

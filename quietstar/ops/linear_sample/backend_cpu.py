@@ -14,7 +14,7 @@ FEWEST_ROWS = 2
 
 
 def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
+    """One token per row of a chunk of logits: see ``.chunks.SampleKernel``."""
     rows, padded = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64)
     suppress = None if sampling.suppress is None else sampling.suppress.contiguous()

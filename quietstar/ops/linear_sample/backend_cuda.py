@@ -12,7 +12,7 @@ from quietstar.ops.linear_sample.noise import GROUP
 
 
 def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
+    """One token per row of a chunk of logits: see ``.chunks.SampleKernel``."""
     rows, padded = logits.shape
     if sampling.suppress is not None:
         logits.index_fill_(1, sampling.suppress, float("-inf"))

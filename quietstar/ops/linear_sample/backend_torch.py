@@ -28,7 +28,7 @@ _SLACK = 1e-5
 
 
 def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
+    """One token per row of a chunk of logits: see ``.chunks.SampleKernel``."""
     cap_and_suppress_(logits, sampling)
     if sampling.filtered:
         for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[0].nbytes, logits.device)):

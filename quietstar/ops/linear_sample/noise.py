@@ -98,7 +98,7 @@ def arrivals(seed: Tensor, rows: Tensor, groups: Tensor, first: Tensor, places: 
         seed: int64 scalar.
         rows: int64 row numbers, broadcastable against ``groups``.
         groups: int64 group numbers [...].
-        first, places: of these groups, [...], from :func:`first_arrivals`.
+        first, places: of these groups, [...], from ``first_arrivals``.
     """
     calls = torch.arange(GROUP // 4, device=groups.device)
     words = _words(seed, rows[..., None], groups[..., None] * (GROUP // 4) + calls, _TOKENS)

@@ -97,7 +97,7 @@ def _thresholds(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-    """One token per row of a chunk of logits: see :class:`.chunks.SampleKernel`."""
+    """One token per row of a chunk of logits: see ``.chunks.SampleKernel``."""
     rows, size = logits.shape
     groups = size // noise.GROUP
     seed, temperature = sampling.seed, sampling.temperature

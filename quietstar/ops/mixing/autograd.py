@@ -1,6 +1,6 @@
 """The registered ops of mixing and the autograd functions around them; a gradient nobody asked for is an empty tensor.
 
-They take the tensors of a :class:`.backends.Mix` one by one, and the name of the backend.
+They take the tensors of a ``.backends.Mix`` one by one, and the name of the backend.
 """
 
 import torch

@@ -139,7 +139,7 @@ def cross_entropy_kernel(
     base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
     units, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A :class:`.backends.CrossEntropy`, for one row. Grid: rows.
+    """A ``.backends.CrossEntropy``, for one row. Grid: rows.
 
     Each of BLOCK places keeps its own running maximum of the mix z, Σ exp(z − maximum) and
     Σ exp(z − maximum)·(t − b): threads wait for each other once a row, not once a block. Whichever of maximum and z is

@@ -23,7 +23,7 @@ class _Zeroed(torch.autograd.Function):
 
 
 def mixed(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) -> Tensor:
-    """(1 − w) · base + w · thought, in the compute dtype; with infinities, :func:`mixed_infinities`.
+    """(1 − w) · base + w · thought, in the compute dtype; with infinities, ``mixed_infinities``.
 
     Gradients are those of the formula, but infinities have no part in that of w.
     """

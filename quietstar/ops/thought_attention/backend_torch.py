@@ -220,7 +220,7 @@ def _group(tensor: Tensor, kv_heads: int) -> Tensor:
 
 
 def _ungroup(tensor: Tensor, query: Tensor) -> Tensor:
-    """The inverse of :func:`_group`."""
+    """The inverse of ``_group``."""
     return tensor.unflatten(3, (-1, query.shape[3])).transpose(2, 3).flatten(1, 2)
 
 

@@ -101,7 +101,7 @@ def _fold(rows: Tensor, repeats: int) -> Tensor:
 
 
 def _unfold(folded: Tensor, query: Tensor) -> Tensor:
-    """The inverse of :func:`_fold`."""
+    """The inverse of ``_fold``."""
     return folded.transpose(1, 2).reshape(query.shape[: folded.dim() + 1])
 
 
