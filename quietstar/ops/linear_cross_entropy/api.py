@@ -118,6 +118,10 @@ def linear_cross_entropy(
         The loss, a scalar, or [rows] for "none"; with ``return_nll`` or ``return_entropy`` a tuple of it, the nll
         [rows] and the entropy [rows], as far as asked for. In float32, float64 for float64 inputs.
 
+    Example:
+        >>> linear_cross_entropy(torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0, 1, -100]))
+        tensor(0.6931)
+
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
         ValueError: shapes or devices that disagree, a target or suppressed id out of range, a suppressed target,
@@ -198,6 +202,11 @@ def mixed_linear_cross_entropy(
 
     Returns:
         As ``linear_cross_entropy``.
+
+    Example:
+        >>> hidden = torch.eye(2)
+        >>> mixed_linear_cross_entropy(hidden, hidden.flip(0), torch.tensor([0.5, 0.5]), hidden, torch.tensor([0, 1]))
+        tensor(0.6931)
 
     Raises:
         TypeError, ValueError: as ``linear_cross_entropy``; also for ``base_index`` out of range.

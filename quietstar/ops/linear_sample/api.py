@@ -70,6 +70,10 @@ def linear_sample(
     Returns:
         Token ids, int64 [rows]; never a suppressed one.
 
+    Example:
+        >>> linear_sample(100 * torch.eye(3), torch.eye(3), seed=0)
+        tensor([0, 1, 2])
+
     Raises:
         TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
         ValueError: shapes or devices that disagree, H = 0, a temperature or softcap out of range, top_k < 1, top_p

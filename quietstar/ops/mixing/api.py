@@ -39,6 +39,10 @@ def mix_logits(
     Returns:
         [..., V] in the dtype of the logits.
 
+    Example:
+        >>> mix_logits(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.25]))
+        tensor([[0.2500, 0.2500]])
+
     Raises:
         TypeError: not a tensor, not floating point, or dtypes that disagree.
         ValueError: shapes or devices that disagree, an unknown or unavailable backend.
@@ -82,6 +86,10 @@ def mixed_cross_entropy(
 
     Returns:
         The loss, a scalar, or [...] for "none"; in float32, float64 for float64 logits.
+
+    Example:
+        >>> mixed_cross_entropy(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), torch.tensor([0]))
+        tensor(0.6931)
 
     Raises:
         TypeError: not a tensor, or dtypes that disagree or are not what is listed.

@@ -105,6 +105,13 @@ def thought_attention(
         output [B, Hq, P, S, Dv] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
         [B, Hq, P, S] in float32 (float64 for float64), differentiable too.
 
+    Example:
+        >>> query = torch.randn(1, 4, 16, 3, 8)  # 16 anchors, 3 steps each
+        >>> key, value = torch.randn(2, 1, 2, 16, 8)
+        >>> thought_key, thought_value = torch.randn(2, 1, 2, 16, 3, 8)
+        >>> thought_attention(query, key, value, thought_key, thought_value).shape
+        torch.Size([1, 4, 16, 3, 8])
+
     Raises:
         TypeError: not a tensor, a dtype that is not floating (anchors, key_start and thought_lengths: not int32/int64),
             mixed dtypes, a scale or softcap that is not a number, causal that is not a bool.
