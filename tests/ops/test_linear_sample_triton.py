@@ -153,7 +153,9 @@ def test_who_stays_with_top_k_and_top_p(logits, top_k, top_p, kept):
 def test_thresholds(options):
     logits = torch.randn(2, 1024, device=DEVICE) * 3
     thresholds = torch.empty(2, device=DEVICE)
-    triton_rows.threshold_kernel[(2,)](logits, torch.empty(2, 512, device=DEVICE), thresholds, 1024, 0.8, *options, BLOCK=512)
+    triton_rows.threshold_kernel[(2,)](
+        logits, torch.empty(2, 512, device=DEVICE), thresholds, 1024, 0.8, *options, BLOCK=512
+    )
     expected = keep_most_likely(logits, 0.8, *options)
     assert torch.equal(logits >= thresholds[:, None], expected > -INF)
 

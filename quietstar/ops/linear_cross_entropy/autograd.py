@@ -206,8 +206,10 @@ class RowCrossEntropy(torch.autograd.Function):
         )  # fmt: skip
         _, _, *gradients = _cross_entropy_op(*call.flat(), backend)
         wanted = (
-            None if not needed
-            else gradient.to(x.dtype) if peak is None
+            None
+            if not needed
+            else gradient.to(x.dtype)
+            if peak is None
             else _scaled(gradient, peak, x.dtype, backend, again=False)
             for gradient, x, needed in zip(gradients, (*hidden[:3], weight), needs, strict=True)
         )

@@ -174,9 +174,7 @@ def thought_attention(
     inputs = Inputs(query, key, value, thought_key, thought_value)
     mask = Mask.of(inputs, anchors, key_start, thought_lengths, window, window_from, causal, scale, softcap)
     shown = {"anchors": anchors, "key_start": key_start, "thought_lengths": thought_lengths}
-    name = backward = select_backend(
-        "thought_attention", backend, BACKENDS, inputs, mask, **inputs._asdict(), **shown
-    )
+    name = backward = select_backend("thought_attention", backend, BACKENDS, inputs, mask, **inputs._asdict(), **shown)
     if name == "reference":
         with autocast_off(query.device):
             output, lse = reference.forward(inputs, mask)
