@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quietstar.ops.thought_attention import gluon_launch
 from quietstar.ops.thought_attention import triton_launch as launch
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
 from quietstar.ops.thought_attention.triton_backward_key import key_gradient_kernel, thought_gradient_kernel
@@ -34,6 +35,9 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
     tile, programs = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
     # A single tile has nothing to gain from sorted anchors.
     seen = _Seen.of(inputs, mask, in_order=num_rows > tile.block_m)
+    if splits == 1 and num_rows >= gluon_launch.LEAST_ROWS and gluon_launch.unavailable(vectors, mask) is None:
+        gluon_launch.forward(vectors, mask, seen, scale, curve_scale, Result(output, lse))
+        return Result(output, lse)
     result, log_sum = output, lse
     if programs.splits > 1:
         parts = (batch, kv_heads, programs.splits, num_rows)

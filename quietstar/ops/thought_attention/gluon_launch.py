@@ -5,6 +5,8 @@ file gives a reason for, is for the kernels of ``triton_forward`` and its neighb
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,12 +14,32 @@ from torch import Tensor
 
 from quietstar.ops._availability import interpreted
 from quietstar.ops.thought_attention import triton_launch as launch
-from quietstar.ops.thought_attention.inputs import Inputs, Mask
+from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
+
+
+class Tile(NamedTuple):
+    """Launch parameters of the forward."""
+
+    block_m: int
+    """Query rows of a program, half of them for each group of consumers."""
+    block_n: int
+    """Keys in a block."""
+    stages: int
+    """Blocks of keys, and of values, in shared memory."""
+
+
+# By padded head size. Of 227 KiB of shared memory queries take 16 and 32, a stage 32 and 64.
+TILES = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2)}
+
+# With fewer rows of a key/value head half of the consumers would have nothing to do.
+LEAST_ROWS = 128
 
 _LEAST_TRITON = 3, 8
 _LARGEST_HEAD = 128
 # Of addresses, and of the distances of what is not side by side.
 _TMA_BYTES = 16
+# Keys and values of heads whose programs run at the same time: they are to stay in the L2 cache, which has 50 MB.
+_TOGETHER_BYTES = 24 << 20
 
 
 def unavailable(inputs: Inputs, mask: Mask) -> str | None:
@@ -64,3 +86,70 @@ def _readable_by_tma(tensor: Tensor) -> bool:
         and tensor.data_ptr() % _TMA_BYTES == 0
         and all(apart > 0 and apart % _TMA_BYTES == 0 for apart in bytes_apart)
     )
+
+
+def forward(vectors: Inputs, mask: Mask, seen, scale: float, curve_scale: float | None, result: Result) -> None:
+    """Compute ``result``; the arguments as ``backend_triton`` has them for ``triton_forward.forward_kernel``."""
+    from quietstar.ops.thought_attention.gluon_forward import gluon_forward_kernel
+    from quietstar.ops.thought_attention.gluon_pipeline import tensor_map
+
+    query, key, value, thought_key, thought_value = seen_values(vectors, mask, seen)
+    batch, _, num_anchors, steps, head = query.shape
+    kv_heads, length, value_head = value.shape[1:]
+    thought_steps, group = vectors.thought_steps, vectors.group
+    block_d, block_v = (max(64, launch.padded_head(size)) for size in (head, value_head))
+    tile = TILES[max(block_d, block_v)]
+    box = max(8, min(tile.block_n // 2, launch.power_of_2(thought_steps)))
+    anchors = launch.most_anchors(steps * group, tile.block_m // 2)
+    boxes = min(tile.block_n // 2 // box, max(16 // box, launch.power_of_2(anchors)))
+    keys, values = ((1, 1, tile.block_n, block) for block in (block_d, block_v))
+    thoughts = (1, 1, 1, box, 64)
+    maps = map(tensor_map, (key, value, thought_key, thought_value), (keys, values, thoughts, thoughts))
+    together = max(1, _TOGETHER_BYTES // (length * (head + value_head) * query.element_size()))
+    gluon_forward_kernel[(batch * kv_heads * triton.cdiv(num_anchors * steps * group, tile.block_m),)](
+        query, *maps, seen.anchors, seen.order, seen.thought_lengths, seen.key_start, *result,
+        query.stride(), result.lse.stride(), seen.batch_stride, kv_heads, batch * kv_heads, together, num_anchors,
+        length, thought_steps, seen.window, seen.step_window, scale, curve_scale,
+        STEPS=steps, GROUP=group, CAUSAL=mask.causal, PER_ANCHOR=seen.start_per_anchor, HEAD=head, BLOCK_D=block_d,
+        VALUE_HEAD=value_head, BLOCK_V=block_v, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BOX_T=box,
+        THOUGHT_ANCHORS=boxes, GROUP_ANCHORS=anchors, STAGES=tile.stages, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def seen_values(inputs: Inputs, mask: Mask, seen) -> Inputs:
+    """The inputs with zeros for the values of keys that no row sees, which may be NaN: a product would spread it.
+
+    Kernels leave out what is beyond the tensors and what is of inactive anchors.
+    """
+    _, _, value, _, thought_value = inputs
+    hidden_steps = inputs.thought_steps - inputs.steps
+    if mask.anchors is not None or mask.key_start is not None or seen.anchors is not None or seen.step_window:
+        value = torch.where(_seen_base_keys(inputs, mask, seen)[:, None, :, None], value, 0)
+    if mask.thought_lengths is not None or seen.step_window is not None:
+        step = torch.arange(inputs.thought_steps, device=value.device)
+        visible = step >= 0
+        if seen.step_window is not None:
+            visible = step > hidden_steps - seen.step_window
+        if mask.thought_lengths is not None:
+            visible = visible & (step < mask.thought_lengths[:, None, :, None])
+        thought_value = torch.where(visible[..., None], thought_value, 0)
+    return inputs._replace(value=value, thought_value=thought_value)
+
+
+def _seen_base_keys(inputs: Inputs, mask: Mask, seen) -> Tensor:
+    """Whether some row sees a base key: bool [1 or B, L]."""
+    length, device = inputs.key.shape[2], inputs.key.device
+    keys = torch.arange(length, device=device)[None]
+    anchors = keys if seen.anchors is None else seen.anchors  # ascending
+    first = torch.zeros_like(anchors)
+    if seen.window is not None:
+        first = anchors + (1 - seen.window)
+    if seen.step_window is not None:
+        first = anchors + (mask.window_offset(inputs.steps, inputs.thought_steps) + 1 - seen.step_window)
+    if seen.key_start is not None:
+        first = first.maximum(seen.key_start if seen.start_per_anchor else seen.key_start[:, None])
+    first = torch.where(anchors < 0, length, first)
+    # The lowest first key of all anchors that are not in front of a key.
+    lowest = torch.nn.functional.pad(first.flip(1).cummin(1).values.flip(1), (0, 1), value=length)
+    behind = torch.searchsorted(anchors, keys.expand(len(anchors), -1).contiguous())
+    return lowest.gather(1, behind.expand(len(lowest), -1)) <= keys

@@ -225,7 +225,7 @@ def diagonal(rows: int, thought_steps: int, tile: Tile) -> Diagonal:
     """
 
     def parts_of(part: int, most_keys: int) -> Diagonal:
-        anchors = _most_anchors(rows, part)
+        anchors = most_anchors(rows, part)
         return Diagonal(part, anchors, max(16, min(most_keys, power_of_2(anchors * thought_steps))))
 
     def columns(parts: Diagonal) -> int:
@@ -237,10 +237,10 @@ def diagonal(rows: int, thought_steps: int, tile: Tile) -> Diagonal:
 
 def tile_anchors(rows: int, tile: Tile) -> int:
     """A power of two that is enough for the anchors of a tile's rows, with ``rows`` = S·G to an anchor."""
-    return power_of_2(_most_anchors(rows, tile.block_m))
+    return power_of_2(most_anchors(rows, tile.block_m))
 
 
-def _most_anchors(rows: int, part: int) -> int:
+def most_anchors(rows: int, part: int) -> int:
     """The most anchors that ``part`` neighbouring rows belong to, with ``rows`` = S·G to an anchor."""
     # Parts start at multiples of their size, so within an anchor at multiples of the gcd.
     return (rows - math.gcd(rows, part) + part - 1) // rows + 1
