@@ -39,12 +39,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quietstar.ops.thought_attention.gluon_pipeline import (
     LN_2,
-    LOG2_E,
     LOWEST,
     PANEL,
     allocate_ring,
     as_column,
-    as_row,
     base_blocks,
     begin_fill,
     block_of,
@@ -142,11 +140,10 @@ def _base_scores(products, block, anchor, first, curve_scale, MASKED: gl.constex
     """Scores, still to be scaled, of a block of base keys."""
     scores = curved(products, curve_scale)
     if MASKED:
-        keys = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores.type.layout))
-        keys = gl.expand_dims(keys, 0)
-        visible = keys <= as_column(anchor, scores)
+        keys = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores.type.layout)), 0)
+        visible = keys <= as_column(anchor - block * BLOCK_N, scores)
         if first is not None:
-            visible = visible & (keys >= as_column(first, scores))
+            visible = visible & (keys >= as_column(first - block * BLOCK_N, scores))
         scores = gl.where(visible, scores, float("-inf"))
     return scores
 
@@ -200,7 +197,7 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    WHICH: gl.constexpr, query, output, lse, of_anchors, order, q_tile, key_ring, value_ring, turns, query_stride,
+    WHICH: gl.constexpr, query, output, lse, of_anchors, order, q_tile, row_tile, key_ring, value_ring, turns, query_stride,
     lse_stride, tile_start, num_rows, num_anchors, length, thought_steps, window, step_window, thought_blocks, chunks,
     bounds, scale, curve_scale,
     STEPS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, PER_ANCHOR: gl.constexpr, HEAD: gl.constexpr,
@@ -219,10 +216,15 @@ def _consumer(
 
     q = reinterpreted(q_tile.index(WHICH), [HALF, BLOCK_D], gl.NVMMASharedLayout(128, 16, rank=2))
     _gather_queries(q, query, order, query_stride, begin, num_rows, STEPS, GROUP, HEAD)
+    index = begin + gl.arange(0, HALF, ROW)
+    # Where their results go: kept in shared memory, for registers are short.
+    result_rows = row_tile.index(WHICH)
+    near = gl.minimum(index, num_rows - 1)
+    row = _row_offsets(near, original_of(near // ROWS, order), lse_stride, STEPS, GROUP)
+    result_rows.store(gl.where(index < num_rows, row, -1))
     fence_async_shared()
     gl.barrier()
 
-    index = begin + gl.arange(0, HALF, ROW)
     position, step, own, anchor = rows_of(
         index, anchors, thought_lengths, num_rows, length, thought_steps, STEPS, GROUP
     )  # fmt: skip
@@ -282,15 +284,14 @@ def _consumer(
     total = gl.where(seen, total, 1.0)
     log_sum = gl.where(seen, (peak + gl.log2(total)) * LN_2, float("-inf"))
     acc = gl.where(as_column(seen, acc), acc * as_column(1 / total, acc), 0.0)
-    original = original_of(position, order)
-    row = _row_offsets(gl.minimum(index, num_rows - 1), original, lse_stride, STEPS, GROUP)
-    gl.store(lse + row, log_sum, mask=index < num_rows)
+    row = result_rows.load(ROW)
+    gl.store(lse + row, log_sum, mask=row >= 0)
 
     result = reinterpreted(q_tile.index(WHICH), [HALF, BLOCK_V], gl.NVMMASharedLayout(128, 16, rank=2))
     gl.barrier()
     result.store(acc.to(dtype))
     gl.barrier()
-    _store_output(output, result, order, lse_stride, begin, num_rows, STEPS, GROUP, VALUE_HEAD)
+    _store_output(output, result, result_rows, VALUE_HEAD)
 
 
 @gluon.constexpr_function
@@ -310,26 +311,22 @@ def _gather_queries(
     offsets = _row_offsets(rows, original, stride, STEPS, GROUP)
     column = gl.expand_dims(gl.arange(0, q.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
     pointers = query + gl.expand_dims(offsets, 1) + column
-    if HEAD == q.shape[1]:
+    if q.shape[1] == HEAD:
         q.store(gl.load(pointers))
     else:
         q.store(gl.load(pointers, mask=column < HEAD, other=0.0))
 
 
 @gluon.jit
-def _store_output(
-    output, result, order, stride, begin, num_rows, STEPS: gl.constexpr, GROUP: gl.constexpr, VALUE_HEAD: gl.constexpr
-):  # fmt: skip
-    """Store the rows from ``begin`` on, by way of shared memory: whole ones, 16 bytes a thread."""
+def _store_output(output, result, result_rows, VALUE_HEAD: gl.constexpr):
+    """Store ``result`` as ``result_rows``, both in shared memory: whole ones, 16 bytes a thread."""
     LAYOUT: gl.constexpr = _row_layout(result.shape[1])
-    rows = begin + gl.arange(0, result.shape[0], gl.SliceLayout(1, LAYOUT))
-    near = gl.minimum(rows, num_rows - 1)
-    offsets = _row_offsets(near, original_of(near // (STEPS * GROUP), order), stride, STEPS, GROUP) * VALUE_HEAD
+    row = gl.expand_dims(result_rows.load(gl.SliceLayout(1, LAYOUT)), 1)
     column = gl.expand_dims(gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
-    wanted = gl.expand_dims(rows < num_rows, 1)
-    if VALUE_HEAD != result.shape[1]:
+    wanted = row >= 0
+    if result.shape[1] != VALUE_HEAD:
         wanted = wanted & (column < VALUE_HEAD)
-    gl.store(output + gl.expand_dims(offsets, 1) + column, result.load(LAYOUT), mask=wanted)
+    gl.store(output + (row * VALUE_HEAD + column), result.load(LAYOUT), mask=wanted)
 
 
 @gluon.jit
@@ -349,11 +346,11 @@ def _consumer_1(arguments, options: gl.constexpr):
     _consumer(1, *arguments, *options)
 
 
-@gluon.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "window", "step_window", "section"])
+@gluon.jit(do_not_specialize=["num_anchors", "length", "thought_steps", "chunks", "window", "step_window", "section"])
 def gluon_forward_kernel(
     query, key, value, thought_key, thought_value, anchors, order, thought_lengths, key_start, output, lse,
-    query_stride, lse_stride, anchors_stride, kv_heads, heads, section, num_anchors, length, thought_steps, window,
-    step_window, scale, curve_scale,
+    query_stride, lse_stride, anchors_stride, kv_heads, heads, section, num_anchors, length, thought_steps, chunks,
+    window, step_window, scale, curve_scale,
     STEPS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, PER_ANCHOR: gl.constexpr, HEAD: gl.constexpr,
     BLOCK_D: gl.constexpr, VALUE_HEAD: gl.constexpr, BLOCK_V: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BOX_T: gl.constexpr, THOUGHT_ANCHORS: gl.constexpr, GROUP_ANCHORS: gl.constexpr,
@@ -362,7 +359,7 @@ def gluon_forward_kernel(
     """Output and natural-log lse of a tile; arguments as of ``triton_forward.forward_kernel``, but tensor maps of keys.
 
     Grid: tiles · B · Hkv programs. ``heads`` is B · Hkv; those of a ``section`` are taken together, the longest tiles
-    of all of them first.
+    of all of them first. A thought comes in ``chunks`` of BOX_T keys. ``scale`` is positive, and in base 2.
     """
     ROWS: gl.constexpr = STEPS * GROUP
     HALF: gl.constexpr = BLOCK_M // 2
@@ -396,11 +393,11 @@ def gluon_forward_kernel(
     if key_start is not None or window is not None or step_window is not None:
         first = first_keys(position, step, anchor, key_start, window, step_window, PER_ANCHOR)
     bounds = base_blocks(anchor, first, length, BLOCK_N)
-    chunks = gl.cdiv(thought_steps, BOX_T)
     thought_blocks = chunks * ((GROUP_ANCHORS + THOUGHT_ANCHORS - 1) // THOUGHT_ANCHORS)
 
     WIDEST: gl.constexpr = max(BLOCK_D, BLOCK_V)
     q_tile = gl.allocate_shared_memory(dtype, [2, HALF, WIDEST], gl.NVMMASharedLayout(128, 16, rank=2))
+    row_tile = gl.allocate_shared_memory(gl.int64, [2, HALF], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     key_ring = allocate_ring(dtype, BLOCK_N, BLOCK_D, STAGES, 2)
     value_ring = allocate_ring(dtype, BLOCK_N, BLOCK_V, STAGES, 2)
     turns = mbarrier.allocate_mbarrier(batch=2)
@@ -409,9 +406,8 @@ def gluon_forward_kernel(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
 
-    scale = gl.maximum(scale, 1e-30) * LOG2_E
     arguments = (
-        query, output + result * VALUE_HEAD, lse + result, (anchors, thought_lengths, key_start), order, q_tile,
+        query, output + result * VALUE_HEAD, lse + result, (anchors, thought_lengths, key_start), order, q_tile, row_tile,
         key_ring, value_ring, turns, query_stride, lse_stride, tile_start, num_rows, num_anchors, length,
         thought_steps, window, step_window, thought_blocks, chunks, bounds, scale, curve_scale,
     )  # fmt: skip

@@ -184,6 +184,12 @@ def block_of(i, bounds):
 
 
 @gluon.jit
+def not_before(never_negative, offsets):
+    """See triton_tiles."""
+    return offsets + (never_negative < 0).to(offsets.dtype)
+
+
+@gluon.jit
 def tanh(x):
     """See triton_tiles."""
     square = x * x
