@@ -417,17 +417,17 @@ def gluon_forward_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consumer_0, (arguments, OPTIONS)),
-            (_consumer_1, (arguments, OPTIONS)),
             (
                 _producer,
                 (
                     key, value, thought_key, thought_value, key_ring, value_ring, anchors, order, batch, head,
-                    tile_start, num_anchors, thought_blocks, chunks, bounds, ROWS, HALF, BOX_T,
-                    THOUGHT_ANCHORS, STAGES,
+                    tile_start, num_anchors, thought_blocks, chunks, bounds, ROWS, HALF, BOX_T, THOUGHT_ANCHORS,
+                    STAGES,
                 ),
             ),
+            (_consumer_0, (arguments, OPTIONS)),
+            (_consumer_1, (arguments, OPTIONS)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4],
+        [240, 240],
     )  # fmt: skip
