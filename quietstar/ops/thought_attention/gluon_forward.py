@@ -82,17 +82,17 @@ def _fill_with_thoughts(
     PANELS: gl.constexpr = ring[0].shape[2] // PANEL
     place, full = begin_fill(ring, i, 2 * THOUGHT_ANCHORS * PANELS * thoughts.nbytes_per_cta, STAGES)
     boxes = reinterpreted(place, [PANELS * BOXES, 1, 1, 1, BOX_T, PANEL], thoughts.layout)
-    for group in gl.static_range(2):
-        for j in gl.static_range(THOUGHT_ANCHORS):
-            position = (tile_start + group * HALF) // ROWS + i // chunks * THOUGHT_ANCHORS + j
-            near = gl.minimum(position, num_anchors - 1)
-            exists = position < num_anchors
-            if anchors is not None:
-                exists = exists & (gl.load(anchors + near) >= 0)
-            original = gl.where(exists, original_of(near, order), num_anchors)
-            for panel in gl.static_range(PANELS):
-                box = boxes.index(panel * BOXES + group * (BOXES // 2) + j)
-                tma.async_load(thoughts, [batch, head, original, i % chunks * BOX_T, panel * PANEL], full, box)
+    for j in range(0, 2 * THOUGHT_ANCHORS):
+        group = j // THOUGHT_ANCHORS
+        position = (tile_start + group * HALF) // ROWS + i // chunks * THOUGHT_ANCHORS + j % THOUGHT_ANCHORS
+        near = gl.minimum(position, num_anchors - 1)
+        exists = position < num_anchors
+        if anchors is not None:
+            exists = exists & (gl.load(anchors + near) >= 0)
+        original = gl.where(exists, original_of(near, order), num_anchors)
+        for panel in gl.static_range(PANELS):
+            box = boxes.index(panel * BOXES + group * (BOXES // 2) + j % THOUGHT_ANCHORS)
+            tma.async_load(thoughts, [batch, head, original, i % chunks * BOX_T, panel * PANEL], full, box)
 
 
 @gluon.jit
