@@ -285,13 +285,16 @@ def _consumer(
     log_sum = gl.where(seen, (peak + gl.log2(total)) * LN_2, float("-inf"))
     acc = gl.where(as_column(seen, acc), acc * as_column(1 / total, acc), 0.0)
     row = result_rows.load(ROW)
-    gl.store(lse + row, log_sum, mask=row >= 0)
-
     result = reinterpreted(q_tile.index(WHICH), [HALF, BLOCK_V], gl.NVMMASharedLayout(128, 16, rank=2))
+    # In another order in each group: LLVM would join the same ends of both, with the number of a barrier in a register.
+    if WHICH == 0:
+        gl.store(lse + row, log_sum, mask=row >= 0)
     gl.barrier()
     result.store(acc.to(dtype))
     gl.barrier()
     _store_output(output, result, result_rows, VALUE_HEAD)
+    if WHICH == 1:
+        gl.store(lse + row, log_sum, mask=row >= 0)
 
 
 @gluon.constexpr_function
