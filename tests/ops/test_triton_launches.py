@@ -76,9 +76,11 @@ def sample(vocabulary, dtype):
     linear_sample(tensor(300, 512, dtype=dtype), weight, seed=3, temperature=0.7, top_k=5, top_p=0.9, backend="triton")
 
 
+WITH_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+FORWARD = "gluon_forward_kernel" if WITH_GLUON else "forward_kernel"  # on an H100
 GRADIENTS = ["query_gradient_kernel", "key_gradient_kernel", "thought_gradient_kernel"]
 COMMON = {  # and the kernels launched, in order
-    "training": (attend, ["forward_kernel", *GRADIENTS]),
+    "training": (attend, [FORWARD, *GRADIENTS]),
     "decoding": (partial(attend, count=2, backward=False), ["forward_kernel", "combine_kernel"]),
     "mixing": (
         partial(mix, 32002, BF16),

@@ -1,0 +1,110 @@
+"""The package's forward in Gluon as ptxas makes it: it fits, nothing spills, exponentials run under products."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from compile_kernels import SHARED_MEMORY, Kernel, compiled, is_serialised
+
+from ptx.emulated import needs_gluon, run_emulated
+from ptx.sass_overlap import Loop, loops
+from ptx.sass_registers import assembled, registers_used
+
+pytestmark = needs_gluon
+
+EMULATED = "ptx/emulated_gluon_attention.py"
+
+
+def test_small_one_emulated():
+    assert run_emulated("sm_90", {EMULATED: "small and bfloat16"}) == {"gluon_forward_kernel"}
+
+
+@pytest.mark.slow
+def test_all_emulated():
+    run_emulated("sm_90", {EMULATED: ""}, workers=2)
+
+
+def attend(head=128, value_head=None, steps=14, thought_steps=14, anchors=4096, dtype=torch.bfloat16, **options):
+    """Launch the forward of a call, laid out as transformers gives it; masked by all that there is if by anything."""
+    from quietstar.ops.thought_attention import backend_triton
+    from quietstar.ops.thought_attention.inputs import Inputs, Mask
+
+    def vectors(heads, head, *tokens):
+        size = torch.Size(tokens).numel()
+        return torch.empty(2, size, heads, head, dtype=dtype, device="meta").transpose(1, 2).unflatten(2, tokens)
+
+    keys, values = (
+        (vectors(2, size, 4096), vectors(2, size, anchors, thought_steps)) for size in (head, value_head or head)
+    )
+    inputs = Inputs(vectors(8, head, anchors, steps), keys[0], values[0], keys[1], values[1])
+    per_anchor = torch.empty(2, anchors, dtype=torch.int64, device="meta")
+    given = {name: per_anchor for name, value in options.items() if value is True}
+    backend_triton.forward(inputs, Mask.of(inputs, **options | given))
+
+
+CALLS = {
+    "training": attend,
+    "training_64": partial(attend, 64),
+    "float16": partial(attend, dtype=torch.float16),
+    "short_training": partial(attend, steps=4, thought_steps=4),
+    "sampling": partial(attend, steps=1, thought_steps=12),
+    "sampling_64": partial(attend, 64, steps=1, thought_steps=12),
+    "anchors": partial(attend, anchors=True),
+    "padding": partial(attend, anchors=True, key_start=True, window=1000),
+    "window_from_step": partial(attend, anchors=True, window=1000, window_from="step"),
+    "drafted": partial(attend, thought_lengths=True, causal=False, softcap=30.0),
+    "value_head": partial(attend, 64, 128),
+}
+globals().update(CALLS)
+# Those in which what is done beside the exponentials is more than the products cover do not count.
+FULL, MASKED = 2, 2  # loops of each kind: one in each group of consumers
+
+
+def launched(name: str) -> Kernel:
+    (kernel,) = compiled(__file__, name, (90,))[90]
+    return kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_softmax_runs_under_products(name):
+    kernel = launched(name)
+    assert kernel.name == "gluon_forward_kernel"
+    assert kernel.shared <= SHARED_MEMORY[90]
+    assert kernel.spilled == 0
+    assert not is_serialised(kernel)
+    main = [loop for loop in loops(assembled(kernel.ptx, 90)) if loop.exponentials >= 64 and loop.products >= 12]
+    print(name, kernel.shared, main)
+    assert len(main) == FULL + MASKED
+    for loop in main:
+        assert loop.overlapped == loop.exponentials, loop
+        assert loop.spills == 0
+
+
+@pytest.mark.slow
+def test_registers_suffice():
+    """240 for the consumers, 24 for the producer: ptxas keeps each part within its number."""
+    kernel = launched("training")
+    limits = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", kernel.ptx)}
+    used = registers_used(assembled(kernel.ptx, 90), kernel.registers)
+    assert {240, 24} <= limits
+    assert all(used[limit] <= limit for limit in used), used
+
+
+WAITING = """
+.L_x_1:
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR40], RZ, !UPT, gsb0 ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR12].tnspB, R88, gsb0 ;
+        /*0020*/                   MUFU.EX2 R3, R4 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/               @P0 MUFU.EX2 R3, R4 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   MUFU.EX2 R3, R4 ;
+        /*0070*/                   LDL R3, [R1] ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+"""
+
+
+def test_what_is_read_of_a_loop():
+    assert loops(WAITING) == [Loop(9, products=2, exponentials=3, overlapped=2, spills=1)]
