@@ -45,6 +45,7 @@ def environment() -> dict[str, str]:
         "quietstar._C": _compiled_module,
         "QUIETSTAR_BACKEND": lambda: os.environ.get("QUIETSTAR_BACKEND", "not set"),
         **{op: lambda op=op: _backends(op) for op in OPS},
+        "thought_attention.forward": _attention_forward,
     }
     return {label: _answer(probe) for label, probe in probes.items()}
 
@@ -105,13 +106,41 @@ def _compiled_module() -> str:
 
 
 def _backends(op: str) -> str:
+    return _by_device(lambda device: ", ".join(_usable(op, device)) or "none", ["cpu", *_gpus()])
+
+
+def _attention_forward() -> str:
+    """Which of Triton's kernels a call for training takes, and why not the better one."""
+    return _by_device(_attention_kernel, _gpus()) or "no GPU"
+
+
+def _attention_kernel(device: str) -> str:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices: dict[str, list[str]] = {}  # by what they can run: GPUs of one machine may differ
-    for device in ["cpu", *(f"cuda:{index}" for index in range(count))]:
-        devices.setdefault(", ".join(_usable(op, device)) or "none", []).append(device)
-    return "; ".join(f"{', '.join(alike)}: {usable}" for usable, alike in devices.items())
+    from quietstar.ops._availability import triton_unavailable
+    from quietstar.ops.thought_attention.inputs import Inputs, Mask
+
+    rows, keys = (torch.zeros(1, 1, *sizes, 128, dtype=torch.bfloat16, device=device) for sizes in ((1, 1), (1,)))
+    if reason := triton_unavailable(rows):
+        return f"none of Triton's ({reason})"
+    from quietstar.ops.thought_attention import gluon_launch
+
+    inputs = Inputs(rows, keys, keys, rows, rows)
+    reason = gluon_launch.unavailable(inputs, Mask.of(inputs))
+    return f"Triton (Gluon for Hopper {reason})" if reason else "Gluon for Hopper"
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+
+
+def _by_device(describe: Callable[[str], str], names: list[str]) -> str:
+    devices: dict[str, list[str]] = {}  # by what is said of them: GPUs of one machine may differ
+    for device in names:
+        devices.setdefault(describe(device), []).append(device)
+    return "; ".join(f"{', '.join(alike)}: {said}" for said, alike in devices.items())
 
 
 def _usable(op: str, device: str) -> list[str]:

@@ -98,3 +98,29 @@ def test_backends_are_found_on_every_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(env, "_usable", lambda op, device: usable[device])
     assert environment()["mix_logits"] == "cpu: reference, cpu; cuda:0: triton, cuda; cuda:1, cuda:2: torch"
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (None, "Gluon for Hopper"),
+        ("needs Triton >= 3.8, found 3.6.0", "Triton (Gluon for Hopper needs Triton >= 3.8, found 3.6.0)"),
+    ],
+)
+def test_the_kernel_that_attention_takes_is_named(reason, said, monkeypatch):
+    """Stands in for a machine with two GPUs."""
+    pytest.importorskip("triton")
+    from quietstar.ops import _availability
+    from quietstar.ops.thought_attention import gluon_launch
+
+    monkeypatch.setattr(env, "_gpus", lambda: ["cpu", "cpu"])
+    monkeypatch.setattr(_availability, "triton_unavailable", lambda tensor: None)
+    monkeypatch.setattr(gluon_launch, "unavailable", lambda inputs, mask: reason)
+    assert environment()["thought_attention.forward"] == f"cpu, cpu: {said}"
+
+
+def test_the_kernel_that_attention_cannot_take_is_not_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert environment()["thought_attention.forward"] == "no GPU"
+    monkeypatch.setattr(env, "_gpus", lambda: ["cpu"])
+    assert environment()["thought_attention.forward"].startswith("cpu: none of Triton's (")

@@ -90,7 +90,7 @@ def _fill_with_thoughts(
         if anchors is not None:
             exists = exists & (gl.load(anchors + near) >= 0)
         original = gl.where(exists, original_of(near, order), num_anchors)
-        for panel in gl.static_range(PANELS):
+        for panel in range(0, PANELS):
             box = boxes.index(panel * BOXES + group * (BOXES // 2) + j % THOUGHT_ANCHORS)
             tma.async_load(thoughts, [batch, head, original, i % chunks * BOX_T, panel * PANEL], full, box)
 

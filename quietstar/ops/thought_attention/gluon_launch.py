@@ -29,13 +29,13 @@ class Tile(NamedTuple):
 
 
 # By padded head size. Of 227 KiB of shared memory queries take 16 and 32, a stage 32 and 64.
-TILES = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2)}
+TILES = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2), 256: Tile(128, 64, 2)}
 
 # With fewer rows of a key/value head half of the consumers would have nothing to do.
 LEAST_ROWS = 128
 
 _LEAST_TRITON = 3, 8
-_LARGEST_HEAD = 128
+_LARGEST_HEAD = 256
 # Of addresses, and of the distances of what is not side by side.
 _TMA_BYTES = 16
 # Keys and values of heads whose programs run at the same time: they are to stay in the L2 cache, which has 50 MB.
