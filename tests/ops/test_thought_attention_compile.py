@@ -142,7 +142,7 @@ def test_kernels_fit(kernels):
 
 def test_matrix_units_are_used(kernels):
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    found = [x for x in kernels if x.name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")]
+    found = [x for x in kernels if x.name.endswith(("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"))]
     assert len(found) == 10
     for kernel in found:
         assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
@@ -152,8 +152,6 @@ def test_matrix_units_are_used(kernels):
 # and one that is cured must go.
 SERIALISED = {
     "short_training:128": {"query_gradient_kernel"},
-    "sampling_step:64": {"forward_kernel"},
-    "sampling_step:128": {"forward_kernel"},
     "decoding_step:64": {"forward_kernel"},
     "decoding_step:128": {"forward_kernel"},
 }

@@ -96,7 +96,9 @@ def test_unavailable_to_the_interpreter(hopper, monkeypatch):
     assert reason(make_inputs(head=64, dtype=F16)) == "is not for Triton's interpreter"
 
 
-@pytest.mark.parametrize(("version", "old"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("3.10.0+git", False)])
+@pytest.mark.parametrize(
+    ("version", "old"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("3.10.0+git", False)]
+)
 def test_versions_of_triton(version, old, monkeypatch):
     monkeypatch.setattr(gluon_launch.triton, "__version__", version)
     found = gluon_launch._triton_too_old.__wrapped__()

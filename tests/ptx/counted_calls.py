@@ -71,6 +71,7 @@ def _attention(
     forward = Need(2 * product[0], cost.forward.bytes)
     return {
         "forward_kernel": forward,
+        "gluon_forward_kernel": forward,
         "half_attention_kernel": forward,
         "query_gradient_kernel": Need(3 * product[0]),
         "key_gradient_kernel": Need(4 * product[1]),

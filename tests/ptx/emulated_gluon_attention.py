@@ -47,6 +47,11 @@ CASES = {
     "D = 80, Dv = 128, group of 3": (
         SMALL | {"query_heads": 6, "kv_heads": 2, "head": 80, "value_head": 128}, {"anchors": spread(16, 500)},
     ),
+    "D = 256, sampling": (
+        ONE | {"length": 200, "num_anchors": 32, "steps": 1, "thought_steps": 12, "head": 256},
+        {"anchors": spread(32, 200)},
+    ),
+    "D = 192, Dv = 128": (SMALL | {"head": 192, "value_head": 128}, {"anchors": spread(16, 500)}),
     "D = 128, Dv = 40": (SMALL | {"head": 128, "value_head": 40}, {"anchors": spread(16, 500)}),
 }  # fmt: skip
 

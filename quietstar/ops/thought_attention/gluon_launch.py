@@ -109,7 +109,8 @@ def forward(vectors: Inputs, mask: Mask, seen, scale: float, curve_scale: float 
     gluon_forward_kernel[(batch * kv_heads * triton.cdiv(num_anchors * steps * group, tile.block_m),)](
         query, *maps, seen.anchors, seen.order, seen.thought_lengths, seen.key_start, *result,
         query.stride(), result.lse.stride(), seen.batch_stride, kv_heads, batch * kv_heads, together, num_anchors,
-        length, thought_steps, triton.cdiv(thought_steps, box), seen.window, seen.step_window, base_2(scale), curve_scale,
+        length, thought_steps, triton.cdiv(thought_steps, box), seen.window, seen.step_window,
+        base_2(scale), curve_scale,
         STEPS=steps, GROUP=group, CAUSAL=mask.causal, PER_ANCHOR=seen.start_per_anchor, HEAD=head, BLOCK_D=block_d,
         VALUE_HEAD=value_head, BLOCK_V=block_v, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BOX_T=box,
         THOUGHT_ANCHORS=boxes, GROUP_ANCHORS=anchors, STAGES=tile.stages, num_warps=4, enable_fp_fusion=True,

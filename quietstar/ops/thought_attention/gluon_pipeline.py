@@ -2,7 +2,8 @@
 
 A ring has STAGES places in shared memory. A producer warp fills one when it is empty, consumers wait until it is full:
 
-            producer: wait(empty) · expect(full, bytes) · TMA ··> full        consumers: wait(full) · products · arrive(empty)
+    producer    wait(empty) · expect(full, bytes) · TMA ┄┄> full
+    consumers                                               wait(full) · products · arrive(empty)
 
 Both mbarriers of a place turn once for each use of it: use i is of place i % STAGES, in phase i // STAGES & 1. Waiting
 for the phase before the first returns at once: places are empty when the kernel begins.
@@ -29,7 +30,7 @@ _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "rein
 
 
 def tensor_map(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    """By which TMA reads boxes [..., n, D] of a tensor, zeros beyond its sizes; ``gluon_launch`` has what it asks for."""
+    """By which TMA reads boxes [..., n, D] of a tensor, with zeros beyond it; ``gluon_launch`` says of which ones."""
     layout = gl.NVMMASharedLayout(128, 8 * tensor.element_size(), rank=len(box))
     # That of a dimension of size 1 may be anything, and the driver would refuse it.
     strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
@@ -61,7 +62,7 @@ def allocate_ring(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 @gluon.jit
 def wait_full(ring, i, STAGES: gl.constexpr):
     """The block of use ``i``, as soon as it is there."""
-    blocks, full, empty = ring
+    blocks, full, _ = ring
     mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
     return blocks.index(i % STAGES)
 
@@ -69,7 +70,7 @@ def wait_full(ring, i, STAGES: gl.constexpr):
 @gluon.jit
 def release(ring, i, STAGES: gl.constexpr):
     """This group of consumers has done with use ``i``."""
-    blocks, full, empty = ring
+    _, _, empty = ring
     mbarrier.arrive(empty.index(i % STAGES), count=1)
 
 
@@ -86,12 +87,6 @@ def begin_fill(ring, i, size, STAGES: gl.constexpr):
 def as_column(vector, like):
     """[rows] -> [rows, 1], to go with a matrix ``like`` that one."""
     return gl.expand_dims(gl.convert_layout(vector, gl.SliceLayout(1, like.type.layout)), 1)
-
-
-@gluon.jit
-def as_row(vector, like):
-    """[columns] -> [1, columns], likewise."""
-    return gl.expand_dims(gl.convert_layout(vector, gl.SliceLayout(0, like.type.layout)), 0)
 
 
 @gluon.jit
@@ -178,15 +173,9 @@ def base_blocks(anchor, first, length, BLOCK_N: gl.constexpr):
 @gluon.jit
 def block_of(i, bounds):
     """The i-th block of base keys that a tile takes."""
-    end, high, low_end, masked, full_end, blocks = bounds
+    end, high, low_end, masked, full_end, _ = bounds
     block = gl.where(i < high, end - 1 - i, low_end - 1 - (i - high))
     return gl.where(i < masked, block, full_end - 1 - (i - masked))
-
-
-@gluon.jit
-def not_before(never_negative, offsets):
-    """See triton_tiles."""
-    return offsets + (never_negative < 0).to(offsets.dtype)
 
 
 @gluon.jit
