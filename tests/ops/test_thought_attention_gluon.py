@@ -54,11 +54,11 @@ UNAVAILABLE = {
     "float32": (lambda: make_inputs(head=64), "needs bfloat16 or float16, got torch.float32"),
     "D = 20": (
         lambda: make_inputs(head=20, value_head=64, dtype=BF16),
-        "needs heads of a multiple of 8 elements, at most 128, got D = 20",
+        "needs heads of a multiple of 8 elements, at most 256, got D = 20",
     ),
-    "Dv = 256": (
-        lambda: make_inputs(head=64, value_head=256, dtype=BF16),
-        "needs heads of a multiple of 8 elements, at most 128, got Dv = 256",
+    "Dv = 264": (
+        lambda: make_inputs(head=64, value_head=264, dtype=BF16),
+        "needs heads of a multiple of 8 elements, at most 256, got Dv = 264",
     ),
     "one batch for all": (
         lambda: moved(make_inputs(head=64, dtype=BF16), 1, lambda x: x[:1].expand(x.shape)),

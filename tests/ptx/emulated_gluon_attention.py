@@ -1,4 +1,4 @@
-"""The package's forward in Gluon, on several blocks of keys and in several orders of warps; for `pytest --emulate sm_90`.
+"""The package's forward in Gluon on several blocks of keys, in several orders of warps; for `pytest --emulate sm_90`.
 
 What no row sees is NaN here.
 """

@@ -199,8 +199,8 @@ def _step(
 @gluon.jit
 def _consumer(
     WHICH: gl.constexpr, query, output, lse, of_anchors, order, q_tile, row_tile, key_ring, value_ring, turns,
-    query_stride, lse_stride, tile_start, num_rows, num_anchors, length, thought_steps, window, step_window, thought_blocks, chunks,
-    bounds, scale, curve_scale,
+    query_stride, lse_stride, tile_start, num_rows, num_anchors, length, thought_steps, window, step_window, thought_blocks,
+    chunks, bounds, scale, curve_scale,
     STEPS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, PER_ANCHOR: gl.constexpr, HEAD: gl.constexpr,
     BLOCK_D: gl.constexpr, VALUE_HEAD: gl.constexpr, BLOCK_V: gl.constexpr, HALF: gl.constexpr, BLOCK_N: gl.constexpr,
     BOX_T: gl.constexpr, THOUGHT_ANCHORS: gl.constexpr, STAGES: gl.constexpr,
