@@ -199,12 +199,12 @@ def _step(
 @gluon.jit
 def _consumer(
     WHICH: gl.constexpr, query, output, lse, of_anchors, order, q_tile, row_tile, key_ring, value_ring, turns,
-    query_stride, lse_stride, tile_start, num_rows, num_anchors, length, thought_steps, window, step_window, thought_blocks,
-    chunks, bounds, scale, curve_scale,
+    query_stride, lse_stride, sizes, windows, thought_blocks, chunks, bounds, scale, curve_scale,
     STEPS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, PER_ANCHOR: gl.constexpr, HEAD: gl.constexpr,
     BLOCK_D: gl.constexpr, VALUE_HEAD: gl.constexpr, BLOCK_V: gl.constexpr, HALF: gl.constexpr, BLOCK_N: gl.constexpr,
     BOX_T: gl.constexpr, THOUGHT_ANCHORS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Output and lse of the first or second half of a tile's rows."""
     ROWS: gl.constexpr = STEPS * GROUP
     THOUGHT_N: gl.constexpr = THOUGHT_ANCHORS * BOX_T
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
@@ -212,6 +212,8 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     dtype: gl.constexpr = query.dtype.element_ty
     anchors, thought_lengths, key_start = of_anchors
+    tile_start, num_rows, length, thought_steps = sizes
+    window, step_window = windows
     my_turn, other_turn = turns.index(WHICH), turns.index(1 - WHICH)
     begin = tile_start + WHICH * HALF
 
@@ -412,8 +414,9 @@ def gluon_forward_kernel(
 
     arguments = (
         query, output + result * VALUE_HEAD, lse + result, (anchors, thought_lengths, key_start), order, q_tile,
-        row_tile, key_ring, value_ring, turns, query_stride, lse_stride, tile_start, num_rows, num_anchors, length,
-        thought_steps, window, step_window, thought_blocks, chunks, bounds, scale, curve_scale,
+        row_tile, key_ring, value_ring, turns, query_stride, lse_stride,
+        (tile_start, num_rows, length, thought_steps), (window, step_window), thought_blocks, chunks, bounds, scale,
+        curve_scale,
     )  # fmt: skip
     OPTIONS: gl.constexpr = (
         STEPS, GROUP, CAUSAL, PER_ANCHOR, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, HALF, BLOCK_N, BOX_T, THOUGHT_ANCHORS,
