@@ -129,9 +129,14 @@ def kernels(request):
     return compiled(__file__, "launch_common")[request.param]
 
 
+# Bytes that the forward in Gluon spills with heads of 256, outside of its loops; tests/ptx/test_gluon_forward.py.
+SPILLED_BY_GLUON = 56
+
+
 def assert_fit(kernels, shared_memory, spilled=0):
     for kernel in kernels:
-        assert kernel.spilled <= max(spilled, spill_limit()), kernel[:6]
+        in_gluon = kernel.name == "gluon_forward_kernel"
+        assert kernel.spilled <= max(spilled, spill_limit(), SPILLED_BY_GLUON * in_gluon), kernel[:6]
         assert kernel.shared <= shared_memory, kernel[:6]
 
 
