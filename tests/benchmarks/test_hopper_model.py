@@ -28,6 +28,16 @@ def test_serial_is_the_sum_and_together_the_longest(exponentials):
     assert together == pytest.approx(max(ONE_PRODUCT + PRODUCT_LATENCY, 8 * exponentials), abs=2)
 
 
+def test_a_wait_that_leaves_a_product_is_for_the_one_before():
+    loop = loop_of([*PRODUCT, *PRODUCT, ONE_LEFT, *EXPONENTIALS, *EXPONENTIALS, DONE])
+    assert iteration_cycles(loop, groups=1) == pytest.approx(ONE_PRODUCT + PRODUCT_LATENCY + 2 * 8 * 64, abs=2)
+
+
+def test_two_groups_share_the_schedulers():
+    loop = loop_of([*EXPONENTIALS, "BAR.SYNC.DEFER_BLOCKING 0x0"])
+    assert iteration_cycles(loop) == pytest.approx(2 * 8 * 64, abs=hopper_loops.BARRIER_LATENCY)
+
+
 def test_two_groups_take_turns_unless_a_barrier_stops_them():
     longest, total = 2 * ONE_PRODUCT, 2 * (ONE_PRODUCT + 8 * 64)
     assert longest <= iteration_cycles(loop_of(SERIAL)) < 0.8 * total
@@ -81,7 +91,7 @@ def as_text(code, first=0):
 
 def test_innermost_loops_are_found():
     """Not those around them, nor the turns of a wait, which have no products, nor what ends the kernel."""
-    inner = as_text(["@!P1 BRA `(.L_x_9)", *SERIAL, "@P0 BRA `(.L_x_1)"])
+    inner = as_text(["@!P1 BRA `(.L_x_9)"]) + ".L_x_2:\n" + as_text([*SERIAL, "@P0 BRA `(.L_x_1)"])
     sass = f".L_x_0:\n{as_text(EXPONENTIALS)}.L_x_1:\n{inner}{as_text(['@P2 BRA `(.L_x_0)', 'EXIT'])}"
     sass += (
         f".L_x_9:\n{as_text(['SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R24', '@!P1 BRA `(.L_x_9)', 'BRA `(.L_x_1)'])}"
