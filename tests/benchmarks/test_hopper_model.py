@@ -94,7 +94,7 @@ def test_innermost_loops_are_found():
     inner = as_text(["@!P1 BRA `(.L_x_9)"]) + ".L_x_2:\n" + as_text([*SERIAL, "@P0 BRA `(.L_x_1)"])
     sass = f".L_x_0:\n{as_text(EXPONENTIALS)}.L_x_1:\n{inner}{as_text(['@P2 BRA `(.L_x_0)', 'EXIT'])}"
     sass += (
-        f".L_x_9:\n{as_text(['SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R24', '@!P1 BRA `(.L_x_9)', 'BRA `(.L_x_1)'])}"
+        f".L_x_9:\n{as_text(['SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R24', '@!P1 BRA `(.L_x_9)', 'BRA `(.L_x_2)'])}"
     )
     [loop] = loops(sass)
     assert loop.flop == ONE_PRODUCT * FLOP
