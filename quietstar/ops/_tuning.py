@@ -30,6 +30,8 @@ class Subject(NamedTuple):
     rows: dict[tuple, Row]
     """The table itself."""
     key: tuple[str | int, ...]
+    kernel: str
+    """The function whose launch parameters these are."""
     present: Row
     """What stands there now, perhaps under a key for any architecture."""
     candidates: Sequence[Row]
@@ -47,6 +49,16 @@ class Subject(NamedTuple):
         return list((self.checked or self.run)())
 
 
+class Outcome(NamedTuple):
+    """Of a call that was run."""
+
+    results: list[Tensor]
+    spilled: int
+    """The most registers that a thread spills in a kernel of it."""
+    kernels: set[str]
+    """The functions that it launched."""
+
+
 class Machine(Protocol):
     """What runs the candidates."""
 
@@ -59,8 +71,8 @@ class Machine(Protocol):
     def compile(self, wave: Sequence[tuple[Subject, Row]], seconds: float) -> list[bool]:
         """Compile what the calls would launch; which of them are ready within the time."""
 
-    def results(self, subject: Subject) -> tuple[list[Tensor], int]:
-        """The subject's results, and the registers that its kernels spill; TritonError or RuntimeError if it fails."""
+    def outcome(self, subject: Subject) -> Outcome:
+        """Of the subject's call; TritonError or RuntimeError if it fails."""
 
     def milliseconds(self, subject: Subject) -> float:
         """The median time of the call."""
@@ -90,8 +102,7 @@ class Trial:
         """Why the present row has no time."""
         self.tried = 0
         self._waiting = [subject.present, *(row for row in subject.candidates if row != subject.present)]
-        self._expected: list[Tensor] = []
-        self._spilled = 0
+        self._expected: Outcome | None = None
 
     @property
     def best(self) -> Row:
@@ -117,10 +128,15 @@ class Trial:
 
         with in_table(self.subject, row):
             try:
-                results, spilled = machine.results(self.subject)
+                outcome = machine.outcome(self.subject)
                 if row == self.subject.present:
-                    self._expected, self._spilled = results, spilled
-                elif spilled > self._spilled or not all(map(_same, results, self._expected)):
+                    self._expected = outcome
+                    if self.subject.kernel not in outcome.kernels:  # another one is better here
+                        self.missed(row, f"a typical call does not launch {self.subject.kernel} here")
+                        return
+                elif outcome.spilled > self._expected.spilled or not all(
+                    map(_same, outcome.results, self._expected.results)
+                ):
                     return
                 self.times[row] = machine.milliseconds(self.subject)
             except (TritonError, RuntimeError) as error:  # the second: also out of memory

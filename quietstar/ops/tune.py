@@ -20,9 +20,8 @@ from time import monotonic
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from quietstar.ops._tuning import Row, Subject, Trial, in_table, search
+from quietstar.ops._tuning import Outcome, Row, Subject, Trial, in_table, search
 
 OPS = "thought_attention", "linear_cross_entropy", "linear_sample", "mixing"
 DTYPES = "float16", "bfloat16", "float32"
@@ -87,11 +86,12 @@ class Gpu:
         # What is compiled in the background has its kernel within.
         return [all(getattr(kernel, "kernel", None) is not None for kernel in kernels) for kernels in launched]
 
-    def results(self, subject: Subject) -> tuple[list[Tensor], int]:
+    def outcome(self, subject: Subject) -> Outcome:
         with _launches(only_compile=False) as kernels:
             results = subject.results()
         torch.cuda.synchronize()
-        return results, max((kernel.n_spills for kernel in kernels), default=0)
+        spilled = max((kernel.n_spills for kernel in kernels), default=0)
+        return Outcome(results, spilled, {kernel.name for kernel in kernels})
 
     def milliseconds(self, subject: Subject) -> float:
         from triton.testing import do_bench

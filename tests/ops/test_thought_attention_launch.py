@@ -78,3 +78,10 @@ def test_candidates_depend_on_the_device(shared_memory):
     tiles = triton_tune.candidates(FORWARD, query, shared_memory)
     assert (Tile(128, 64, 8, 2) in tiles) == (shared_memory >= (128 + 2 * 2 * 64) * 256 * 2)
     assert Tile(128, 32, 4, 1) not in tiles  # the output alone would take all registers
+
+
+@pytest.mark.parametrize(("stages", "fit"), [(3, True), (4, False)])
+def test_stages_cost_shared_memory(stages, fit):
+    """Three of 128 keys and values take 229,376 of Hopper's 232,448 bytes."""
+    query = torch.empty(1, 1, 1, 1, 128, dtype=torch.bfloat16)
+    assert (Tile(128, 128, 8, stages) in triton_tune.candidates(FORWARD, query, SHARED_MEMORY[90])) == fit

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from quietstar.ops import tune
 from quietstar.ops._launch_table import ANY, HOPPER
-from quietstar.ops._tuning import Subject, search
+from quietstar.ops._tuning import Outcome, Subject, search
 from quietstar.ops.linear_cross_entropy import triton_tune
 
 COMPILING, TIMING = 4.0, 0.25  # seconds
@@ -32,9 +33,9 @@ class Pair(NamedTuple):
 class Fake:
     """Compiles in time of its own, on a clock that nothing else moves."""
 
-    def __init__(self, milliseconds, together=4, spilled=lambda row: 0, slow=()):
+    def __init__(self, milliseconds, together=4, spilled=lambda row: 0, slow=(), launched=None):
         self.together, self.slow = together, slow
-        self.row_milliseconds, self.row_spilled = milliseconds, spilled
+        self.row_milliseconds, self.row_spilled, self.launched = milliseconds, spilled, launched
         self.clock, self.waves, self.timed = 0.0, [], []
 
     def now(self):
@@ -46,8 +47,9 @@ class Fake:
         self.clock += min(max(needed), max(seconds, 0.0))
         return [time <= seconds for time in needed]
 
-    def results(self, subject):
-        return subject.results(), self.row_spilled(subject.rows[subject.key])
+    def outcome(self, subject):
+        launched = self.launched or {subject.kernel}
+        return Outcome(subject.results(), self.row_spilled(subject.rows[subject.key]), launched)
 
     def milliseconds(self, subject):
         row = subject.rows[subject.key]
@@ -65,7 +67,8 @@ CANDIDATES = [Pair(*numbers) for numbers in itertools.product((8, 16, 32, 64, 12
 
 def subject(name="kernel", candidates=CANDIDATES, run=lambda: [torch.ones(3)], **options):
     table = {(name, ANY, 2): PRESENT}
-    return Subject(f"tables.{name}", table, (name, HOPPER, 2), PRESENT, candidates, run, **({"moved": 3e9} | options))
+    key = name, HOPPER, 2
+    return Subject(f"tables.{name}", table, key, "a_kernel", PRESENT, candidates, run, **({"moved": 3e9} | options))
 
 
 def away_from(row):
@@ -143,6 +146,14 @@ def test_a_kernel_that_does_not_run_is_no_hindrance():
     assert broken.line() == "    # (BROKEN, HOPPER, 2): not timed, no memory"
 
 
+def test_rows_of_what_is_not_launched_are_not_tuned():
+    """On a GPU for which there is a better kernel, that is."""
+    machine = Fake(away_from(PRESENT), launched={"better_kernel"})
+    [trial] = search([subject()], 1e3, machine)
+    assert (trial.times, trial.tried, machine.timed) == ({}, 1, [])
+    assert trial.line().endswith("not timed, a typical call does not launch a_kernel here")
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -189,6 +200,12 @@ def test_every_row_of_every_table_is_tuned(real_subjects):
     tuned = {(each.table, each.key[0]) for each in real_subjects}
     tables = {each.table: each.rows for each in real_subjects}
     assert tuned == {(name, key[0]) for name, table in tables.items() for key in table}
+
+
+def test_kernels_of_rows_exist(real_subjects):
+    for each in real_subjects:
+        folder = Path(tune.__file__).parents[2] / Path(*each.table.split(".")[:3])
+        assert any(f"def {each.kernel}(" in file.read_text() for file in folder.glob("*.py")), each.kernel
 
 
 @pytest.mark.parametrize(

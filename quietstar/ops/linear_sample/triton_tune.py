@@ -47,6 +47,7 @@ def subjects(sizes: "Sizes") -> list[Subject]:
             table=TABLE,
             rows=TILES,
             key=row_key(SAMPLE, hidden, rows),
+            kernel="matmul_sample_kernel",
             present=row_for(TILES, SAMPLE, hidden, rows),
             candidates=candidates(rows, sizes.shared_memory),
             run=partial(draw, hidden),

@@ -48,6 +48,7 @@ def subjects(sizes: "Sizes") -> list[Subject]:
             table=TABLE,
             rows=BLOCKS,
             key=row_key(kernel, mix.base),
+            kernel=f"{kernel.replace(' ', '_')}_kernel",
             present=row_for(BLOCKS, kernel, mix.base),
             candidates=[
                 Block(*numbers)

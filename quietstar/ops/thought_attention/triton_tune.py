@@ -86,6 +86,9 @@ def subjects(sizes: "Sizes") -> list[Subject]:
 
     def subject(kernel: str, of: Inputs, run: partial, work: dict[str, float]) -> Subject:
         tiles = candidates(kernel, of.query, sizes.shared_memory)
-        return Subject(TABLE, TILES, row_key(kernel, of.query), tile_for(kernel, of.query), tiles, run, **work)
+        function = "forward_kernel" if kernel == DECODE else f"{kernel.replace(' ', '_')}_kernel"
+        return Subject(
+            TABLE, TILES, row_key(kernel, of.query), function, tile_for(kernel, of.query), tiles, run, **work
+        )
 
     return [subject(kernel, *call) for kernel, call in calls.items()]
