@@ -57,6 +57,11 @@ class Loop(NamedTuple):
     steps: tuple[Step, ...]
 
     @property
+    def size(self) -> int:
+        """Instructions."""
+        return sum(self.counts.values())
+
+    @property
     def flop(self) -> float:
         """Of the products of one warp group in an iteration."""
         return sum(step.amount for step in self.steps if step.kind == "product")

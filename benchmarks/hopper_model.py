@@ -122,12 +122,13 @@ def cost_of(kernel: Kernel, name: str, sass: str) -> Cost:
     """From machine code: its innermost loops are those over whole blocks, masked blocks and thought keys."""
     found = loops(sass)
     flop = max(loop.flop for loop in found)
-    whole = min((loop for loop in found if loop.flop == flop), key=lambda loop: sum(loop.counts.values()))
+    whole = min((loop for loop in found if loop.flop == flop), key=lambda loop: loop.size)
     own = next((loop for loop in found if loop.divides or not loop.flop), None)
     masked = [loop for loop in found if loop not in (whole, own) and loop.flop and not loop.divides]
     edge = masked[0] if masked else whole
-    copies = sum(loop.flop == flop and loop.counts == whole.counts for loop in found)  # each warp group has its own
-    outside = sass.count(" ;") - sum(sum(loop.counts.values()) for loop in found)
+    # Each warp group may have code of its own, alike but for a few instructions.
+    copies = sum(loop.flop == flop and loop.size < 1.05 * whole.size for loop in found)
+    outside = sass.count(" ;") - sum(loop.size for loop in found)
 
     def columns(loop: Loop) -> int:
         return round(2 * loop.flop / (kernel.products * 2 * TILE * HEAD))
@@ -142,7 +143,7 @@ def cost_of(kernel: Kernel, name: str, sass: str) -> Cost:
         thought_columns=(columns(own) or 16) if own else 0,
         outside=2 * outside / copies + 2 * MEMORY_LATENCY,
         under=whole.products_under_exponentials(),
-        bound=max(2 * whole.flop / FLOP, 2 * 8 * whole.exponentials, 2 * sum(whole.counts.values())),
+        bound=max(2 * whole.flop / FLOP, 2 * 8 * whole.exponentials, 2 * whole.size),
     )
 
 

@@ -38,7 +38,7 @@ def main_loop(folder, *changes):
     script.write_text(source + LAUNCH)
     [kernel] = compiled(str(script), "launch", (90,))[90]
     found = [loop for loop in loops(assembled(kernel.ptx, 90)) if loop.exponentials > 60]
-    return min(found, key=lambda loop: sum(loop.counts.values())), warnings(kernel.ptx, folder)
+    return min(found, key=lambda loop: loop.size), warnings(kernel.ptx, folder)
 
 
 def warnings(ptx, folder):
