@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hopper_loops import FLOP, L2_BYTES, Loop, iteration_cycles, loops
+from report import BEGIN, END, ReportError, into_readme
 
 ROOT = Path(__file__).parent.parent
 PROCESSORS, CLOCK = 132, 1.755e9
@@ -265,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, nargs="+", choices=THOUGHTS, default=list(THOUGHTS), help="S (default: all)"
     )
+    parser.add_argument("--notes", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
     options = parser.parse_args(arguments)
     if min(options.lengths) < TILE:
         parser.error(f"--lengths must be at least {TILE}, got {min(options.lengths)}")
@@ -272,7 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import triton  # noqa: F401
     except ImportError as error:
         parser.error(f"needs Triton: {error}")
-    print(*tables(options.lengths, {steps: THOUGHTS[steps] for steps in options.steps}), sep="\n")
+    text = "\n".join(tables(options.lengths, {steps: THOUGHTS[steps] for steps in options.steps}))
+    if options.notes is None:
+        print(text)
+        return 0
+    try:
+        into_readme(options.notes, text)
+    except (ReportError, OSError) as error:
+        parser.error(f"--notes: {error}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import hopper_loops
 import hopper_model
 import pytest
+import report
 import torch
 from hopper_loops import FLOP, PRODUCT_LATENCY, iteration_cycles, loop_of, loops, work
 from hopper_model import FORWARD, KEY_GRADIENT, PROCESSORS, QUERY_GRADIENT, Cost, makespan
@@ -144,6 +145,14 @@ def test_the_table():
     text = list(hopper_model.tables([512], {14: 14}, lambda when, *sizes: COSTS))
     assert text[2] == "| 14 | `kernel` | before | 128 x 128 | 2048 | 2048 | 1 | 1024 | 4000 |"
     assert text[-1].count("x |") == 2
+
+
+def test_the_table_goes_into_the_notes(tmp_path, monkeypatch):
+    notes = tmp_path / "notes.md"
+    notes.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nbehind")
+    monkeypatch.setattr(hopper_model, "tables", lambda *arguments: ["| a |", "| b |"])
+    assert hopper_model.main(["--notes", str(notes)]) == 0
+    assert notes.read_text() == f"before\n{report.BEGIN}\n| a |\n| b |\n{report.END}\nbehind"
 
 
 def test_bad_arguments(capsys):
