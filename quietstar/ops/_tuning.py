@@ -27,9 +27,9 @@ class Subject(NamedTuple):
 
     table: str
     """What the table is called: its module and name."""
-    rows: dict[tuple, Row]
+    rows: dict
     """The table itself."""
-    key: tuple[str | int, ...]
+    key: tuple[str | int, ...] | int
     kernel: str
     """The function whose launch parameters these are."""
     present: Row
@@ -150,9 +150,12 @@ class Trial:
     def line(self) -> str:
         """The line of the table that sets the fastest row, with what was measured; a comment if nothing was."""
         subject, best = self.subject, self.best
-        key = ", ".join(part.replace(" ", "_").upper() if isinstance(part, str) else str(part) for part in subject.key)
+        key = str(subject.key)
+        if isinstance(subject.key, tuple):  # of names, which are constants, and numbers
+            parts = (part.replace(" ", "_").upper() if isinstance(part, str) else str(part) for part in subject.key)
+            key = f"({', '.join(parts)})"
         if not self.times:
-            return f"    # ({key}): not timed, {self.failure or 'no time was left'}"
+            return f"    # {key}: not timed, {self.failure or 'no time was left'}"
         milliseconds = self.times[best]
         if subject.flops:
             speed = f"{subject.flops / milliseconds / 1e9:.4g} TFLOP/s"
@@ -161,7 +164,7 @@ class Trial:
         measured = f"{milliseconds:.4g} ms, {speed}"
         if best != subject.present:
             measured += f"; {self.times[subject.present]:.4g} with {tuple(subject.present)}"
-        return f"    ({key}): {type(best).__name__}({', '.join(map(str, best))}),  # {measured}"
+        return f"    {key}: {type(best).__name__}({', '.join(map(str, best))}),  # {measured}"
 
 
 def search(subjects: Sequence[Subject], seconds: float, machine: Machine) -> list[Trial]:

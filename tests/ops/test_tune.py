@@ -42,7 +42,7 @@ class Fake:
         return self.clock
 
     def compile(self, wave, seconds):
-        self.waves.append([(subject.key[0], row) for subject, row in wave])
+        self.waves.append([(subject.table, row) for subject, row in wave])
         needed = [1e6 if row in self.slow else COMPILING for _, row in wave]
         self.clock += min(max(needed), max(seconds, 0.0))
         return [time <= seconds for time in needed]
@@ -165,6 +165,9 @@ def test_a_line_holds_the_measurement(options, line):
     one = subject("the kernel", **options)
     [trial] = search([one], 1e3, Fake(lambda row: 3 + away_from((8, 1))(row)))
     assert trial.line() == line
+    by_number = one._replace(rows={128: PRESENT}, key=128)
+    [trial] = search([by_number], 1e3, Fake(lambda row: 3 + away_from((8, 1))(row)))
+    assert trial.line() == line.replace("(THE_KERNEL, HOPPER, 2)", "128")
 
 
 SMALL = tune.Sizes(
