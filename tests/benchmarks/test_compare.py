@@ -164,6 +164,19 @@ def test_both_orders_are_the_same_tree(name):
     assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("name", ["torch", attention.DENSE])
+def test_the_backward_is_timed_without_its_forward(name, monkeypatch):
+    task = attention.Task(attention.forward_and_backward, SHAPE, 3, 12, rounds=1, backward_only=True)
+    inputs = attention.random_inputs(task)
+    gradient = torch.randn_like(inputs.query)
+    _, *expected = task.run(attention.candidate(name, inputs), inputs, gradient)
+    run = attention.prepared(task, name, inputs, gradient)
+    monkeypatch.setattr(attention, "op", None)
+    for _ in range(2):
+        for actual, wanted in zip(run(), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
 def test_linear_cross_entropy_gate():
     inputs, target = head.random_inputs("linear", HeadShape(40, 16, 50, torch.float32))
     check = head.Check(inputs, target)
