@@ -86,8 +86,9 @@ def in_table(subject: Subject, row: Row) -> Iterator[None]:
     try:
         yield
     finally:
-        del subject.rows[subject.key]
-        if kept is not None:
+        if kept is None:
+            del subject.rows[subject.key]
+        else:
             subject.rows[subject.key] = kept
 
 

@@ -83,7 +83,15 @@ def test_the_fastest_is_found_and_the_table_left_alone():
     assert trial.best == (128, 1)
     assert trial.times.keys() == set(CANDIDATES)
     assert next(iter(trial.times)) == PRESENT
-    assert one.rows == before
+    assert list(one.rows.items()) == list(before.items())
+
+
+def test_a_row_of_its_own_stays_where_it_was():
+    one = subject()
+    one.rows.update({one.key: PRESENT, ("behind", HOPPER, 2): PRESENT})
+    before = list(one.rows.items())
+    search([one], 1e3, Fake(away_from((128, 1))))
+    assert list(one.rows.items()) == before
 
 
 def test_the_way_there_is_short():
