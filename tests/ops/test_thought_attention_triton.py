@@ -66,6 +66,10 @@ LARGE = {
     ),
     "T = 130": ({"length": 3, "steps": 2, "thought_steps": 130, "batch": 1}, {}),
     "sampling step, many anchors": ({"length": 40, "steps": 1, "thought_steps": 12, "batch": 1}, {}),
+    "sampling step, rows that see nothing of the first blocks, or no base key": (
+        {"length": 130, "num_anchors": 40, "steps": 1, "thought_steps": 12},
+        {"anchors": spread(40, 130), "key_start": [spread(40, 125), documents(40, 130, 64)[0]]},
+    ),
     "group of 7": ({"length": 9, "query_heads": 7, "kv_heads": 1, "batch": 1}, {}),
     "D = 16": ({"length": 3, "head": 16, "batch": 1}, {}),
     "D = 80": ({"length": 3, "head": 80, "batch": 1}, {}),

@@ -167,6 +167,30 @@ def query_gradient_kernel(
     if row_grad is not None:
         tl.store(row_grad + table, grad_offsets // GRAD_UNIT, mask=exists)
 
+    # The base keys: first those to mask, then the full blocks. (Behind the thought keys, ptxas would make each product
+    # wait, C7515: those of the thought keys, in another shape, would go on with the same sum.)
+    tile_anchor = None
+    tile_first = first
+    if window is not None or step_window is not None or PER_ANCHOR:
+        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
+        tile_anchor = anchor_of(tile_position, anchors, length)
+        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
+        tile_first = first_of_step(tile_first, tile_anchor, thought_steps - STEPS, step_window)
+    full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
+        anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
+    )
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = _steps_base(
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
+        begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), curve_scale,
+        True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
+    )  # fmt: skip
+    dq = _steps_base(
+        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
+        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale), curve_scale,
+        False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
+    )  # fmt: skip
+
     # The thought keys, part by part.
     q_parts = q
     do_parts = do
@@ -178,7 +202,7 @@ def query_gradient_kernel(
     row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
     row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
     last_position = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
-    dq = divided(tl.zeros((BLOCK_M, BLOCK_D), tl.float32), DIAGONALS)
+    dq = divided(dq, DIAGONALS)
     columns = diagonal_end(
         index, position, anchor, step, thought_length, thought_steps, ROWS, DIAGONAL_M, DIAGONAL_ANCHORS, CAUSAL
     )
@@ -202,28 +226,6 @@ def query_gradient_kernel(
         visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
         dq = _step(dq, q_parts, do_parts, k, v, visible, log_sum_parts, delta_parts, base_2(scale), curve_scale)
     dq = joined(dq, DIAGONALS)
-
-    # The base keys: first those to mask, then the full blocks.
-    tile_anchor = None
-    tile_first = first
-    if window is not None or step_window is not None or PER_ANCHOR:
-        tile_position = positions_of_tile(tile_start, num_rows, ROWS, BLOCK_M, TILE_ANCHORS)
-        tile_anchor = anchor_of(tile_position, anchors, length)
-        tile_first = start_of(tile_position, batch, key_start, num_anchors, PER_ANCHOR)
-        tile_first = first_of_step(tile_first, tile_anchor, thought_steps - STEPS, step_window)
-    full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
-        anchor, first, window, length, 0, 1, BLOCK_N, EDGE_N
-    )
-    dq = _steps_base(
-        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        begin, end, steps, hole_at, hole, log_sum, delta, base_2(scale), curve_scale,
-        True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
-    )  # fmt: skip
-    dq = _steps_base(
-        dq, q, do, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, log_sum, delta, base_2(scale), curve_scale,
-        False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
-    )  # fmt: skip
 
     if anchors is not None:
         dq = tl.where(anchor[:, None] < 0, 0.0, dq)

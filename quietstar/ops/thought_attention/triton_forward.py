@@ -1,8 +1,8 @@
 """Forward of thought attention in Triton: one kernel for training tiles, sampling steps and split keys.
 
-One program holds BLOCK_M packed rows (``triton_tiles`` draws them) of one key/value head. It starts with the block
-diagonal of thought keys, which gives every active row a finite maximum, and goes on over blocks of base keys with the
-running softmax of FlashAttention (arXiv 2205.14135, 2307.08691), in base 2.
+One program holds BLOCK_M packed rows (``triton_tiles`` draws them) of one key/value head. It goes over the block
+diagonal of thought keys and over blocks of base keys with the running softmax of FlashAttention (arXiv 2205.14135,
+2307.08691), in base 2. Blocks may come first of which a row sees nothing: its maximum is LOWEST then, and its sums 0.
 
 Per row that sees n base keys: 4·D·(n + T) FLOPs; bytes: 2·D elements of query and output, and of every tile n keys and
 values from the L2 cache. At n = 1024, D = 128 that is about 1000 FLOPs per byte of memory: bound by the tensor cores.
@@ -142,60 +142,75 @@ def forward_kernel(
     query_offsets = row_offsets(rows, original, query_stride, STEPS, GROUP)
     q = load_vectors(query, query_offsets, None, HEAD, BLOCK_D)
 
-    # The thought keys, part by part.
-    q_parts = q
-    if DIAGONALS > 1:
-        q_parts = load_parts(query, divided(query_offsets, DIAGONALS), None, HEAD, BLOCK_D)
-    row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
-    row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
-    acc = divided(tl.zeros((BLOCK_M, BLOCK_V), tl.float32), DIAGONALS)
-    peak = divided(tl.full((BLOCK_M,), LOWEST, tl.float32), DIAGONALS)
-    total = divided(tl.zeros((BLOCK_M,), tl.float32), DIAGONALS)
     columns = diagonal_end(
         index, position, anchor, step, thought_length, thought_steps, ROWS, DIAGONAL_M, DIAGONAL_ANCHORS, CAUSAL
     )
     if SPLIT:
         columns = tl.where(split == 0, columns, 0)
-    # The next keys are fetched ahead where shared memory has room for them; those of parts (``load_parts``) cannot be.
-    AHEAD: tl.constexpr = DIAGONALS == 1 and max(BLOCK_D, BLOCK_V) <= 128
-    for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if AHEAD else 1):
-        key_position, key_step = diagonal_columns(
-            tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
-        )
-        near = tl.minimum(key_position, num_anchors - 1)
-        key_length = None
-        if thought_lengths is not None:
-            key_length = tl.load(thought_lengths + near).to(tl.int32)
-        key_original = original_of(near, order).to(tl.int64)
-        read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
-        key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
-        value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
-        seen = None
-        if anchors is not None:
-            seen = tl.load(anchors + near) >= 0
-        k = load_parts(thought_key, key_offsets, seen, HEAD, BLOCK_D)
-        v = load_parts(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
-        owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
-        visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
-        scores = tl.where(visible, curved(dot(q_parts, transposed(k)), curve_scale), float("-inf"))
-        acc, peak, total = _attend(acc, peak, total, scores, scale, v)
-    acc = joined(acc, DIAGONALS)
-    peak = joined(peak, DIAGONALS)
-    total = joined(total, DIAGONALS)
-
-    # The base keys: first those to mask, then the full blocks.
-    full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
-        anchor, first, window, length, split, splits, BLOCK_N, EDGE_N
-    )
-    acc, peak, total = _attend_base(
-        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        begin, end, steps, hole_at, hole, scale, curve_scale, True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
-    )  # fmt: skip
-    acc, peak, total = _attend_base(
-        acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first, window,
-        full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, curve_scale,
-        False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
-    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Thought keys first if the tile is one piece. Sums that are joined from parts come last: going into the loops over
+    # base keys, they would make ptxas wait for each product there (C7515).
+    for turn in tl.static_range(2):
+        if (turn == 0) == (DIAGONALS == 1):
+            # The thought keys, part by part.
+            if DIAGONALS > 1:  # in the loops over base keys there are no registers to keep it all
+                rows = tl.minimum(not_before(total, index), num_rows - 1)
+                position = rows // ROWS
+                step = step_of(rows, thought_steps, STEPS, GROUP)
+                original = original_of(position, order)
+                query_offsets = row_offsets(rows, original, query_stride, STEPS, GROUP)
+                q_parts = load_parts(query, divided(query_offsets, DIAGONALS), None, HEAD, BLOCK_D)
+            else:
+                q_parts = q
+            row_position = tl.expand_dims(divided(position, DIAGONALS), -1)
+            row_step = tl.expand_dims(divided(step, DIAGONALS), -1)
+            acc = divided(acc, DIAGONALS)
+            peak = divided(peak, DIAGONALS)
+            total = divided(total, DIAGONALS)
+            # The next keys are fetched ahead where shared memory has room for them; those of parts (``load_parts``)
+            # cannot be.
+            AHEAD: tl.constexpr = DIAGONALS == 1 and max(BLOCK_D, BLOCK_V) <= 128
+            for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if AHEAD else 1):
+                key_position, key_step = diagonal_columns(
+                    tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
+                )
+                near = tl.minimum(key_position, num_anchors - 1)
+                key_length = None
+                if thought_lengths is not None:
+                    key_length = tl.load(thought_lengths + near).to(tl.int32)
+                key_original = original_of(near, order).to(tl.int64)
+                read_step = readable(key_step, key_length, step_window, thought_steps, STEPS)
+                key_offsets = key_original * thought_key_stride[2] + read_step * thought_key_stride[3]
+                value_offsets = key_original * thought_value_stride[2] + read_step * thought_value_stride[3]
+                seen = None
+                if anchors is not None:
+                    seen = tl.load(anchors + near) >= 0
+                k = load_parts(thought_key, key_offsets, seen, HEAD, BLOCK_D)
+                v = load_parts(thought_value, value_offsets, seen, VALUE_HEAD, BLOCK_V)
+                owner = tl.expand_dims(owner_of(key_position, key_step, key_length, CAUSAL), -2)
+                visible = sees_thought(owner, tl.expand_dims(key_step, -2), row_position, row_step, step_window, CAUSAL)
+                scores = tl.where(visible, curved(dot(q_parts, transposed(k)), curve_scale), float("-inf"))
+                acc, peak, total = _attend(acc, peak, total, scores, scale, v)
+            acc = joined(acc, DIAGONALS)
+            peak = joined(peak, DIAGONALS)
+            total = joined(total, DIAGONALS)
+        else:
+            # The base keys: first those to mask, then the full blocks.
+            full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
+                anchor, first, window, length, split, splits, BLOCK_N, EDGE_N
+            )
+            acc, peak, total = _attend_base(
+                acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first,
+                window, begin, end, steps, hole_at, hole, scale, curve_scale,
+                True, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_N,
+            )  # fmt: skip
+            acc, peak, total = _attend_base(
+                acc, peak, total, q, key, value, key_stride, value_stride, anchor, first, tile_anchor, tile_first,
+                window, full_begin, full_end, (full_end - full_begin) // BLOCK_N, 0, 0, scale, curve_scale,
+                False, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_N,
+            )  # fmt: skip
 
     seen = (anchor >= 0) & (total != 0)
     acc = tl.where(seen[:, None], acc, 0.0)
