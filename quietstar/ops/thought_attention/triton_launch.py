@@ -41,10 +41,10 @@ TILES: dict[tuple[str, str, int, int], Tile] = {
     # Hopper: 227 KiB of shared memory, and wgmma, which takes 64 rows a warp group. Two groups share each block of
     # keys; the running output (queries: dQ) of 128 rows fills half of their registers at D = 128.
     (FORWARD, HOPPER, 2, 64): Tile(128, 128, 8, 3),
-    (FORWARD, HOPPER, 2, 128): Tile(128, 128, 8, 2),
+    (FORWARD, HOPPER, 2, 128): Tile(128, 128, 8, 3),
     (FORWARD, HOPPER, 2, 256): Tile(64, 32, 8, 2),
     (QUERY_GRADIENT, HOPPER, 2, 64): Tile(128, 64, 8, 3),
-    (QUERY_GRADIENT, HOPPER, 2, 128): Tile(128, 64, 8, 2),
+    (QUERY_GRADIENT, HOPPER, 2, 128): Tile(128, 64, 8, 3),
     (QUERY_GRADIENT, HOPPER, 2, 256): Tile(32, 64, 8, 1),  # wgmma, from 64 rows on, would spill
     # The key gradient keeps two sums, dK and dV, so it is the keys that come in blocks of 128.
     (KEY_GRADIENT, HOPPER, 2, 64): Tile(64, 128, 8, 3),
