@@ -13,8 +13,8 @@ bool in_pieces(const Steps& tensor) {
 
 template <class T, int kHead>
 void launch_half(const ThoughtAttention& a, const Launch& where) {
-  const bool aligned = a.head_size % 8 == 0 && a.value_size % 8 == 0 && in_pieces(a.key) && in_pieces(a.value) &&
-                       in_pieces(a.thought_key) && in_pieces(a.thought_value);
+  const bool aligned = a.head_size % 8 == 0 && a.value_size % 8 == 0 && in_pieces(a.query) && in_pieces(a.key) &&
+                       in_pieces(a.value) && in_pieces(a.thought_key) && in_pieces(a.thought_value);
   const std::int64_t rows = a.anchors_per_batch * a.steps * (a.query_heads / a.kv_heads);
   int warps = 1;
   while (warps < kMostTileWarps && warps * kRowsOfWarp < rows) warps *= 2;

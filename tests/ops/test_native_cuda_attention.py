@@ -168,13 +168,18 @@ def test_scale_of_any_sign(scale):
 
 
 @every_dtype
-def test_hidden_keys_may_hold_anything(dtype):
-    """What no row sees, and what lies between rows, is not read into any result."""
+@pytest.mark.parametrize("window", [None, 300], ids=["all in front", "windows with keys between them"])
+def test_hidden_keys_may_hold_anything(window, dtype):
+    """What no row sees, what belongs to no anchor and what lies between rows is not read into any result."""
     inputs, options = case("decoding, split keys", dtype, DEVICE, LARGE)
     inputs = [x.detach() for x in inputs]
-    options["anchors"] = torch.tensor([[700, 3, 350], [-1, 700, 650]], device=DEVICE)
+    options |= {"anchors": torch.tensor([[700, 3, 350], [-1, 700, 650]], device=DEVICE), "window": window}
     expected = run(inputs, options, "cuda")
-    wider = [torch.cat([x, torch.full_like(x, float("nan"))], dim=-1)[..., : x.shape[-1]] for x in inputs]
+    distance = options["anchors"][:, :, None] - torch.arange(1100, device=DEVICE)
+    keys = ((distance < 0) | (distance >= (window or 1100))).all(1)[:, None, :, None]
+    anchors = (options["anchors"] < 0)[:, None, :, None, None]
+    spoiled = [x.masked_fill(keys if x.dim() == 4 else anchors, float("nan")) for x in inputs]
+    wider = [torch.cat([x, torch.full_like(x, float("nan"))], dim=-1)[..., : x.shape[-1]] for x in spoiled]
     for a, b in zip(run(wider, options, "cuda"), expected, strict=True):
         assert torch.equal(a, b)
 

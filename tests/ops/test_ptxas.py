@@ -104,4 +104,16 @@ def test_access_is_by_16_bytes_and_products_by_matrix_units(source, tmp_path):
         for body in aligned:
             assert all(re.search(pattern, body) for pattern in wanted), body[:100]
     if source == "thought_attention":
-        assert sum("cp.async.cg.shared.global" in body for body in bodies) == 4  # both dtypes, both head sizes
+        copying = [body for body in bodies if "cp.async.cg.shared.global" in body]
+        assert len(copying) == 4  # both dtypes, both head sizes
+        for body in copying:
+            assert_copies_go_on_by_additions(body)
+
+
+def assert_copies_go_on_by_additions(body):
+    """Where copies start, addresses are neither multiplied nor divided; most tiles are seen whole, and need no mask."""
+    blocks = [block.split(";") for block in re.split(r"\n\$L\w+:", body) if "cp.async.cg" in block]
+    assert not [line for block in blocks for line in block if re.search(r"\b(div|rem)\.|\b(mul|mad)\S*64", line)]
+    per_copy = sorted(len(block) / sum("cp.async.cg" in line for line in block) for block in blocks)
+    assert per_copy[0] < 10
+    assert per_copy[-1] < 20

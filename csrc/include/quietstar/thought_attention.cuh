@@ -1,10 +1,13 @@
-// Attention of thoughts without gradients: for a sampling step, and for decoding behind a long cache.
+// The forward of thought attention: for a sampling step, and for decoding behind a long cache.
 //
 // Layout: the rows of one key/value head are (anchor, step, head of the group), anchor-major, and a block takes up to
 // 128 of them, 16 a warp. Its keys come in tiles of 64: first those of the base sequence that any of its rows sees,
 // then those of the thought keys, anchor-major. A warp leaves out tiles in which its rows see nothing, so the
 // thought keys of other warps' anchors cost it nothing but the barrier. With few rows the tiles are split over blocks,
 // and a second kernel adds up the splits, in fixed order (flash-decoding).
+//
+// Base tiles that all rows see whole have a loop of their own, without masks and without thoughts. The others share one
+// that compares: edges of windows and padding come in front of it, the anchors' edges and their thoughts behind.
 //
 // 4 · D FLOP for each row and key, on the matrix units in half precision (float32: thought_attention_float.cuh). Each
 // block reads 4 · D bytes a key; three tiles are under way, 32 KiB each at D = 128. Of a tile's row of 16-byte pieces,
@@ -27,6 +30,7 @@ struct HalfAttention {
   static constexpr int kSteps = kHead / 16;  // of the matrix units, along the head
   static constexpr int kTileBytes = kTileKeys * kHead * 2;
   static constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+  static_assert(kTileKeys * kPieces % (2 * kMostTileWarps * kWarpSize) == 0);  // a thread copies pieces two by two
 
   const ThoughtAttention& a;
   const AttentionHead& head;
@@ -41,57 +45,101 @@ struct HalfAttention {
     return key * kHead * 2 + (piece ^ (key & 7)) * 16;
   }
 
-  // Brings keys and values of a tile to shared memory, zeros for those that no row sees: 0 · NaN would not be 0.
+  // Begins to bring a tile to shared memory.
   __device__ __forceinline__ void fetch(int tile) const {
-    if (tile < list.end) {
-      for (int i = threadIdx.x; i < kTileKeys * kPieces; i += blockDim.x) {
-        const int place = i / kPieces, piece = i % kPieces;
-        const TileList::Key key = list.key(tile, place);
-        const bool seen = list.seen(a, head, key);
-        const Steps &keys = key.base ? a.key : a.thought_key, &values = key.base ? a.value : a.thought_value;
-        const TileList::Place of_key = list.place(a, key);
-        const auto at = [&](const Steps& tensor) {
-          return head.key<T>(tensor, of_key.position_or_anchor, of_key.step) + piece * 8;
-        };
-        copy(stage(tile, false) + offset(place, piece), keys, at, seen, a.head_size - piece * 8);
-        copy(stage(tile, true) + offset(place, piece), values, at, seen, a.value_size - piece * 8);
-      }
+    if (tile < list.base_tiles) {
+      fetch_base(tile);
+    } else {
+      if (tile < list.end) copy_tile<false>(tile);
+      commit_copies();
     }
+  }
+
+  __device__ __forceinline__ void fetch_base(int tile) const {
+    if (tile < list.end) copy_tile<true>(tile);
     commit_copies();
   }
 
-  // A piece of a vector that ends `left` elements behind where the piece begins.
-  template <class At>
-  __device__ __forceinline__ void copy(unsigned char* to, const Steps& tensor, At& at, bool seen,
-                                       std::int64_t left) const {
+  // Copies keys and values of a tile, but zeros for those that no row sees: 0 · NaN would not be 0. Of a vector a
+  // thread always takes the same piece, and it goes from one of its keys to the next by additions.
+  template <bool kBase>
+  __device__ __forceinline__ void copy_tile(int tile) const {
+    const int thread = static_cast<int>(threadIdx.x), piece = thread % kPieces;
+    const int places = static_cast<int>(blockDim.x) / kPieces;  // from one of its keys to the next
+    const int left[2] = {static_cast<int>(a.head_size) - piece * 8, static_cast<int>(a.value_size) - piece * 8};
+    const std::uint64_t seen = list.seen<kBase>(a, head, tile);
+
+    const Steps &keys = kBase ? a.key : a.thought_key, &values = kBase ? a.value : a.thought_value;
+    const TileList::Place first = list.place(a, list.key(tile, thread / kPieces));
+    const T* key = head.key<T>(keys, first.position_or_anchor, first.step) + piece * 8;
+    const T* value = head.key<T>(values, first.position_or_anchor, first.step) + piece * 8;
+    const int thought_steps = static_cast<int>(a.thought_steps);
+    const int anchors = kBase ? places : places / thought_steps, steps = kBase ? 0 : places % thought_steps;
+    const auto distance = [](const Steps& tensor, std::int64_t anchors, std::int64_t steps) {
+      return anchors * tensor.anchor_stride + steps * tensor.step_stride;
+    };
+    const std::int64_t to_next[2] = {distance(keys, anchors, steps), distance(values, anchors, steps)};
+    const std::int64_t to_anchor[2] = {distance(keys, 1, -thought_steps), distance(values, 1, -thought_steps)};
+
+    int place = thread / kPieces, step = first.step;
+    const auto go = [&](auto all_seen) {
+      while (place < kTileKeys) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          unsigned char* const to = stage(tile, false) + offset(place, piece);
+          const bool is_seen = decltype(all_seen)::value || (seen >> place & 1);
+          copy(to, key, is_seen ? left[0] : 0);
+          copy(to + kTileBytes, value, is_seen ? left[1] : 0);
+          place += places;
+          key += to_next[0];
+          value += to_next[1];
+          if constexpr (!kBase) {
+            step += steps;
+            if (step >= thought_steps) {
+              step -= thought_steps;
+              key += to_anchor[0];
+              value += to_anchor[1];
+            }
+          }
+        }
+      }
+    };
+    if (kBase && seen == ~std::uint64_t{0}) {
+      go(std::true_type{});
+    } else {
+      go(std::false_type{});
+    }
+  }
+
+  // A piece of a vector, of which `left` elements are left, or fewer than none: zeros behind them.
+  static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int left) {
     if constexpr (kAligned) {
-      const bool inside = seen && left > 0;
-      copy_async(to, inside ? at(tensor) : static_cast<const T*>(tensor.data), inside);
+      copy_async(to, from, left > 0);
     } else {
       Vector<T, 8> vector;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        vector.element[i] = seen && i < left ? at(tensor)[i] : T{0};
-      }
+      for (int i = 0; i < 8; ++i) vector.element[i] = i < left ? from[i] : T{0};
       store(reinterpret_cast<T*>(to), vector);
     }
   }
 };
 
+// Of a multiprocessor's blocks one may have all registers: without the 1, ptxas spills on sm_100 to make room for two.
 template <class T, int kHead, bool kAligned>
-__global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kernel(ThoughtAttention a) {
+__global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_kernel(ThoughtAttention a) {
   using Attention = HalfAttention<T, kHead, kAligned>;
   constexpr int kSteps = Attention::kSteps;
   const BlockPlace place(a, static_cast<int>(blockDim.x) / kWarpSize * kRowsOfWarp);
   const AttentionHead& head = place.head;
-  const TileList list = tile_list(a, head, place.first_row, place.end_row, place.split);
+  const TileList list = tile_list(a, place, static_cast<int>(blockDim.x) / 2);
   const Attention attention{a, head, list, dynamic_shared()};
 
   // Of the 16 rows of its warp, a lane has lane / 4 and that + 8: in the layout of the matrix units, both of queries
   // and of sums.
   const int lane = lane_number(), pair = lane % 4 * 2;
-  const int upper_row = place.first_row + warp_number() * kRowsOfWarp + lane / 4, row[2] = {upper_row, upper_row + 8};
-  const RowSight sight[2] = {head.sight(a, row[0]), head.sight(a, row[1])};
+  const int own_row = warp_number() * kRowsOfWarp + lane / 4;
+  const int row[2] = {place.first_row + own_row, place.first_row + own_row + 8};
+  const auto sight = [&](int r) -> const RowSight& { return static_shared<BlockSights>().row[own_row + r * 8]; };
 
   for (int i = 0; i < kStages - 1; ++i) attention.fetch(list.begin + i);
 
@@ -102,52 +150,39 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
     const auto element = [&](int column) {
       return from && column < a.head_size ? static_cast<std::uint32_t>(from[column].bits) : 0u;
     };
+    const auto both = [&](int column) {
+      if constexpr (!kAligned) return element(column) | element(column + 1) << 16;
+      return from && column < a.head_size ? *reinterpret_cast<const std::uint32_t*>(from + column) : 0u;
+    };
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = k * 16 + half * 8 + pair;
-        query[k][half * 2 + r] = element(column) | element(column + 1) << 16;
+        query[k][half * 2 + r] = both(k * 16 + half * 8 + pair);
       }
     }
   }
 
-  // What all rows of the warp see, and what any of them does: most tiles need no mask, or no work.
-  int low = INT32_MAX, high = -1, all_low = 0, all_high = INT32_MAX, own_low = INT32_MAX, own_high = -1;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (sight[r].low <= sight[r].high) low = min(low, sight[r].low);
-    high = max(high, sight[r].high);
-    all_low = max(all_low, sight[r].low);
-    all_high = min(all_high, sight[r].high);
-    if (sight[r].own_low <= sight[r].own_high) own_low = min(own_low, sight[r].own_low);
-    own_high = max(own_high, sight[r].own_high);
-  }
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    low = min(low, __shfl_xor_sync(kWholeWarp, low, distance));
-    high = max(high, __shfl_xor_sync(kWholeWarp, high, distance));
-    all_low = max(all_low, __shfl_xor_sync(kWholeWarp, all_low, distance));
-    all_high = min(all_high, __shfl_xor_sync(kWholeWarp, all_high, distance));
-    own_low = min(own_low, __shfl_xor_sync(kWholeWarp, own_low, distance));
-    own_high = max(own_high, __shfl_xor_sync(kWholeWarp, own_high, distance));
-  }
+  // From the first to the last key that any row of the warp sees: other tiles need no work.
+  const auto range_of_warp = [](const KeyRange& upper, const KeyRange& lower) {
+    KeyRange range = {min(upper.low, lower.low), max(upper.high, lower.high)};
+    for (int distance = kWarpSize / 2; distance >= 4; distance /= 2) {  // four lanes share a row
+      range.low = min(range.low, __shfl_xor_sync(kWholeWarp, range.low, distance));
+      range.high = max(range.high, __shfl_xor_sync(kWholeWarp, range.high, distance));
+    }
+    return range;
+  };
+  const KeyRange base_range = range_of_warp(sight(0).base, sight(1).base);
+  const KeyRange own_range = range_of_warp(sight(0).own, sight(1).own);
 
   float output[kHead / 8][4] = {};
   float largest[2] = {kLowest, kLowest}, sum[2] = {0, 0};
   const bool is_capped = a.mask.softcap != 0;
   const float to_log2 = (is_capped ? 1 : a.mask.scale) * kLog2E;  // a capped score has been scaled
 
-  for (int tile = list.begin; tile < list.end; ++tile) {
-    wait_for_copies<kStages - 2>();
-    __syncthreads();  // the tile is there for all, and all are done with the one before, which the next overwrites
-    attention.fetch(tile + kStages - 1);
-
-    const auto [base, valid, first_key] = list.key(tile, 0);
-    const bool needed = base ? first_key <= high && first_key + kTileKeys > low
-                             : first_key <= own_high && first_key + kTileKeys > own_low;
-    if (!needed) continue;
-    const bool masked = !base || first_key < all_low || first_key + kTileKeys - 1 > all_high;
-
+  // A tile of base keys that all rows see (rows that see nothing do no harm), or one of any keys.
+  const auto attend = [&](int tile, auto is_full) {
+    constexpr bool kFull = decltype(is_full)::value;
     float score[kTileKeys / 8][4] = {};
     const unsigned char* keys = attention.stage(tile, false);
 #pragma unroll
@@ -170,13 +205,25 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
         for (float& s : of_keys) s = capped(s, a.mask);
       }
     }
+    // Of the tile's keys those that a row sees, counted from the lane's first.
+    int from[2] = {0, 0}, to[2] = {0, 0};
+    if constexpr (!kFull) {
+      const auto [base, number] = list.key(tile, pair);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const KeyRange range = base ? sight(r).base : sight(r).own;
+        from[r] = range.low - number;
+        to[r] = range.high - number;
+      }
+    }
     float highest[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         score[n][i] *= to_log2;
-        if (masked && !sight[i / 2].sees(base, first_key + n * 8 + pair + i % 2)) score[n][i] = -kInfinity;
+        const int key = n * 8 + i % 2;
+        if (!kFull && (key < from[i / 2] || key > to[i / 2])) score[n][i] = -kInfinity;
         highest[i / 2] = larger(highest[i / 2], score[n][i]);
       }
     }
@@ -216,6 +263,30 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
         multiply_accumulate<T>(output[2 * n + 1], probability, second);
       }
     }
+  };
+
+  // The loop of full tiles fetches base tiles only, so that it ends where thoughts would be next.
+  const int last = list.end > list.base_tiles ? list.base_tiles - (kStages - 1) : list.end;
+  const int begin = max(list.full_begin, list.begin), end = min(list.full_end, last);
+  const int full_begin = begin < end ? begin : list.begin, full_end = begin < end ? end : list.begin;
+  const auto arrived = [] {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // the tile is there for all, and all are done with the one before, which the next overwrites
+  };
+  int tile = list.begin;
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    for (const int until = part == 0 ? full_begin : list.end; tile < until; ++tile) {
+      arrived();
+      attention.fetch(tile + kStages - 1);
+      const auto [base, first] = list.key(tile, 0);
+      if (base ? base_range.meets_tile(first) : own_range.meets_tile(first)) attend(tile, std::false_type{});
+    }
+    for (; tile < full_end; ++tile) {
+      arrived();
+      attention.fetch_base(tile + kStages - 1);
+      if (base_range.high >= 0) attend(tile, std::true_type{});
+    }
   }
   wait_for_copies<0>();
 
@@ -223,6 +294,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize) half_attention_kern
   for (int r = 0; r < 2; ++r) {
     sum[r] = sum_of_lanes(sum[r], 4);
     if (row[r] >= head.rows) continue;
+    if (sight(r).nothing()) sum[r] = 0;
     const RowResult<T> result(a, head, row[r], place.split);
     const bool sees = sum[r] != 0;  // NaN does
     const float factor = sees ? 1 / sum[r] : 0;

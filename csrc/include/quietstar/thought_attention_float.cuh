@@ -12,7 +12,7 @@ constexpr int kFloatWarps = 4, kFloatColumns = static_cast<int>(kLargestHead) / 
 __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_kernel(ThoughtAttention a) {
   const BlockPlace place(a, kFloatWarps);
   const AttentionHead& head = place.head;
-  const TileList list = tile_list(a, head, place.first_row, place.end_row, place.split);
+  const TileList list = tile_list(a, place, kFloatWarps);
 
   struct Shared {
     float query[kFloatWarps][kLargestHead];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   const int lane = lane_number();
   float* const query = static_shared<Shared>().query[warp_number()];
   const int row = place.first_row + warp_number();
-  const RowSight sight = head.sight(a, row);
+  const RowSight sight = static_shared<BlockSights>().row[warp_number()];
   const bool is_capped = a.mask.softcap != 0;
   const float query_factor = is_capped ? 1 : a.mask.scale * kLog2E;
   for (std::int64_t column = lane; column < a.head_size; column += kWarpSize) {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_ker
   float output[kFloatColumns] = {}, largest = kLowest, sum = 0;
   for (int part = list.begin * 2; part < list.end * 2; ++part) {
     const TileList::Key key = list.key(part >> 1, (part & 1) * kWarpSize + lane);
-    const bool sees = sight.sees(key.base, key.number);
+    const bool sees = key.base ? sight.base.has(key.number) : sight.own.has(key.number);
     if (!__any_sync(kWholeWarp, sees)) continue;
     const TileList::Place of_key = list.place(a, key);
     const auto at = [&](const Steps& of_base, const Steps& of_thought) {

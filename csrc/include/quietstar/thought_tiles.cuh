@@ -9,14 +9,22 @@ namespace quietstar::cuda {
 
 constexpr int kTileKeys = 64;
 
-// What one query row sees: base keys low ... high, and thought keys own_low ... own_high of the P · T of its text,
-// anchor-major. Rows of a head and keys are counted in 32 bits, to save registers; offsets in memory have 64.
-struct RowSight {
-  int low, high, own_low, own_high;  // high < low: none
+// Keys low ... high. They and the rows of a head are counted in 32 bits, to save registers; offsets in memory have 64.
+struct alignas(8) KeyRange {
+  int low, high;
 
-  __device__ __forceinline__ bool sees(bool base, int key) const {
-    return base ? key >= low && key <= high : key >= own_low && key <= own_high;
-  }
+  static __device__ __forceinline__ KeyRange none() { return {INT32_MAX, -1}; }
+
+  __device__ __forceinline__ bool has(int key) const { return key >= low && key <= high; }
+  __device__ __forceinline__ bool meets_tile(int first) const { return first <= high && first + kTileKeys > low; }
+};
+
+// What one query row sees: base keys, and thought keys of the P · T of its text, anchor-major.
+struct alignas(16) RowSight {
+  KeyRange base, own;
+
+  // A row that sees anything sees its own step.
+  __device__ __forceinline__ bool nothing() const { return own.high < 0; }
 };
 
 // The rows and tensors of one batch and key/value head.
@@ -59,18 +67,19 @@ struct AttentionHead {
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int anchor, int step) const {
     const std::int64_t position = this->position(a, anchor);
     const int length = this->length(a, anchor);
-    if (position < 0 || step >= length) return {0, -1, 0, -1};
+    if (position < 0 || step >= length) return {KeyRange::none(), KeyRange::none()};
     const std::int64_t behind = a.mask.window_from_step ? 1 + step : 0;
     const std::int64_t low = max(start(a, anchor), position + behind - a.mask.window + 1);
+    const std::int64_t high = min(position, a.length - 1);
+    const KeyRange base = low > high ? KeyRange::none() : KeyRange{static_cast<int>(low), static_cast<int>(high)};
     const int own = anchor * static_cast<int>(a.thought_steps);
     const int own_low =
         a.mask.window_from_step && a.mask.window <= step ? step - static_cast<int>(a.mask.window) + 1 : 0;
-    return {static_cast<int>(low), static_cast<int>(min(position, a.length - 1)), own + own_low,
-            own + (a.mask.causal ? step : length - 1)};
+    return {base, {own + own_low, own + (a.mask.causal ? step : length - 1)}};
   }
 
   __device__ __forceinline__ RowSight sight(const ThoughtAttention& a, int row) const {
-    if (row >= rows) return {0, -1, 0, -1};
+    if (row >= rows) return {KeyRange::none(), KeyRange::none()};
     return sight(a, row / (steps * group), first_step(a) + row / group % steps);
   }
 
@@ -111,21 +120,27 @@ struct BlockPlace {
   }
 };
 
+// Bits low ... high of 64, of which there is one at least.
+__device__ __forceinline__ std::uint64_t bits_between(int low, int high) {
+  return ~std::uint64_t{0} << max(low, 0) & ~std::uint64_t{0} >> (63 - min(high, 63));
+}
+
 // The tiles of keys that a block takes.
 struct TileList {
-  int first_key, base_tiles, base_end;  // base keys first_key ... base_end − 1
-  int first_own, own_end, begin, end;   // thought keys first_own ... own_end − 1; tiles begin ... end − 1 of both
-  int first_anchor, end_anchor;         // of the rows
+  int low, high, first_key, base_tiles;  // base keys low ... high, in tiles that begin with first_key
+  bool gaps;                             // there may be base keys between them that no row sees
+  int first_own, own_end, begin, end;    // thought keys first_own ... own_end − 1; tiles begin ... end − 1 of both
+  int full_begin, full_end;              // tiles of which every row that sees anything sees all keys
+  int first_anchor, end_anchor;          // of the rows
 
-  // Of a tile's place: whether it is a base key or a thought key, and which; valid says whether there is one.
+  // Of a tile's place: whether it is a base key or a thought key, and which.
   struct Key {
-    bool base, valid;
+    bool base;
     int number;
   };
   __device__ __forceinline__ Key key(int tile, int place) const {
     const bool base = tile < base_tiles;
-    const int number = (base ? first_key + tile * kTileKeys : first_own + (tile - base_tiles) * kTileKeys) + place;
-    return {base, number < (base ? base_end : own_end), number};
+    return {base, (base ? first_key + tile * kTileKeys : first_own + (tile - base_tiles) * kTileKeys) + place};
   }
 
   // Where it lies: the base position or the anchor, and the step.
@@ -138,81 +153,111 @@ struct TileList {
     return {key.number / steps, key.number % steps};
   }
 
-  // Whether some row sees a key; what rows of another block see may be left out, or not.
-  __device__ __forceinline__ bool seen(const ThoughtAttention& a, const AttentionHead& head, const Key& key) const {
-    if (!key.valid) return false;
-    if (!key.base) {  // the first query sees the earliest steps, the last query the last one that exists
-      const int steps = static_cast<int>(a.thought_steps), anchor = key.number / steps;
-      const RowSight sight = head.sight(a, anchor, head.first_step(a));
-      return sight.own_high >= 0 && key.number >= sight.own_low && key.number - anchor * steps < head.length(a, anchor);
+  // Which keys of a tile some row sees, by places; what rows of another block see may be left out, or not. All lanes
+  // of a warp ask together.
+  template <bool kBase>
+  __device__ __forceinline__ std::uint64_t seen(const ThoughtAttention& a, const AttentionHead& head, int tile) const {
+    const int first = key(tile, 0).number;
+    if (kBase && !gaps) return bits_between(low - first, high - first);
+    std::uint64_t bits = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int number = first + half * kWarpSize + lane_number();
+      const bool sees = kBase ? sees_base(a, head, number) : sees_thought(a, head, number);
+      bits |= static_cast<std::uint64_t>(__ballot_sync(kWholeWarp, sees)) << half * kWarpSize;
     }
-    if (a.mask.window == ThoughtMask::kNoWindow && a.mask.key_start.anchor_stride == 0) {
-      return key.number >= head.start(a, first_anchor);
-    }
-    // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key. Of its
-    // queries the first sees most.
+    return bits;
+  }
+
+  // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key. Of its queries
+  // the first sees most.
+  __device__ __forceinline__ bool sees_base(const ThoughtAttention& a, const AttentionHead& head, int number) const {
     const std::int64_t reach = a.mask.window - (a.mask.window_from_step ? 1 + head.first_step(a) : 0);
     for (int anchor = first_anchor; anchor < end_anchor; ++anchor) {
       const std::int64_t last = head.position(a, anchor);
-      if (key.number <= last && key.number > last - reach && key.number >= head.start(a, anchor) &&
+      if (number <= last && number > last - reach && number >= head.start(a, anchor) &&
           (!a.mask.thought_lengths.data || head.length(a, anchor) > head.first_step(a))) {
         return true;
       }
     }
     return false;
   }
+
+  // The first query sees the earliest steps, the last query the last one that exists.
+  __device__ __forceinline__ bool sees_thought(const ThoughtAttention& a, const AttentionHead& head, int number) const {
+    if (number >= own_end) return false;
+    const Place at = place(a, {false, number});
+    const RowSight sight = head.sight(a, at.position_or_anchor, head.first_step(a));
+    return number >= sight.own.low && at.step < head.length(a, at.position_or_anchor);
+  }
 };
 
-// The tiles of the rows `first_row` ... `end_row` − 1, and of these the part of one split.
-__device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const AttentionHead& head, int first_row,
-                                              int end_row, int split) {
+// What rows of a block see: written by tile_list, of rows that there are not, too.
+struct BlockSights {
+  RowSight row[kTileRows];
+};
+
+// The tiles of a block's rows, and of these the part of its split. A block has more threads than rows.
+__device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const BlockPlace& place, int block_rows) {
   struct Shared {
-    int lowest[2][kMostWarps], highest[2][kMostWarps];
+    int least[3][kMostWarps], most[3][kMostWarps];
   };
   Shared& shared = static_shared<Shared>();
-  int low[2] = {INT32_MAX, INT32_MAX}, high[2] = {-1, -1};  // of base keys, of thought keys
-  for (int row = first_row + static_cast<int>(threadIdx.x); row < end_row; row += static_cast<int>(blockDim.x)) {
-    const RowSight sight = head.sight(a, row);
-    if (sight.high >= sight.low) {
-      low[0] = min(low[0], sight.low);
-      high[0] = max(high[0], sight.high);
-    }
-    if (sight.own_high >= sight.own_low) {
-      low[1] = min(low[1], sight.own_low);
-      high[1] = max(high[1], sight.own_high);
+  // Base keys that all rows see that see anything; base keys and thought keys that any row sees.
+  int least[3] = {INT32_MAX, INT32_MAX, INT32_MAX}, most[3] = {-1, -1, -1};
+  int &all_high = least[0], &low = least[1], &own_low = least[2];
+  int &all_low = most[0], &high = most[1], &own_high = most[2];
+  const int thread = static_cast<int>(threadIdx.x), warps = (block_rows + kWarpSize - 1) / kWarpSize;  // that have rows
+  if (thread < block_rows) {
+    const RowSight sight = place.head.sight(a, place.first_row + thread);
+    static_shared<BlockSights>().row[thread] = sight;
+    low = sight.base.low;
+    high = sight.base.high;
+    own_low = sight.own.low;
+    own_high = sight.own.high;
+    if (!sight.nothing()) {
+      all_low = low;
+      all_high = high;
     }
   }
+  if (warp_number() < warps) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      low[i] = min(low[i], __shfl_xor_sync(kWholeWarp, low[i], distance));
-      high[i] = max(high[i], __shfl_xor_sync(kWholeWarp, high[i], distance));
-    }
-    if (lane_number() == 0) {
-      shared.lowest[i][warp_number()] = low[i];
-      shared.highest[i][warp_number()] = high[i];
+    for (int i = 0; i < 3; ++i) {
+      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+        least[i] = min(least[i], __shfl_xor_sync(kWholeWarp, least[i], distance));
+        most[i] = max(most[i], __shfl_xor_sync(kWholeWarp, most[i], distance));
+      }
+      if (lane_number() == 0) {
+        shared.least[i][warp_number()] = least[i];
+        shared.most[i][warp_number()] = most[i];
+      }
     }
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
-      low[i] = min(low[i], shared.lowest[i][warp]);
-      high[i] = max(high[i], shared.highest[i][warp]);
+  for (int i = 0; i < 3; ++i) {
+    for (int warp = 0; warp < warps; ++warp) {
+      least[i] = min(least[i], shared.least[i][warp]);
+      most[i] = max(most[i], shared.most[i][warp]);
     }
   }
   TileList list;
-  const bool base = high[0] >= low[0], own = high[1] >= low[1];
-  list.first_key = base ? low[0] / kTileKeys * kTileKeys : 0;
-  list.base_end = high[0] + 1;
-  list.base_tiles = base ? (list.base_end - list.first_key + kTileKeys - 1) / kTileKeys : 0;
-  list.first_own = own ? low[1] : 0;
-  list.own_end = high[1] + 1;
-  list.first_anchor = first_row / (head.steps * head.group);
-  list.end_anchor = (end_row - 1) / (head.steps * head.group) + 1;
+  const bool base = high >= 0, own = own_high >= 0;
+  list.first_key = base ? low / kTileKeys * kTileKeys : 0;
+  list.base_tiles = base ? high / kTileKeys + 1 - low / kTileKeys : 0;
+  list.low = low;
+  list.high = high;
+  list.gaps = all_low > all_high;  // else there is a key that all rows see, and what each sees is one range
+  list.first_own = own ? own_low : 0;
+  list.own_end = own_high + 1;
+  list.first_anchor = place.first_row / (place.head.steps * place.head.group);
+  list.end_anchor = (place.end_row - 1) / (place.head.steps * place.head.group) + 1;
   const std::int64_t tiles = list.base_tiles + (list.own_end - list.first_own + kTileKeys - 1) / kTileKeys;
-  list.begin = static_cast<int>(tiles * split / a.splits);
-  list.end = static_cast<int>(tiles * (split + 1) / a.splits);
+  list.begin = static_cast<int>(tiles * place.split / a.splits);
+  list.end = static_cast<int>(tiles * (place.split + 1) / a.splits);
+  const bool full = base && !list.gaps;
+  list.full_begin = full ? (all_low - list.first_key + kTileKeys - 1) / kTileKeys : 0;
+  list.full_end = full ? (all_high + 1 - list.first_key) / kTileKeys : 0;
   return list;
 }
 
