@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
 def spill_limit(dtype: torch.dtype = torch.bfloat16) -> int:
     """The most bytes that a kernel may spill; in half precision none, but with the compilers of old versions of Triton.
 
-    Those spill streaming_kernel (8 bytes) and threshold_kernel (sm_90: 8 in Triton 3.6, 16 in 3.7); 3.6 also the
+    Those spill streaming_kernel (8 bytes); 3.6 also the
     gradients of thought attention (sm_90 and sm_100, heads of 128: up to 16); 3.7 also its key gradient (sm_80, heads
     of 256: 8) and query gradient (sm_100, heads of 64: 24). Tiles that do not would be smaller. In float32, without
     tensor cores, a few spilled registers are the lesser evil.

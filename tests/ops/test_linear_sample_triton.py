@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     # By the interpreter, in lanes that are not chosen.
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,21 +144,42 @@ def test_who_stays_with_top_k_and_top_p(logits, top_k, top_p, kept):
     """Ties at the edge stay, the two zeros are one number, suppressed tokens count for nothing."""
     row = torch.full((64,), -INF, device=DEVICE)
     row[: len(logits)] = torch.tensor(logits)
-    thresholds = torch.empty(1, device=DEVICE)
-    triton_rows.threshold_kernel[(1,)](row, torch.empty(32, device=DEVICE), thresholds, 64, 1.0, top_k, top_p, BLOCK=32)
-    assert (row >= thresholds).nonzero()[: len(kept), 0].tolist() == kept
-    assert ((row >= thresholds) & (row > -INF)).sum() == (row[kept] > -INF).sum()
+    stays = kept_of(row[None], 1.0, top_k, top_p, places=32)[0]
+    assert stays.nonzero()[: len(kept), 0].tolist() == kept
+    assert (stays & (row > -INF)).sum() == (row[kept] > -INF).sum()
 
 
-@pytest.mark.parametrize("options", [(40, None), (None, 0.7), (40, 0.7)], ids=str)
-def test_thresholds(options):
-    logits = torch.randn(2, 1024, device=DEVICE) * 3
-    thresholds = torch.empty(2, device=DEVICE)
-    triton_rows.threshold_kernel[(2,)](
-        logits, torch.empty(2, 512, device=DEVICE), thresholds, 1024, 0.8, *options, BLOCK=512
+def kept_of(logits, temperature, top_k, top_p, places):
+    """Which logits reach the thresholds of their rows."""
+    rows, size = logits.shape
+    thresholds, candidates = torch.empty(rows, device=DEVICE), torch.empty(rows, places, device=DEVICE)
+    triton_rows.threshold_kernel[(rows,)](
+        logits, candidates, thresholds, size, temperature, top_k, top_p, BLOCK=places, enable_fp_fusion=False
     )
-    expected = keep_most_likely(logits, 0.8, *options)
-    assert torch.equal(logits >= thresholds[:, None], expected > -INF)
+    return logits >= thresholds[:, None]
+
+
+ROWS = {
+    "normal": lambda x: x * 3,
+    "flat": lambda x: x * 0.01,
+    "ties": lambda x: (x * 2).round() / 2,
+    "all equal": lambda x: x * 0 + 1.5,
+    "one far away": lambda x: x.index_fill(1, torch.tensor([77], device=DEVICE), 100.0),
+    "mostly -inf": lambda x: x.where(x > 1, -INF),
+    "in order": lambda x: x.sort(dim=1).values * 2,
+    "tiny": lambda x: x * 1e-30,
+    "all negative": lambda x: -x.abs() - 50,
+}
+
+
+@pytest.mark.parametrize("make", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("options", [(20, None), (200, None), (None, 0.7), (20, 0.7), (200, 0.7)], ids=str)
+def test_thresholds(options, make):
+    """With as few places and candidates that brackets have to be narrowed."""
+    logits = make(torch.randn(1, 512, device=DEVICE))
+    expected = keep_most_likely(logits.double(), 0.8, *options) > -INF
+    stays = kept_of(logits, 0.8, *options, places=32)
+    assert torch.equal(stays & (logits > -INF), expected)
 
 
 def test_a_lone_token_wins_however_unlikely_its_noise(kernels):

@@ -41,7 +41,8 @@ def launch_all():
         mixed.read(slice(0, 2))
         mixed.write_gradient(slice(0, 2), hidden.float())
     for vocabulary in (32064, 152064):
-        sample_rows(torch.zeros(2, vocabulary), 0, Sampling(seed, 0.7, 30.0, None, 5, 0.9))
+        for kept in ((5, 0.9), (5, None), (None, 0.9)):
+            sample_rows(torch.zeros(2, vocabulary), 0, Sampling(seed, 0.7, 30.0, None, *kept))
     for rows, dtype in [(1, BF16), (32, BF16), (64, BF16), (128, BF16), (128, F32)]:
         hidden, weight = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(32002, 4096, dtype=dtype)
         for softcap in (None, 30.0):
@@ -55,7 +56,7 @@ def kernels(request):
 
 @pytest.mark.slow
 def test_kernels_fit(kernels):
-    assert len(kernels) >= 29
+    assert len(kernels) >= 33
     for kernel in kernels:
         assert kernel.spilled <= spill_limit(), kernel[:6]
         assert kernel.shared <= SHARED_MEMORY[kernel.architecture], kernel[:6]

@@ -115,6 +115,11 @@ def _mixed_hidden() -> dict[str, Need]:
     return {"mix_hidden_kernel": Need(bytes=6 * rows * size), "split_gradient_kernel": Need(bytes=12 * rows * size)}
 
 
+def _unscaled_gradient() -> dict[str, Need]:
+    linear_cross_entropy_backends.BACKENDS["triton"].load().scale_(_normal(64, 4096), torch.ones(()))
+    return {}
+
+
 def _sample(backend: str, rows: int, size: int, vocabulary: int, **options) -> dict[str, Need]:
     linear_sample(_normal(rows, size), _normal(vocabulary, size), seed=3, backend=backend, **options)
     logits = Need(bytes=4 * rows * vocabulary)
@@ -146,6 +151,11 @@ def _calls() -> dict[str, Call]:
         "mixed hidden states": Call(_mixed_hidden),
         "sampling in the matmul": Call(functools.partial(_sample, "triton", 16, 1024, 4096)),
         "sampling, top_k": Call(functools.partial(_sample, "triton", 4, 64, VOCABULARY, top_k=50)),
+        "sampling, top_p of flat logits": Call(
+            functools.partial(_sample, "triton", 2, 64, 128256, top_p=0.9, temperature=8.0)
+        ),
+        "sampling, top_k and top_p": Call(functools.partial(_sample, "triton", 2, 64, 152064, top_k=1000, top_p=0.9)),
+        "gradient of an unscaled loss": Call(_unscaled_gradient),
     }
     in_cuda = {
         f"{kind}, D = {head}": attention(kind, head, "cuda")

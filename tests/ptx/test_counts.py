@@ -19,12 +19,16 @@ ROOT = Path(__file__).parents[2]
 COUNTS = json.loads(KEPT.read_text())
 
 
-def assert_as_kept(*options):
-    """By the command, in a process without Triton's interpreter."""
+def run(*options):
+    """The command, in a process without Triton's interpreter."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-P", "-m", "ptx.counts", "--check", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-m", "ptx.counts", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def assert_as_kept(*options):
+    done = run("--check", *options)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nif meant: python -m tests.ptx.counts --write"
     assert re.search(r"^[1-9]\d* kernels counted, 0 counts differ", done.stdout, re.M), done.stdout
 
@@ -55,6 +59,23 @@ def test_all():
 def test_every_triton_kernel_is_counted(target):
     counted = {key.split(" | ")[2] for key in COUNTS["counts"] if key.startswith(target)}
     assert set.union(*map(kernels_of, OPS)) - counted == set()
+
+
+@needs_compiler
+def test_thresholds_are_found_in_four_reads_of_a_row():
+    """Of two rows of each call of top_k and top_p; the list of candidates is written and read beside them."""
+    done = run("--target", "sm_90", "--call", "sampling, top_")
+    reads = [float(line.split(" | ")[8]) for line in done.stdout.splitlines() if "`threshold_kernel`" in line]
+    assert len(reads) == 3
+    assert max(reads) <= 4, done.stdout
+
+
+@needs_compiler
+def test_a_gradient_times_1_is_not_moved():
+    done = run("--target", "sm_90", "--call", "gradient of an unscaled loss")
+    moved = [int(line.split(" | ")[7]) for line in done.stdout.splitlines() if "`scale_kernel`" in line]
+    assert len(moved) == 1
+    assert moved[0] <= 1, done.stdout  # kB: every warp reads the factor, of 512 kB nothing
 
 
 WORK = Work(launches=1, blocks=8, matrix_flop=4096_000, exp=16_000, wavefronts=1200, least_wavefronts=1000, sectors=500)

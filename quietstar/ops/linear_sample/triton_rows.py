@@ -5,8 +5,8 @@ that cannot win are not drawn. One kernel reads the logits, once, and bounds wha
 largest logit and its first arrival: 4 bytes a logit and little else. Another runs the race of a row, a warp to a row:
 it draws the groups in the order of their bounds until no bound reaches the best score, 5 to 50 of V = 32,002's 501.
 
-top_k and top_p keep the logits from a threshold on, which is found by bisecting the bits of floats: 32 more passes over
-a row that by then is in a cache, for each of the two.
+top_k and top_p keep the logits from a threshold on, which ``triton_thresholds`` finds before. The bounds are of what they
+keep: noise and thresholds meet in the one read, and the race needs no other.
 """
 
 import torch
@@ -22,8 +22,9 @@ from quietstar.ops.linear_sample.triton_thresholds import threshold_kernel
 
 _GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
 
-# Up to so many logits in a row, 2048 rows and more fill the GPU twice with programs of 8 warps.
-_FEW_LOGITS = 65536
+# Places of a row, and room for candidates, when thresholds are looked for: 16 a thread. 2 to 19 logits a place: more
+# places take more memory and barriers, fewer leave wide brackets, of which less fits the list.
+_FEW_LOGITS, _PLACES, _MANY_PLACES = 65536, 4096, 8192
 
 # Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
 _SLACK = tl.constexpr(1e-5)
@@ -86,12 +87,11 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
 def _thresholds(logits: Tensor, sampling: Sampling) -> Tensor:
     """What a logit of each row must reach to be drawn."""
     rows, size = logits.shape
-    # Places and room for candidates: a sixteenth to an eighth of the logits, so that two or three reads are enough.
-    block, num_warps = (4096, 8) if size <= _FEW_LOGITS else (8192, 16)
+    block = _PLACES if size <= _FEW_LOGITS else _MANY_PLACES
     thresholds, candidates = logits.new_empty(rows), logits.new_empty(rows, block)
     threshold_kernel[(rows,)](
         logits, candidates, thresholds, size, sampling.temperature, sampling.top_k, sampling.top_p,
-        BLOCK=block, num_warps=num_warps, **AS_WRITTEN,
+        BLOCK=block, num_warps=block // 512, **AS_WRITTEN,
     )  # fmt: skip
     return thresholds
 

@@ -1,13 +1,16 @@
-"""Which logits of a row top_k and top_p keep, in Triton: those from a threshold on, found in two to four reads of the row.
+"""Which logits of a row top_k and top_p keep, in Triton: those from a threshold on, found in two to four reads.
 
 Both look for the smallest key, a float's bits as an integer of the same order, above which the tokens weigh less than a
 limit: by number, or by probability. One read of the row leaves the largest logit and the total probability of every
 place, one of BLOCK, in registers. A place holds between its largest and all of its tokens above any key, which brackets
-the key: of top_k = 50 in V = 128,256, 50 places reach the lower end, and of top_p with a few likely tokens few more do.
-Where more may lie in the bracket than BLOCK, a read weighs all tokens against PIVOTS keys at once and narrows it to a
-thirteenth or less. The last read lists what lies in the bracket, and bisecting the list, in registers, ends the search.
+the one looked for: of top_k = 50 in V = 128,256, 50 places reach its lower end, and of top_p with a few likely tokens
+few more do. Where more tokens may lie in the bracket than BLOCK, a read weighs all against 32 pivots at once, and
+narrows it to a 28th in most cases. The last read lists what lies in the bracket, and bisecting the list, in registers,
+ends the search.
 
-Bound by memory at 4 bytes per logit and read, but for the pivots, at about 50 instructions per logit. Everything is
+Reads of a row: top_k 2, above 100 to 400 of them 3; top_p 2 where few tokens are likely, else 3 or 4. For both together
+those of top_k, whose list then has all that top_p keeps some of; only of more than BLOCK tokens top_p reads 2 or 3 times
+itself. Weighing against pivots is bound by its 170 instructions per logit, the other reads by memory. Everything is
 summed in one order: a row gives the same threshold in every call.
 """
 
@@ -89,9 +92,10 @@ def _narrowed(
     by_bits = low + ((high.to(tl.int64) - low) * (number - _BY_VALUE + 1) // (_PIVOTS - _BY_VALUE)).to(tl.int32)
     pivots = tl.maximum(tl.minimum(tl.where(number < _BY_VALUE, by_value, by_bits), high - 1), low)
     pivots = tl.where(number == _PIVOTS - 1, low - 1, pivots)
-    sums = tl.zeros((_PIVOTS, BLOCK), tl.float32)
-    for begin in tl.range(0, size, BLOCK, num_stages=4):
-        columns = begin + tl.arange(0, BLOCK)
+    PART: tl.constexpr = max(BLOCK // 32, 32)  # a logit, and half of the pivots, a thread
+    sums = tl.zeros((_PIVOTS, PART), tl.float32)
+    for begin in tl.range(0, size, PART, num_stages=6):
+        columns = begin + tl.arange(0, PART)
         logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
         keys = _key(logits)
         weights = tl.where(keys >= floor, _weight(logits, top, inverse_temperature, COUNT), 0.0)
@@ -146,13 +150,12 @@ def _searched(
     What is at least ``floor`` is ``number`` tokens of ``mass`` at the most; ``within`` of them are in the bracket.
     """
     inverse_temperature = 1 / temperature
-    NARROW: tl.constexpr = max(BLOCK // 16, 32)
     # All that is lower weighs, together, less than what may be left out.
     spare = tl.log((1 - top_p) * mass / number) - 1e-2
     low = tl.minimum(tl.maximum(low, _key(top + tl.minimum(spare, 0.0) * temperature)), high)
     while (within > BLOCK) & (low < high):
         low, high, within, _ = _narrowed(
-            row, size, top_p * mass, low, high, within, floor, start, top, inverse_temperature, False, NARROW
+            row, size, top_p * mass, low, high, within, floor, start, top, inverse_temperature, False, BLOCK
         )
     z, above, _, _ = _listed(row, candidates, size, low, high, top, inverse_temperature, False, False, BLOCK)
     return low, high, z, above
@@ -169,7 +172,6 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
     candidates += row * BLOCK
     inverse_temperature = 1 / temperature
     BOTH: tl.constexpr = top_k is not None and top_p is not None
-    NARROW: tl.constexpr = max(BLOCK // 16, 32)
     peak, masses = _places(logits, size, inverse_temperature, top_k is None, BLOCK)
     top = tl.max(peak, 0)
     highest = _key(top)
@@ -184,7 +186,7 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
         within = from_low
         while (within > BLOCK) & (low < high):
             low, high, within, from_low = _narrowed(
-                logits, size, top_k, low, high, within, cut, start, top, inverse_temperature, True, NARROW
+                logits, size, top_k, low, high, within, cut, start, top, inverse_temperature, True, BLOCK
             )  # fmt: skip
         all_listed = from_low <= BLOCK
         if BOTH:
