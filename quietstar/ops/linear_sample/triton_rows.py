@@ -5,8 +5,8 @@ that cannot win are not drawn. One kernel reads the logits, once, and bounds wha
 largest logit and its first arrival: 4 bytes a logit and little else. Another runs the race of a row, a warp to a row:
 it draws the groups in the order of their bounds until no bound reaches the best score, 5 to 50 of V = 32,002's 501.
 
-top_k and top_p keep the logits from a threshold on, which ``triton_thresholds`` finds before. The bounds are of what they
-keep: noise and thresholds meet in the one read, and the race needs no other.
+top_k and top_p keep the logits from a threshold on, which ``triton_thresholds`` finds before. The bounds are of what is
+kept: noise and thresholds meet in the one read, and the race needs no other.
 """
 
 import torch

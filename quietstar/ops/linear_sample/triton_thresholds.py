@@ -9,9 +9,9 @@ narrows it to a 28th in most cases. The last read lists what lies in the bracket
 ends the search.
 
 Reads of a row: top_k 2, above 100 to 400 of them 3; top_p 2 where few tokens are likely, else 3 or 4. For both together
-those of top_k, whose list then has all that top_p keeps some of; only of more than BLOCK tokens top_p reads 2 or 3 times
-itself. Weighing against pivots is bound by its 170 instructions per logit, the other reads by memory. Everything is
-summed in one order: a row gives the same threshold in every call.
+those of top_k, whose list has all that top_p may keep; only of more than BLOCK tokens top_p reads twice or thrice more.
+Weighing against pivots is bound by its 170 instructions per logit, the other reads by memory. Everything is summed in
+one order: a row gives the same threshold in every call.
 """
 
 import triton
@@ -77,14 +77,13 @@ def _places(row, size, inverse_temperature, MASS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _narrowed(
-    row, size, limit, low, high, within, floor, start, top, inverse_temperature, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row, size, limit, low, high, within, start, top, inverse_temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The bracket after one more read, at most how many tokens are in it, ``within`` so far, and what weighs from
-    ``low`` on, infinite if not known.
+    """The bracket after one more read, how many tokens are in it at the most, and the weight from ``low`` on.
 
-    All pivots but the first are keys from ``low`` to below ``high``, so that each moves one of them; by value they begin
-    at ``start``. What is above the first is what is in the bracket and above it.
+    That is infinite if it is not known. Before the read ``within`` are in the bracket at the most.
+    All pivots but the last are keys from ``low`` to below ``high``, so that each moves one of them; by value they begin
+    at ``start``. Above the last is what is in the bracket or above it.
     """
     number = tl.arange(0, _PIVOTS)
     first, last = tl.maximum(_value(low), start), _value(high)
@@ -98,7 +97,7 @@ def _narrowed(
         columns = begin + tl.arange(0, PART)
         logits = tl.load(row + columns, mask=columns < size, other=float("-inf"))
         keys = _key(logits)
-        weights = tl.where(keys >= floor, _weight(logits, top, inverse_temperature, COUNT), 0.0)
+        weights = _weight(logits, top, inverse_temperature, COUNT)
         sums += tl.where(keys[None, :] > pivots[:, None], weights[None, :], 0.0)
     above = tl.sum(sums, 1)
     enough = above < limit
@@ -128,7 +127,7 @@ def _listed(
         keys = _key(logits)
         above += tl.where(keys > high, _weight(logits, top, inverse_temperature, COUNT), 0.0)
         if BOTH:
-            number += tl.where((keys >= low) & (logits > float("-inf")), 1.0, 0.0)
+            number += tl.where(keys >= low, 1.0, 0.0)
             mass += tl.where(keys >= low, _weight(logits, top, inverse_temperature, False), 0.0)
         inside = ((keys >= low) & (keys <= high) & (columns < size)).to(tl.int32)
         place = count + tl.cumsum(inside, 0) - 1
@@ -143,11 +142,11 @@ def _listed(
 
 @triton.jit
 def _searched(
-    row, candidates, size, top_p, low, high, within, number, mass, floor, start, top, temperature, BLOCK: tl.constexpr
+    row, candidates, size, top_p, low, high, within, number, mass, start, top, temperature, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The bracket of top_p, narrow enough for a list, the list, and what weighs more than all of it.
 
-    What is at least ``floor`` is ``number`` tokens of ``mass`` at the most; ``within`` of them are in the bracket.
+    There are ``mass`` and at most ``number`` tokens to choose from, at most ``within`` of them in the bracket.
     """
     inverse_temperature = 1 / temperature
     # All that is lower weighs, together, less than what may be left out.
@@ -155,7 +154,7 @@ def _searched(
     low = tl.minimum(tl.maximum(low, _key(top + tl.minimum(spare, 0.0) * temperature)), high)
     while (within > BLOCK) & (low < high):
         low, high, within, _ = _narrowed(
-            row, size, top_p * mass, low, high, within, floor, start, top, inverse_temperature, False, BLOCK
+            row, size, top_p * mass, low, high, within, start, top, inverse_temperature, False, BLOCK
         )
     z, above, _, _ = _listed(row, candidates, size, low, high, top, inverse_temperature, False, False, BLOCK)
     return low, high, z, above
@@ -186,7 +185,7 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
         within = from_low
         while (within > BLOCK) & (low < high):
             low, high, within, from_low = _narrowed(
-                logits, size, top_k, low, high, within, cut, start, top, inverse_temperature, True, BLOCK
+                logits, size, top_k, low, high, within, start, top, inverse_temperature, True, BLOCK
             )  # fmt: skip
         all_listed = from_low <= BLOCK
         if BOTH:
@@ -196,16 +195,12 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
         )
         cut = _smallest_cut(_key(z), ones, above, top_k, low, high)
         if BOTH:
-            goes = (_key(z) < cut) & (z > float("-inf"))
-            number -= tl.sum(tl.where(goes, 1.0, 0.0), 0)
-            mass -= tl.sum(tl.where(goes, tl.exp((z - top) * inverse_temperature), 0.0), 0)
-            low, high, within = cut, highest, number
-            above *= 0
+            mass -= tl.sum(tl.where(_key(z) < cut, tl.exp((z - top) * inverse_temperature), 0.0), 0)
+            low, high = cut, highest
             if not all_listed:
                 low, high, z, above = _searched(
-                    logits, candidates, size, top_p, low, high, within, number, mass, cut, start, top, temperature,
-                    BLOCK,
-                )  # fmt: skip
+                    logits, candidates, size, top_p, low, high, number, number, mass, start, top, temperature, BLOCK
+                )
             cut = _smallest_cut(_key(z), tl.exp((z - top) * inverse_temperature), above, top_p * mass, low, high)
     else:
         weights = tl.exp((peak - top) * inverse_temperature)
@@ -214,9 +209,9 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
         high = _smallest_cut(_key(peak), masses, 0.0, top_p * mass, cut, highest)
         low = _smallest_cut(_key(peak), weights, 0.0, top_p * mass, cut, high)
         within = tl.sum(tl.where(_key(peak) >= low, 1.0, 0.0), 0) * in_a_place
+        number = size.to(tl.float32)
         low, high, z, above = _searched(
-            logits, candidates, size, top_p, low, high, within, size.to(tl.float32), mass, cut, start, top, temperature,
-            BLOCK,
-        )  # fmt: skip
+            logits, candidates, size, top_p, low, high, within, number, mass, start, top, temperature, BLOCK
+        )
         cut = _smallest_cut(_key(z), tl.exp((z - top) * inverse_temperature), above, top_p * mass, low, high)
     tl.store(thresholds + row, _value(cut))
