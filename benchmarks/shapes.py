@@ -137,13 +137,17 @@ LINEAR_CROSS_ENTROPY = {
         HeadShape(2048, 4096, 32000, torch.bfloat16),
         HeadShape(16384, 4096, 32000, torch.bfloat16),
         HeadShape(2048, 4096, 128256, torch.bfloat16),
+        HeadShape(2048, 4096, 152064, torch.bfloat16),
     ],
 }
 MIXED_LINEAR_CROSS_ENTROPY = LINEAR_CROSS_ENTROPY | {"cpu": [HeadShape(512, 512, 32002, torch.float32)]}
 # As many rows as one step of generation draws, and as one step of sampled thoughts.
 LINEAR_SAMPLE = {
     "cpu": [HeadShape(8, 512, 32002, torch.float32), HeadShape(512, 512, 32002, torch.float32)],
-    "cuda": [HeadShape(rows, 4096, 32000, torch.bfloat16) for rows in (8, 128, 2048, 16384)],
+    "cuda": [
+        *(HeadShape(rows, 4096, 32000, torch.bfloat16) for rows in (8, 128, 2048, 16384)),
+        *(HeadShape(rows, 4096, size, torch.bfloat16) for size in (128256, 152064) for rows in (8, 2048)),
+    ],
 }
 MIXING = {
     "cpu": [LogitsShape(2048, 32002, torch.float32)],

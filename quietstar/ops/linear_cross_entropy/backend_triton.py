@@ -4,12 +4,13 @@ The row kernel turns a chunk of logits into nll, entropy and gradient.
 
 Bytes per logit: the matmul writes 4 of float32, the row kernel reads them, and writes 2 of gradient in half precision
 (4 in float32) into the same memory, so that nothing but the one chunk is held. The gradient keeps the rows' pitch: row
-r of it begins where row r of the logits did, aligned for the matmuls that follow.
+r of it lies in what row r of the logits took, aligned for the matmuls that follow.
 
 A row of up to 32,768 logits stays in the registers of its program, at most 32 a thread: 6 bytes per logit, each moved
-once. Longer rows are read twice, for the sum and for the gradient: 10 bytes. At V = 32,002 the second read would mostly
-hit the L2 cache (132 rows of 125 KiB are in flight), but still cost about a quarter more time there. With a cap,
-or the gradient of an entropy, up to 8,192 stay.
+once. Longer rows are read twice, for the sum and for the gradient: 10 bytes; of V = 128,256 and 152,064 neither the
+registers nor the shared memory of a multiprocessor, 483 KiB, hold one. The second read begins where the first has
+ended: 132 rows of 501 KiB are in flight, and the 50 MB of the L2 cache may have the last half of them still. With a
+cap, or the gradient of an entropy, up to 8,192 stay.
 
 Hidden states are mixed, and their gradient split, in one pass over rows x H each. Bytes per element in half precision:
 6 to mix (two reads, one write); 14 to split the gradient (reads float32 dX, base and thought, writes two gradients; 2
@@ -59,22 +60,32 @@ class Launch(NamedTuple):
         return {"BLOCK": 32 * self.num_warps * self.places, "num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
-RESIDENT, STREAMING, STREAMING_ENTROPY = "resident", "streaming", "streaming entropy"
+RESIDENT, STREAMING, STREAMING_WIDE = "resident", "streaming", "streaming wide"
 MIX_HIDDEN, SPLIT_GRADIENT = "mix hidden", "split gradient"
 
-# By kernel and architecture. Of a streamed row threads keep two numbers a place, with an entropy three.
+# By kernel and architecture. Of a streamed row threads keep two numbers a place; "wide" is with an entropy, which is a
+# third, or with a cap, which takes registers.
 LAUNCHES: dict[tuple[str, str], Launch] = {
     (RESIDENT, ANY): Launch(16, 32),
     (STREAMING, ANY): Launch(16, 16),
-    (STREAMING_ENTROPY, ANY): Launch(8, 16),
+    (STREAMING_WIDE, ANY): Launch(8, 16),
     (MIX_HIDDEN, ANY): Launch(8, 8),
     (SPLIT_GRADIENT, ANY): Launch(8, 8),
 }
 
 
 @triton.jit
+def _at(row, columns):
+    """Pointers of which a thread takes four in a row, 16 bytes of logits.
+
+    By the gradient's dtype it would take eight, and each load of a warp half of every sector it touches.
+    """
+    return tl.max_contiguous(row + columns, 4)
+
+
+@triton.jit
 def _load(row, columns, vocabulary, limit):
-    logits = tl.load(row + columns, mask=columns < limit, other=0.0)
+    logits = tl.load(_at(row, columns), mask=columns < limit, other=0.0)
     return tl.where(columns < vocabulary, logits, float("-inf"))
 
 
@@ -142,7 +153,7 @@ def resident_kernel(
         derivative = _derivative(
             exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
         )  # fmt: skip
-        tl.store(gradient + columns, derivative, mask=columns < limit)
+        tl.store(_at(gradient, columns), derivative, mask=columns < limit)
         exponential = tl.exp(target_difference)
         derivative = _derivative(
             exponential, exponential - total, at_target, top, mean, factor, entropy_factor, inverse_temperature, softcap
@@ -194,17 +205,18 @@ def streaming_kernel(
         entropy_factor = None
         if entropy_scale is not None:
             entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
-        for start in tl.range(0, vocabulary, BLOCK, num_stages=1):
-            columns = start + tl.arange(0, BLOCK)
+        blocks = tl.cdiv(vocabulary, BLOCK)
+        for done in tl.range(0, blocks, num_stages=1):  # from the end, which the L2 cache still has
+            columns = (blocks - 1 - done) * BLOCK + tl.arange(0, BLOCK)
             z = _load(logits, columns, vocabulary, limit)
             if softcap is not None:
                 z = capped(z, softcap)
             exponential = tl.exp((z - top) * inverse_temperature)
-            tl.debug_barrier()  # half as wide, the gradient of a block covers logits of this block and earlier ones
+            tl.debug_barrier()  # half as wide, the gradient of a block covers logits of this block and later ones
             derivative = _derivative(
                 exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
             )  # fmt: skip
-            tl.store(gradient + columns, derivative, mask=columns < limit)
+            tl.store(_at(gradient, columns), derivative, mask=columns < limit)
         exponential = tl.exp(target_difference)
         derivative = _derivative(
             exponential, exponential - total, at_target, top, mean, factor, entropy_factor, inverse_temperature, softcap
@@ -226,7 +238,6 @@ def cross_entropy_rows(
         logits.index_fill_(1, softmax.suppress, float("-inf"))
     nll, entropies = logits.new_empty(rows), logits.new_empty(rows) if entropy else None
     nll_scale, entropy_scale = (None, None) if scales is None else scales
-    gradient = logits.view(gradient_dtype)[:, :vocabulary]
     aligned = logits.stride(0) % _ALIGNMENT == 0
     limit = triton.cdiv(vocabulary, _ALIGNMENT) * _ALIGNMENT if aligned else vocabulary
     # Both logits and exponentials are needed for the gradient then: of more, some would not fit the registers.
@@ -237,8 +248,12 @@ def cross_entropy_rows(
         options = launch._replace(num_warps=min(max(block // (32 * launch.places), 4), launch.num_warps)).options()
         options["BLOCK"] = block
     else:
-        kernel = streaming_kernel
-        options = row_for(LAUNCHES, STREAMING_ENTROPY if entropy else STREAMING, logits).options()
+        kernel, plain = streaming_kernel, softmax.softcap is None and not entropy
+        options = row_for(LAUNCHES, STREAMING if plain else STREAMING_WIDE, logits).options()
+    # Where a row is gone through from its end, a gradient half as wide lies in the second half of the row.
+    halved = kernel is streaming_kernel and gradient_dtype.itemsize < logits.element_size()
+    first = vocabulary // _ALIGNMENT * _ALIGNMENT if halved else 0
+    gradient = logits.view(gradient_dtype)[:, first : first + vocabulary]
     kernel[(rows,)](
         logits, target, nll_scale, entropy_scale, nll, entropies, gradient, logits.stride(0), gradient.stride(0),
         vocabulary, limit, 1 / softmax.temperature, softmax.softcap, **options,

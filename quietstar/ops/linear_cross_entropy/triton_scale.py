@@ -28,4 +28,4 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     size = gradient.numel()
     if size:
         grid = (triton.cdiv(size, _BLOCK * _STEPS),)
-        scale_kernel[grid](gradient, factor, size, BLOCK=_BLOCK, STEPS=_STEPS, num_warps=8)
+        scale_kernel[grid](gradient, factor, size, BLOCK=_BLOCK, STEPS=_STEPS, num_warps=8, enable_fp_fusion=False)
