@@ -28,7 +28,7 @@ from peers import (
 )
 from shapes import LINEAR_CROSS_ENTROPY as LINEAR_SHAPES
 from shapes import MIXED_LINEAR_CROSS_ENTROPY as MIXED_SHAPES
-from shapes import HeadShape
+from shapes import HeadShape, by_rows
 from tolerances import assert_as_accurate
 from torch import Tensor
 
@@ -38,12 +38,7 @@ from quietstar.ops._backend import BACKENDS
 pytestmark = pytest.mark.usefixtures("memory_kept")
 
 SHAPES = {"linear": LINEAR_SHAPES[DEVICE], "mixed_linear": MIXED_SHAPES[DEVICE]}
-# Named by their rows, those of a larger vocabulary also by that.
-CASES = {
-    f"{op}-{shape.rows}" + (f"-V{shape.vocab_size}" if shape.vocab_size > 100_000 else ""): (op, shape)
-    for op, shapes in SHAPES.items()
-    for shape in shapes
-}
+CASES = {f"{op}-{name}": (op, shape) for op, shapes in SHAPES.items() for name, shape in by_rows(shapes).items()}
 CHECKED_ROWS = 128
 
 

@@ -16,7 +16,7 @@ import torch
 from comparison import OURS
 from measure import DEVICE, own_peak_memory, peak_memory
 from peers import COMPILED, FUSED, OUR_TORCH, PLAIN, UNTOLD_MEMORY, compiled, present
-from shapes import LINEAR_SAMPLE, HeadShape
+from shapes import LINEAR_SAMPLE, HeadShape, by_rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ from quietstar.ops._backend import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("memory_kept")
 
-SHAPES = {str(shape.rows): shape for shape in LINEAR_SAMPLE[DEVICE]}
+SHAPES = by_rows(LINEAR_SAMPLE[DEVICE])
 MATMUL = "the matmul alone"
 TEMPERATURE, SUPPRESSED = 0.8, (0, 1)  # thoughts are drawn without their start and end token
 SEED = 7
@@ -68,9 +68,10 @@ def runs_at_all(name: str, hidden: Tensor, weight: Tensor) -> Sampler:
     return sampler
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("backend", FUSED)
-def bench_linear_sample(backend, shape, compare):
+def bench_linear_sample(backend, case, compare):
+    shape = SHAPES[case]
     inputs = random_inputs(shape)
     try:
         candidate(backend)(*(x[:4] for x in inputs))
@@ -80,7 +81,7 @@ def bench_linear_sample(backend, shape, compare):
     peers, missing = present((MATMUL, PLAIN, COMPILED, OUR_TORCH), lambda name: runs_at_all(name, *inputs))
     runs = {name: partial(sampler, *inputs) for name, sampler in ({OURS: candidate(backend)} | peers).items()}
     memory = {
-        name: peak_memory(__file__, backend if name == OURS else name, str(shape.rows), run=run)
+        name: peak_memory(__file__, backend if name == OURS else name, case, run=run)
         for name, run in runs.items()
         if name not in UNTOLD_MEMORY
     }
@@ -100,6 +101,6 @@ def bench_linear_sample(backend, shape, compare):
 
 
 if __name__ == "__main__":
-    name, rows = sys.argv[1:]
-    candidate(name)(*random_inputs(SHAPES[rows]))
+    name, case = sys.argv[1:]
+    candidate(name)(*random_inputs(SHAPES[case]))
     print(own_peak_memory())

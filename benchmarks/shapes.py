@@ -83,6 +83,15 @@ class ScalingShape:
     rows: tuple[int, ...]
 
 
+def by_rows(shapes: list[HeadShape]) -> dict[str, HeadShape]:
+    """By their number of rows; of several with as many, all but the first also by the vocabulary."""
+    named = {}
+    for shape in shapes:
+        name = str(shape.rows)
+        named[f"{name}-V{shape.vocab_size}" if name in named else name] = shape
+    return named
+
+
 TRAINING_STEP = {
     "cpu": TrainingShape(256, 4, 8, 2, 896, 32002, 2, 128, 2, 9, 4, torch.float32, target=6),
     "cuda": TrainingShape(1024, 12, 16, 4, 3584, 32002, 2, 512, 2, 9, 4, torch.bfloat16, target=None),

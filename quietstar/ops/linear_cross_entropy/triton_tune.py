@@ -18,7 +18,7 @@ from quietstar.ops.linear_cross_entropy.backend_triton import (
     RESIDENT,
     SPLIT_GRADIENT,
     STREAMING,
-    STREAMING_ENTROPY,
+    STREAMING_WIDE,
     Launch,
 )
 from quietstar.ops.linear_cross_entropy.inputs import Scales
@@ -39,7 +39,7 @@ def subjects(sizes: "Sizes") -> list[Subject]:
     return [
         _rows(RESIDENT, min(sizes.vocabulary, 32768), False, sizes),
         _rows(STREAMING, longer, False, sizes),
-        _rows(STREAMING_ENTROPY, longer, True, sizes),
+        _rows(STREAMING_WIDE, longer, True, sizes),
         *_hidden(sizes),
     ]
 
