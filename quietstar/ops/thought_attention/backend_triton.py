@@ -120,13 +120,13 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
         BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
 
-    tile = launch.thought_gradient_tile(_widest(inputs), steps * group, thought_steps)
-    groups = triton.cdiv(num_anchors, max(1, tile.block_n // thought_steps))
+    tile, together = launch.thought_gradient_launch(_widest(inputs), steps * group, thought_steps)
+    groups = triton.cdiv(num_anchors, together)
     thought_gradient_kernel[(heads * groups * triton.cdiv(thought_steps, tile.block_n),)](
         grad_output, query, thought_key, thought_value, seen.order, seen.thought_lengths, anchor_rows,
         row_log_sum, row_delta, row_query, row_grad, grad_thought_key, grad_thought_value,
         grad_output.stride(), query.stride(), thought_key.stride(), thought_value.stride(), seen.batch_stride,
-        kv_heads, num_anchors, thought_steps, seen.step_window, scale, curve_scale,
+        kv_heads, num_anchors, thought_steps, together, seen.step_window, scale, curve_scale,
         **rows, **units, **sizes, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
     if mask.scale < 0:

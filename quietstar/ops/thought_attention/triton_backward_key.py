@@ -248,23 +248,22 @@ def key_gradient_kernel(
     _store_keys(grad_value, start, dv, length - block, VALUE_HEAD, BLOCK_V, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["num_anchors", "thought_steps", "step_window"])
+@triton.jit(do_not_specialize=["num_anchors", "thought_steps", "together", "step_window"])
 def thought_gradient_kernel(
     grad_output, query, thought_key, thought_value, order, thought_lengths, anchor_rows,
     row_log_sum, row_delta, row_query, row_grad, grad_thought_key, grad_thought_value,
     grad_output_stride, query_stride, thought_key_stride, thought_value_stride, anchors_stride,
-    kv_heads, num_anchors, thought_steps, step_window, scale, curve_scale,
+    kv_heads, num_anchors, thought_steps, together, step_window, scale, curve_scale,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the thought keys and values of as many anchors as fit BLOCK_N, or of a block of one anchor's.
+    """Gradients of the thought keys and values of ``together`` anchors, which fit BLOCK_N, or of a block of one's.
 
     The gradients are contiguous. ``thought_lengths`` and ``anchor_rows`` are there together. ``scale`` is not negative.
     Grid: blocks of an anchor · groups of anchors · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
-    together = tl.maximum(BLOCK_N // thought_steps, 1)
     num_groups = tl.cdiv(num_anchors, together)
     num_blocks = tl.cdiv(thought_steps, BLOCK_N)
     program = tl.program_id(0)

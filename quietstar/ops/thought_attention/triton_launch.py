@@ -192,14 +192,29 @@ def _heads_in_cache(vectors: Tensor, length: int) -> int:
     return cache_bytes(vectors.device) // (4 * length * vectors.shape[-1] * vectors.element_size())
 
 
-def thought_gradient_tile(vectors: Tensor, rows: int, thought_steps: int) -> Tile:
-    """Tile of the gradient of thought keys, ``rows`` = S·G to an anchor: no larger than a thought needs."""
-    head = padded_head(vectors.shape[-1])
-    most_rows, most_keys = (16, 16) if vectors.element_size() == 4 else (64 if head <= 128 else 32, 32)
-    block_n = max(16, min(most_keys, power_of_2(thought_steps)))
-    together = max(1, block_n // thought_steps)
+def thought_gradient_launch(vectors: Tensor, rows: int, thought_steps: int) -> tuple[Tile, int]:
+    """Tile of the gradient of thought keys, no larger than it needs, and how many anchors share one.
+
+    A tile has one anchor, or as many as it takes for 16 rows or 16 keys, the least that matrix units multiply. Warps
+    read all of its rows, but only their own 16 keys: more warps than registers ask for read more, and gain nothing.
+
+    Args:
+        vectors: see ``forward_launch``.
+        rows: S·G, query rows of an anchor.
+        thought_steps: T.
+    """
+    head, half = padded_head(vectors.shape[-1]), vectors.element_size() == 2
+    most_rows, most_keys = (64 if head <= 128 else 32, 32) if half else (16, 16)
+    if half and rows < min(16, thought_steps):
+        # A tile of 16 rows. Of 64 keys it fits Hopper's registers up to D = 128, those of others up to 64.
+        most_keys = 64 if head <= (128 if row_key(KEY_GRADIENT, vectors)[1] == HOPPER else 64) else 32
+    together = max(1, min(max(16 // rows, 16 // thought_steps), most_keys // thought_steps))
+    block_n = max(16, min(most_keys, power_of_2(together * thought_steps)))
     block_m = max(16, min(most_rows, power_of_2(together * rows)))
-    return Tile(block_m, block_n, num_warps=4 if head <= 64 else 8, num_stages=2)
+    num_warps = 4 if head <= (128 if half else 64) else 8
+    if half and head <= 64 and block_n == 16:
+        num_warps = 2
+    return Tile(block_m, block_n, num_warps, num_stages=2), together
 
 
 class Diagonal(NamedTuple):
