@@ -4,6 +4,7 @@
 """
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -91,19 +92,25 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
-    tile, programs = launch.query_gradient_launch(_widest(inputs), num_rows, heads, length)
-    query_gradient_kernel[programs.grid](
+    arguments = (
         grad_output, grad_lse, *vectors, output, lse, seen.anchors, seen.order, seen.thought_lengths, seen.key_start,
         anchor_rows,
         grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
         grad_output.stride(), None if grad_lse is None else grad_lse.stride(), *(x.stride() for x in vectors),
         lse.stride(), seen.batch_stride,
-        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, programs.together,
-        scale, curve_scale, **rows, **units, **sizes,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
-        **launch.diagonal(steps * group, thought_steps, tile).sizes(), PER_ANCHOR=seen.start_per_anchor,
-        TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
+        kv_heads, num_anchors, length, thought_steps, seen.window, seen.step_window, scale, curve_scale,
     )  # fmt: skip
+    gluon = _gluon_query_gradient(vectors, mask)
+    if gluon is not None:
+        gluon.launch(arguments, vectors, **rows, **units, PER_ANCHOR=seen.start_per_anchor)
+    else:
+        tile, programs = launch.query_gradient_launch(_widest(inputs), num_rows, heads, length)
+        query_gradient_kernel[programs.grid](
+            *arguments, programs.together, **rows, **units, **sizes,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE_N=launch.edge(tile.block_n),
+            **launch.diagonal(steps * group, thought_steps, tile).sizes(), PER_ANCHOR=seen.start_per_anchor,
+            TILE_ANCHORS=launch.tile_anchors(steps * group, tile), **tile.options(),
+        )  # fmt: skip
 
     tile, programs = launch.key_gradient_launch(_widest(inputs), num_rows, heads, length)
     grad_key, grad_value = (
@@ -219,6 +226,15 @@ class _Seen(NamedTuple):
         missing = num_anchors * steps - ends[:, -1:]
         rows = torch.cat((missing, missing + ends), dim=1) * inputs.group
         return rows.to(torch.int32).expand(batch, -1).contiguous()
+
+
+def _gluon_query_gradient(vectors: Inputs, mask: Mask) -> ModuleType | None:
+    """What launches its kernel in Gluon, if that can run."""
+    if gluon_launch.unavailable(vectors, mask) is not None:
+        return None
+    from quietstar.ops.thought_attention import gluon_backward_query  # older versions of Triton cannot import it
+
+    return gluon_backward_query if gluon_backward_query.unavailable(vectors) is None else None
 
 
 def _vectors_and_scales(inputs: Inputs, mask: Mask) -> tuple[Inputs, float, float | None]:

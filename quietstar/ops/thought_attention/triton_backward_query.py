@@ -95,7 +95,7 @@ def query_gradient_kernel(
     grad_query, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     grad_output_stride, grad_lse_stride, query_stride, key_stride, value_stride, thought_key_stride,
     thought_value_stride, lse_stride, anchors_stride,
-    kv_heads, num_anchors, length, thought_steps, window, step_window, together, scale, curve_scale,
+    kv_heads, num_anchors, length, thought_steps, window, step_window, scale, curve_scale, together,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr,
