@@ -140,7 +140,7 @@ def assert_fit(kernels, shared_memory, spilled=0):
 
 
 def test_kernels_fit(kernels):
-    assert len(kernels) == 14
+    assert len([kernel for kernel in kernels if not kernel.name.startswith("gluon")]) == 14
     assert_fit(kernels, SHARED_MEMORY[kernels[0].architecture])
 
 
@@ -152,16 +152,6 @@ def test_matrix_units_are_used(kernels):
         assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
 
 
-<<<<<<< HEAD
-# Kernels of which ptxas serialises the products on sm_90, as of Triton 3.9: faults that are known. None may be added,
-# and one that is cured must go.
-SERIALISED = {
-    "short_training:128": {"query_gradient_kernel"},
-    "decoding_step:64": {"forward_kernel"},
-    "decoding_step:128": {"forward_kernel"},
-}
-=======
->>>>>>> 864c203 (Thought attention in Triton: thought keys last where sums are joined from parts)
 CALLS = training, short_training, sampling_step, decoding, decoding_step
 
 

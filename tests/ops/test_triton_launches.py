@@ -77,10 +77,10 @@ def sample(vocabulary, dtype):
 
 
 WITH_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-FORWARD, QUERY_GRADIENT = "forward_kernel", "query_gradient_kernel"
+FORWARD, QUERY_GRADIENT, KEY_GRADIENT = "forward_kernel", "query_gradient_kernel", "key_gradient_kernel"
 if WITH_GLUON:  # on an H100
-    FORWARD, QUERY_GRADIENT = f"gluon_{FORWARD}", f"gluon_{QUERY_GRADIENT}"
-GRADIENTS = [QUERY_GRADIENT, "key_gradient_kernel", "thought_gradient_kernel"]
+    FORWARD, QUERY_GRADIENT, KEY_GRADIENT = (f"gluon_{name}" for name in (FORWARD, QUERY_GRADIENT, KEY_GRADIENT))
+GRADIENTS = [QUERY_GRADIENT, KEY_GRADIENT, "thought_gradient_kernel"]
 COMMON = {  # and the kernels launched, in order
     "training": (attend, [FORWARD, *GRADIENTS]),
     "decoding": (partial(attend, count=2, backward=False), ["forward_kernel", "combine_kernel"]),

@@ -36,7 +36,7 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
     tile, programs = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
     # A single tile has nothing to gain from sorted anchors.
     seen = _Seen.of(inputs, mask, in_order=num_rows > tile.block_m)
-    if splits == 1 and num_rows >= gluon_launch.LEAST_ROWS and gluon_launch.unavailable(vectors, mask) is None:
+    if programs.splits == 1 and num_rows >= gluon_launch.LEAST_ROWS and gluon_launch.unavailable(vectors, mask) is None:
         gluon_launch.forward(vectors, mask, seen, scale, curve_scale, Result(output, lse))
         return Result(output, lse)
     result, log_sum = output, lse
@@ -118,14 +118,23 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
         for x in (key, value)
     )
     bounds = seen.start_bounds(inputs, mask)
-    key_gradient_kernel[programs.grid](
-        grad_output, query, key, value, None if seen.start_per_row else seen.key_start, bounds, anchor_rows,
-        row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
-        grad_output.stride(), query.stride(), key.stride(), value.stride(),
-        batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window,
-        programs.splits, programs.together, scale, curve_scale, GROUP=group, **units, **sizes,
-        BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
-    )  # fmt: skip
+    key_start = None if seen.start_per_row else seen.key_start
+    gluon, in_order = _gluon_key_gradient(grad_output, vectors, mask), None
+    if gluon is not None:
+        in_order = seen.in_order()
+        gluon.launch(
+            grad_output, query, key, value, in_order, key_start, bounds, None if seen.anchors is None else row_anchor,
+            row_start, row_log_sum, row_delta, grad_key, grad_value, seen.window, programs, scale,
+        )  # fmt: skip
+    if gluon is None or in_order is not None:
+        key_gradient_kernel[programs.grid](
+            grad_output, query, key, value, in_order, key_start, bounds, anchor_rows,
+            row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
+            grad_output.stride(), query.stride(), key.stride(), value.stride(),
+            batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window,
+            programs.splits, programs.together, scale, curve_scale, GROUP=group, **units, **sizes,
+            BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
+        )  # fmt: skip
 
     tile, together = launch.thought_gradient_launch(_widest(inputs), steps * group, thought_steps)
     groups = triton.cdiv(num_anchors, together)
@@ -200,6 +209,12 @@ class _Seen(NamedTuple):
         """Whether rows have first base keys of their own."""
         return self.start_per_anchor or self.step_window is not None
 
+    def in_order(self) -> Tensor | None:
+        """int32, on the device: 1 if the caller has the anchors in this order, else 0; None if it must be so."""
+        if self.order is None:
+            return None
+        return (self.order == torch.arange(self.order.shape[-1], device=self.order.device)).all().to(torch.int32)
+
     def start_bounds(self, inputs: Inputs, mask: Mask) -> Tensor | None:
         """First base keys of rows: along the anchors the last so far, and the first from there on: [2, B, P]."""
         if not self.start_per_row:
@@ -235,6 +250,16 @@ def _gluon_query_gradient(vectors: Inputs, mask: Mask) -> ModuleType | None:
     from quietstar.ops.thought_attention import gluon_backward_query  # older versions of Triton cannot import it
 
     return gluon_backward_query if gluon_backward_query.unavailable(vectors) is None else None
+
+
+def _gluon_key_gradient(grad_output: Tensor, vectors: Inputs, mask: Mask) -> ModuleType | None:
+    """The kernel in Gluon that takes the place of ``key_gradient_kernel``, if it can."""
+    if gluon_launch.unavailable(vectors, mask) is not None:
+        return None
+    from quietstar.ops.thought_attention import gluon_backward_key  # older versions of Triton cannot import it
+
+    reason = gluon_backward_key.unavailable(grad_output, vectors.query, vectors.key, mask)
+    return gluon_backward_key if reason is None else None
 
 
 def _vectors_and_scales(inputs: Inputs, mask: Mask) -> tuple[Inputs, float, float | None]:

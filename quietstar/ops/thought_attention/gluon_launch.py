@@ -57,7 +57,7 @@ def unavailable(inputs: Inputs, mask: Mask) -> str | None:
         if size % 8 or size > _LARGEST_HEAD:
             return f"needs heads of a multiple of 8 elements, at most {_LARGEST_HEAD}, got {name} = {size}"
     for name, tensor in zip(inputs._fields, inputs, strict=True):
-        if name != "query" and not _readable_by_tma(tensor):
+        if name != "query" and not readable_by_tma(tensor):
             return f"needs vectors of {name} {_TMA_BYTES} bytes, or a multiple, apart, got strides {tensor.stride()}"
     return None
 
@@ -78,7 +78,7 @@ def _triton_too_old() -> str | None:
     return f"needs Triton >= {'.'.join(map(str, _LEAST_TRITON))}, found {triton.__version__}"
 
 
-def _readable_by_tma(tensor: Tensor) -> bool:
+def readable_by_tma(tensor: Tensor) -> bool:
     """Whether there is a tensor map of it: strides of dimensions of size 1 say nothing, and 0 is none."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     bytes_apart = [stride * tensor.element_size() for stride in strides[:-1]]

@@ -151,7 +151,7 @@ def _store_keys(pointer, start, vectors, rest, HEAD: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit(do_not_specialize=["num_rows", "rows_of_an_anchor", "length", "window", "splits", "together"])
 def key_gradient_kernel(
-    grad_output, query, key, value, key_start, start_bounds, anchor_rows,
+    grad_output, query, key, value, done, key_start, start_bounds, anchor_rows,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
     grad_output_stride, query_stride, key_stride, value_stride,
     batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, together, scale, curve_scale,
@@ -164,9 +164,12 @@ def key_gradient_kernel(
     window: the bounds are the last so far and the first from there on, in the order of the anchors; both ascend.
     ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only.
 
+    Where ``done`` holds another number than 0, there is nothing to do: another kernel has done it.
     With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
     negative. Grid: key blocks · Hkv · B · splits programs, in the order of ``place_of``.
     """
+    if done is not None and tl.load(done) != 0:
+        return
     num_blocks = tl.cdiv(length, BLOCK_N)
     place = place_of(tl.program_id(0), num_blocks, kv_heads, splits, together)
     block = place[0] * BLOCK_N  # the first have the most rows
