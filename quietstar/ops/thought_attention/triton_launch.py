@@ -60,15 +60,16 @@ TILES: dict[tuple[str, str, int, int], Tile] = {
     (KEY_GRADIENT, BLACKWELL, 2, 64): Tile(64, 128, 8, 3),
     (KEY_GRADIENT, BLACKWELL, 2, 128): Tile(64, 128, 8, 3),  # with 2 stages Triton 3.6 spills, in as much memory
     (KEY_GRADIENT, BLACKWELL, 2, 256): Tile(32, 64, 8, 2),
-    # Ampere: 163 KiB. mma.sync takes both operands from registers, so blocks are half as large.
-    (FORWARD, AMPERE, 2, 64): Tile(128, 64, 8, 3),
+    # Ampere: 163 KiB. mma.sync takes both operands from registers, so blocks are half as large, and each warp reads all
+    # of the other operand from shared memory: it should hold as many rows (key gradient: keys) as its registers can.
+    (FORWARD, AMPERE, 2, 64): Tile(128, 32, 4, 3),
     (FORWARD, AMPERE, 2, 128): Tile(128, 32, 8, 3),
     (FORWARD, AMPERE, 2, 256): Tile(64, 32, 8, 2),
-    (QUERY_GRADIENT, AMPERE, 2, 64): Tile(128, 64, 8, 2),
-    (QUERY_GRADIENT, AMPERE, 2, 128): Tile(64, 64, 8, 2),
+    (QUERY_GRADIENT, AMPERE, 2, 64): Tile(128, 32, 4, 2),
+    (QUERY_GRADIENT, AMPERE, 2, 128): Tile(128, 32, 8, 2),
     (QUERY_GRADIENT, AMPERE, 2, 256): Tile(32, 32, 8, 1),
     (KEY_GRADIENT, AMPERE, 2, 64): Tile(64, 128, 8, 3),
-    (KEY_GRADIENT, AMPERE, 2, 128): Tile(64, 64, 8, 2),
+    (KEY_GRADIENT, AMPERE, 2, 128): Tile(32, 128, 8, 2),
     (KEY_GRADIENT, AMPERE, 2, 256): Tile(32, 64, 8, 2),
     # Everything else, as Ampere with 99 KiB: GeForce, workstation cards, inference cards.
     (FORWARD, COMPACT, 2, 64): Tile(128, 64, 8, 2),
