@@ -37,6 +37,11 @@ LARGE = {
         {"query_heads": 16, "kv_heads": 1, "length": 70, "num_anchors": 1, "steps": 1, "head": 8},
         {"anchors": [69], "key_start": [1, 1]},
     ),
+    # The first anchor lacks the first key of the first tile and the last of the fourth: the two between need no mask.
+    "tiles that all rows see whole between others": (
+        {"batch": 1, "query_heads": 16, "kv_heads": 1, "length": 510, "num_anchors": 2, "steps": 1, "head": 8},
+        {"anchors": [254, 500], "key_start": [[1, 0]]},
+    ),
     "decoding, split keys": (
         {"query_heads": 8, "length": 1100, "num_anchors": 3, "steps": 2, "thought_steps": 5, "head": 64},
         {"anchors": [[1099, 3, 350], [-1, 700, 1000]], "key_start": [0, 600]},
@@ -173,12 +178,14 @@ def test_hidden_keys_may_hold_anything(window, dtype):
     """What no row sees, what belongs to no anchor and what lies between rows is not read into any result."""
     inputs, options = case("decoding, split keys", dtype, DEVICE, LARGE)
     inputs = [x.detach() for x in inputs]
-    options |= {"anchors": torch.tensor([[700, 3, 350], [-1, 700, 650]], device=DEVICE), "window": window}
+    anchors = torch.tensor([[700, 3, 350], [-1, 700, 650]], device=DEVICE)
+    # In the second batch there are tiles that all anchors see whole, but for the one that is none.
+    options = {"anchors": anchors, "key_start": torch.tensor([0, 200], device=DEVICE), "window": window}
     expected = run(inputs, options, "cuda")
-    distance = options["anchors"][:, :, None] - torch.arange(1100, device=DEVICE)
+    distance = anchors[:, :, None] - torch.arange(1100, device=DEVICE)
     keys = ((distance < 0) | (distance >= (window or 1100))).all(1)[:, None, :, None]
-    anchors = (options["anchors"] < 0)[:, None, :, None, None]
-    spoiled = [x.masked_fill(keys if x.dim() == 4 else anchors, float("nan")) for x in inputs]
+    idle = (anchors < 0)[:, None, :, None, None]
+    spoiled = [x.masked_fill(keys if x.dim() == 4 else idle, float("nan")) for x in inputs]
     wider = [torch.cat([x, torch.full_like(x, float("nan"))], dim=-1)[..., : x.shape[-1]] for x in spoiled]
     for a, b in zip(run(wider, options, "cuda"), expected, strict=True):
         assert torch.equal(a, b)
