@@ -25,10 +25,19 @@ def test_all_emulated():
     run_emulated("sm_90", {EMULATED: ""}, workers=2)
 
 
+class _Nothing:
+    """In the place of a kernel."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: None
+
+
 def differentiate(head=128, value_head=None, steps=14, thought_steps=14, dtype=torch.bfloat16, **options):
     """Launch the backward of a call, laid out as transformers gives it; masked by all that there is if by anything."""
     from quietstar.ops.thought_attention import backend_triton
     from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultGradients
+
+    backend_triton.key_gradient_kernel = backend_triton.thought_gradient_kernel = _Nothing()  # in this process
 
     def vectors(heads, head, *tokens):
         size = torch.Size(tokens).numel()
@@ -58,11 +67,13 @@ CALLS = {
 }
 globals().update(CALLS)
 GROUPS = 2
+NUMBER_OF_THE_THREAD = (
+    8  # bytes, which ptxas of Triton 3.9 keeps on the stack, for the ends of loops; that of 3.8 does not
+)
 
 
 def launched(name: str) -> Kernel:
-    kernels = compiled(__file__, name, (90,))[90]
-    (kernel,) = (kernel for kernel in kernels if kernel.name == "gluon_query_gradient_kernel")
+    (kernel,) = compiled(__file__, name, (90,))[90]
     return kernel
 
 
@@ -70,14 +81,14 @@ def launched(name: str) -> Kernel:
 @pytest.mark.parametrize("name", CALLS)
 def test_exponentials_run_under_products(name):
     kernel = launched(name)
+    assert kernel.name == "gluon_query_gradient_kernel"
     assert kernel.shared <= SHARED_MEMORY[90]
     assert not is_serialised(kernel)
-    assert kernel.spilled <= 16
-    depth = 64 if "64" in name else 128
-    blocks = [loop for loop in loops(assembled(kernel.ptx, 90)) if loop.products == 2 * depth // 16 + 4]
-    print(name, kernel.shared, kernel.spilled, blocks)
-    main = [loop for loop in blocks if loop.exponentials >= 32]
+    assert kernel.spilled <= NUMBER_OF_THE_THREAD
+    products = 12 if name.endswith("_64") else 20  # of the loop that masks nothing
+    main = [loop for loop in loops(assembled(kernel.ptx, 90)) if loop.products == products]
+    print(name, kernel.shared, kernel.spilled, main)
     assert len(main) == GROUPS
     for loop in main:
-        assert loop.overlapped == loop.exponentials, loop
-        assert loop.spills == 0
+        assert loop.overlapped == loop.exponentials >= 32, loop
+        assert loop.spills <= 1
