@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from quietstar.ops.thought_attention import gluon_launch, triton_tune
 from quietstar.ops.thought_attention import triton_launch as launch
-from quietstar.ops.thought_attention import triton_tune
 from quietstar.ops.thought_attention.triton_launch import FORWARD, HOPPER, TILES, Tile
 
 FAMILIES = {launch.HOPPER: 90, launch.BLACKWELL: 100, launch.AMPERE: 80, launch.COMPACT: 86}
@@ -78,6 +78,12 @@ def test_candidates_depend_on_the_device(shared_memory):
     tiles = triton_tune.candidates(FORWARD, query, shared_memory)
     assert (Tile(128, 64, 8, 2) in tiles) == (shared_memory >= (128 + 2 * 2 * 64) * 256 * 2)
     assert Tile(128, 32, 4, 1) not in tiles  # the output alone would take all registers
+
+
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_rows_of_gluon_are_candidates(head):
+    query = torch.empty(1, 1, 1, 1, head, dtype=torch.bfloat16)
+    assert gluon_launch.TILES[head] in triton_tune.gluon_candidates(query, SHARED_MEMORY[90])
 
 
 @pytest.mark.parametrize(("stages", "fit"), [(3, True), (4, False)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar.ops._tuning import Subject
-from quietstar.ops.thought_attention import backend_triton, triton_launch
+from quietstar.ops.thought_attention import backend_triton, gluon_launch, triton_launch
 from quietstar.ops.thought_attention.cost import thought_attention_cost
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, ResultGradients
 from quietstar.ops.thought_attention.triton_launch import (
@@ -91,4 +91,21 @@ def subjects(sizes: "Sizes") -> list[Subject]:
             TABLE, TILES, row_key(kernel, of.query), function, tile_for(kernel, of.query), tiles, run, **work
         )
 
-    return [subject(kernel, *call) for kernel, call in calls.items()]
+    triton = [subject(kernel, *call) for kernel, call in calls.items()]
+    if gluon_launch.unavailable(training, anywhere) is not None:
+        return triton
+    _, run, work = calls[FORWARD]
+    return [*triton, _gluon_forward(training.query, run, sizes.shared_memory, **work)]
+
+
+def gluon_candidates(query: Tensor, shared_memory: int) -> list[gluon_launch.Tile]:
+    """Tiles of the forward in Gluon that fit ``shared_memory`` [bytes]: queries, and keys and values of every stage."""
+    tiles = itertools.starmap(gluon_launch.Tile, itertools.product((128,), (32, 64, 128), (1, 2, 3, 4)))
+    vector = max(64, padded_head(query.shape[-1])) * query.element_size()
+    return [tile for tile in tiles if (tile.block_m + 2 * tile.stages * tile.block_n) * vector <= shared_memory]
+
+
+def _gluon_forward(query: Tensor, run: partial, shared_memory: int, flops: float) -> Subject:
+    table, size = f"{gluon_launch.__name__}.TILES", max(64, padded_head(query.shape[-1]))
+    rows, tiles = gluon_launch.TILES, gluon_candidates(query, shared_memory)
+    return Subject(table, rows, size, "gluon_forward_kernel", rows[size], tiles, run, flops)
