@@ -135,6 +135,7 @@ def _calls() -> dict[str, Call]:
     kinds = {
         "training, S = T = 14": ((14, 14, 19, 384), {"backward": True, "processors": 1}),
         "training, S = T = 4": ((4, 4, 32, 256), {"backward": True, "processors": 1}),
+        "training, S = 1, T = 12": ((1, 12, 32, 128), {"backward": True, "processors": 1}),
         "sampling step, S = 1, T = 12": ((1, 12, 64, 384), {"processors": 1}),
         "decoding": ((1, 12, 1, 1024), {"query_heads": 8}),
     }
