@@ -90,7 +90,7 @@ COMMON = {  # and the kernels launched, in order
     ),
     "losses": (
         partial(lose, 32002, BF16),
-        ["resident_kernel", "mix_hidden_kernel", "resident_kernel", "split_gradient_kernel"],
+        ["resident_kernel", "mix_hidden_kernel", "resident_kernel", "split_gradient_kernel", *4 * ["scale_kernel"]],
     ),
     "sampling": (
         partial(sample, 32002, BF16),
