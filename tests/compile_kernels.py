@@ -123,12 +123,12 @@ def _stop_behind_ttir() -> None:
 
     def add_first_stage(self, stages, *arguments):
         add_stages(self, stages, *arguments)
-        make_ttir = stages["ttir"]
+        name, make = next(iter(stages.items()))  # "ttir"; Gluon's has another name
 
         def stop(*arguments):
-            raise _StopError(str(make_ttir(*arguments)))
+            raise _StopError(str(make(*arguments)))
 
-        stages["ttir"] = stop
+        stages[name] = stop
 
     CUDABackend.add_stages = add_first_stage
 
@@ -164,7 +164,8 @@ def _compile_launches(script: str, function: str, architecture: int, stage: str)
             launches.append(Launch(self.__name__, str(stopped), list(options)))
             return None
         if stage == "ttir":  # compiled before, and kept
-            launches.append(Launch(self.__name__, kernel.asm["ttir"], list(options)))
+            code = next(kernel.asm[name] for name in ("ttir", "ttgir") if name in kernel.asm)
+            launches.append(Launch(self.__name__, code, list(options)))
         found[kernel.hash] = kernel
         return kernel
 
