@@ -19,7 +19,8 @@ def spread(count, length):
 
 ONE = {"batch": 1, "query_heads": 4, "kv_heads": 1}
 SMALL = ONE | {"length": 500, "num_anchors": 16, "steps": 4, "head": 64}  # 2 tiles, up to 4 blocks of keys
-SOME_INACTIVE = [anchor if i % 5 else -1 for i, anchor in enumerate(spread(16, 500))]
+# A group of consumers has four anchors of these; sorted, six inactive ones are all of a group and half of the next.
+SOME_INACTIVE = [anchor if i % 3 else -1 for i, anchor in enumerate(spread(16, 500))]
 LENGTHS = [i % 5 for i in range(16)]
 STARTS = [[max(0, anchor - 200) for anchor in spread(16, 500)]]
 CASES = {
