@@ -45,6 +45,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "Ite
     for op in simt.OPS:  # Triton decides when it sees a kernel whether to interpret it, and other tests want that
         with contextlib.suppress(ImportError):
             importlib.import_module(f"quietstar.ops.{op}.backends").BACKENDS["triton"].load()
+    with contextlib.suppress(ImportError):  # which the backend loads when it takes it; or Triton is too old
+        importlib.import_module("quietstar.ops.thought_attention.gluon_forward")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     try:
         from quietstar.ops.thought_attention import triton_launch

@@ -39,3 +39,19 @@ def test_the_library_takes_what_it_can_without_looking(name, repeats, gpu):
     inputs = Inputs(*inputs)
     assert flash.supports(inputs.query, 1.0)
     assert backend_torch.causal_repeats(inputs, Mask.of(inputs, **options)) == repeats
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_read_for_the_kernel_in_gluon(name, gpu, monkeypatch):
+    """With more rows and other heads than the cases have, or it would not be taken."""
+    gluon_launch = pytest.importorskip("quietstar.ops.thought_attention.gluon_launch")
+    if gluon_launch._triton_too_old():
+        pytest.skip(gluon_launch._triton_too_old())
+    shapes, options = CASES[name]
+    inputs, options = case(name, torch.bfloat16, DEVICE, {name: (shapes | {"head": 64, "value_head": 128}, options)})
+    taken, forward = [], gluon_launch.forward
+    monkeypatch.setattr(gluon_launch, "LEAST_ROWS", 1)
+    monkeypatch.setattr(gluon_launch, "forward", lambda *arguments: taken.append(forward(*arguments)))
+    with nothing_waits(), torch.no_grad():
+        thought_attention(*inputs, **options, backend="triton")
+    assert taken == [None]
