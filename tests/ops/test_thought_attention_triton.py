@@ -70,6 +70,13 @@ LARGE = {
         {"length": 130, "num_anchors": 40, "steps": 1, "thought_steps": 12},
         {"anchors": spread(40, 130), "key_start": [spread(40, 125), documents(40, 130, 64)[0]]},
     ),
+    "all positions, window and padding over blocks": (
+        {"length": 100, "steps": 2, "query_heads": 2, "kv_heads": 1}, {"window": 45, "key_start": [0, 37]},
+    ),
+    "all positions, documents over blocks": (
+        {"length": 100, "steps": 2, "query_heads": 2, "kv_heads": 1, "batch": 1},
+        {"key_start": [[i // 40 * 40 for i in range(100)]]},
+    ),
     "group of 7": ({"length": 9, "query_heads": 7, "kv_heads": 1, "batch": 1}, {}),
     "D = 16": ({"length": 3, "head": 16, "batch": 1}, {}),
     "D = 80": ({"length": 3, "head": 80, "batch": 1}, {}),

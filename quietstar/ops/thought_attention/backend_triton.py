@@ -89,6 +89,8 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
         for dtype in (torch.int32, torch.float32, torch.float32, _offset_dtype(query))
     )
     row_start = torch.empty_like(row_anchor) if seen.start_per_row else None
+    if seen.anchors is None:  # a row's number says it
+        row_anchor = None
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
         row_grad = torch.empty_like(row_query, dtype=_offset_dtype(grad_output))
@@ -123,8 +125,8 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
     if gluon is not None:
         in_order = seen.in_order()
         gluon.launch(
-            grad_output, query, key, value, in_order, key_start, bounds, None if seen.anchors is None else row_anchor,
-            row_start, row_log_sum, row_delta, grad_key, grad_value, seen.window, programs, scale,
+            grad_output, query, key, value, in_order, key_start, bounds, row_anchor, row_start,
+            row_log_sum, row_delta, grad_key, grad_value, seen.window, programs, scale,
         )  # fmt: skip
     if gluon is None or in_order is not None:
         key_gradient_kernel[programs.grid](
@@ -132,7 +134,8 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
             row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
             grad_output.stride(), query.stride(), key.stride(), value.stride(),
             batch, kv_heads, num_rows, None if bounds is None else steps * group, length, seen.window,
-            programs.splits, programs.together, scale, curve_scale, GROUP=group, **units, **sizes,
+            programs.splits, programs.together, scale, curve_scale, GROUP=group,
+            ROWS=steps * group if row_anchor is None else None, **units, **sizes,
             BLOCK_M=tile.block_m, EDGE_M=launch.edge(tile.block_m), BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
 

@@ -359,7 +359,8 @@ def _consumer(
         delta = gl.where(anchor < 0, 0.0, delta)
         log_sum = gl.where(anchor < 0, float("inf"), log_sum)
     table = first_table + table_rows(index, position, anchor_rows, ROWS)
-    gl.store(row_anchor + table, anchor, mask=exists)
+    if row_anchor is not None:
+        gl.store(row_anchor + table, anchor, mask=exists)
     if row_start is not None:
         gl.store(row_start + table, first, mask=exists)
     gl.store(row_log_sum + table, log_sum, mask=exists)

@@ -13,7 +13,7 @@ of them (S and dP) a second time after ``triton_backward_query``: the price of n
 gradients of the queries, of which there are G·S times as many as keys.
 
 Rows are found through the tables that ``triton_backward_query`` leaves: sorted by anchor, with their offsets in query
-and dO. Those of inactive anchors and of steps that do not exist come first there, and cost nothing here.
+and dO. (To compute offsets here would cost 471 instructions in place of 398 in the loop, and registers.) Those of inactive anchors and of steps that do not exist come first there, and cost nothing here.
 """
 
 import triton
@@ -89,16 +89,26 @@ def _first_from(values, count, least):
 
 
 @triton.jit
+def _rows_before(row_anchor, num_rows, least, ROWS: tl.constexpr):
+    """How many rows have an anchor before base position ``least``. Without ``row_anchor`` there are ROWS of each."""
+    if row_anchor is None:
+        return tl.minimum(least * ROWS, num_rows)
+    else:
+        return _first_from(row_anchor, num_rows, least)
+
+
+@triton.jit
 def _steps_base(
     grad_key, grad_value, key, value, query, grad_output,
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
     keys, window, begin, end, steps, apart, hole_at, hole, scale, curve_scale,
-    MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``_step`` over ``steps`` tiles of rows, ``apart`` rows from each other, from that in front of ``end`` backwards.
 
-    MASKED: at step ``hole_at`` it leaves out ``hole`` rows, and the last tile may reach behind ``begin``.
+    MASKED: at step ``hole_at`` it leaves out ``hole`` rows, and the last tile may reach behind ``begin``. Without
+    ``row_anchor`` base positions (``keys``, ``window``) come times ROWS, to be compared with rows themselves.
     """
     for i in tl.range(0, steps):
         rows = end - BLOCK_M - i * apart + tl.arange(0, BLOCK_M)
@@ -107,12 +117,15 @@ def _steps_base(
             rows -= tl.where(i < hole_at, 0, hole)
             wanted = rows >= begin
             rows = tl.maximum(rows, begin)  # rows in front may be those of inactive anchors, and NaN
-            anchor = tl.load(row_anchor + rows)
+            anchor = rows if row_anchor is None else tl.load(row_anchor + rows)
             first = 0
             if row_start is None:
                 anchor = tl.where(wanted, anchor, -1)
             else:
-                first = tl.where(wanted, tl.load(row_start + rows), 2**31 - 1)[None, :]
+                first = tl.load(row_start + rows)
+                if row_anchor is None:
+                    first *= ROWS
+                first = tl.where(wanted, first, 2**31 - 1)[None, :]
             visible = sees_base(anchor[None, :], keys[:, None], first, window)
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, rows, None,
@@ -155,14 +168,16 @@ def key_gradient_kernel(
     row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad, grad_key, grad_value,
     grad_output_stride, query_stride, key_stride, value_stride,
     batches, kv_heads, num_rows, rows_of_an_anchor, length, window, splits, together, scale, curve_scale,
-    GROUP: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D or Dv].
 
     The first base key is ``key_start`` [B]. With ``start_bounds`` [2, B, P] it is in ``row_start``, and there is no
     window: the bounds are the last so far and the first from there on, in the order of the anchors; both ascend.
-    ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only.
+    ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only. Without ``row_anchor`` every base
+    position has an anchor, in order, and ROWS rows.
 
     Where ``done`` holds another number than 0, there is nothing to do: another kernel has done it.
     With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
@@ -180,7 +195,8 @@ def key_gradient_kernel(
     key += batch * key_stride[0] + head * key_stride[1]
     value += batch * value_stride[0] + head * value_stride[1]
     table = (batch * kv_heads + head) * num_rows
-    row_anchor += table
+    if row_anchor is not None:
+        row_anchor += table
     if row_start is not None:
         row_start += table
     row_log_sum += table
@@ -198,8 +214,8 @@ def key_gradient_kernel(
     # keys of their own those in [tail, end) maybe some. Masked tiles take what whole unmasked ones leave over, and come
     # first, so that little has to stay in registers besides what the long unmasked loop needs. Splits take turns.
     last_key = tl.minimum(block + BLOCK_N, length) - 1
-    begin = _first_from(row_anchor, num_rows, block)
-    full = _first_from(row_anchor, num_rows, last_key)
+    begin = _rows_before(row_anchor, num_rows, block, ROWS)
+    full = _rows_before(row_anchor, num_rows, last_key, ROWS)
     end = num_rows
     if start_bounds is not None:
         num_anchors = num_rows // rows_of_an_anchor
@@ -207,7 +223,7 @@ def key_gradient_kernel(
         end = _first_from(start_bounds + batches * num_anchors, num_anchors, last_key + 1)
         end = tl.maximum(_rows_in_front(end, batch, anchor_rows, num_anchors, rows_of_an_anchor), begin)
     elif window is not None:
-        end = _first_from(row_anchor, num_rows, last_key + window)
+        end = _rows_before(row_anchor, num_rows, last_key + window, ROWS)
     first = 0
     if key_start is not None:
         first = tl.load(key_start + batch).to(tl.int32)
@@ -218,7 +234,7 @@ def key_gradient_kernel(
         tail = _rows_in_front(tail, batch, anchor_rows, num_anchors, rows_of_an_anchor)
         tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
     elif window is not None:
-        tail = _first_from(row_anchor, num_rows, block + window)
+        tail = _rows_before(row_anchor, num_rows, block + window, ROWS)
         tail_steps = tl.cdiv(tl.maximum(end - tl.maximum(tail, begin), 0), EDGE_M)
     full_end = end - tail_steps * EDGE_M
     full_steps = tl.maximum(full_end - tl.maximum(full, begin), 0) // BLOCK_M
@@ -226,18 +242,25 @@ def key_gradient_kernel(
     masked_steps = tail_steps + tl.cdiv(tl.maximum(full_end - full_rows - begin, 0), EDGE_M)
     turn = (split + splits - masked_steps % splits) % splits  # the splits go on where the masked tiles ended
 
+    position = keys
+    if row_anchor is None:
+        position = keys * ROWS
+        if window is not None:
+            window *= ROWS
+
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, end - split * EDGE_M, _turns(masked_steps, split, splits), splits * EDGE_M,
+        position, window, begin, end - split * EDGE_M, _turns(masked_steps, split, splits), splits * EDGE_M,
         _turns(tail_steps, split, splits), full_rows, base_2(scale), curve_scale,
-        True, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_M,
+        True, ROWS, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, EDGE_M,
     )  # fmt: skip
     dk, dv = _steps_base(
         dk, dv, k, v, query, grad_output, row_anchor, row_start, row_log_sum, row_delta, row_query, row_grad,
-        keys, window, begin, full_end - turn * BLOCK_M, _turns(full_steps, turn, splits), splits * BLOCK_M, 0, 0,
-        base_2(scale), curve_scale, False, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
+        position, window, begin, full_end - turn * BLOCK_M, _turns(full_steps, turn, splits), splits * BLOCK_M, 0, 0,
+        base_2(scale), curve_scale,
+        False, ROWS, QUERY_UNIT, GRAD_UNIT, HEAD, BLOCK_D, VALUE_HEAD, BLOCK_V, BLOCK_M,
     )  # fmt: skip
     dk *= product_scale(scale, curve_scale)
 
@@ -245,8 +268,11 @@ def key_gradient_kernel(
         padding = keys < first
         dk = tl.where(padding[:, None], 0.0, dk)
         dv = tl.where(padding[:, None], 0.0, dv)
-    batch += split * batches
-    start = (batch * kv_heads + head) * length + block
+    if row_anchor is None:  # the same number both ways: each is the one for which registers are enough
+        part = ((split * batches + place[1]) * kv_heads + place[2]).to(tl.int64)
+    else:
+        part = (batch + split * batches) * kv_heads + head
+    start = part * length + block
     _store_keys(grad_key, start, dk, length - block, HEAD, BLOCK_D, BLOCK_N)
     _store_keys(grad_value, start, dv, length - block, VALUE_HEAD, BLOCK_V, BLOCK_N)
 

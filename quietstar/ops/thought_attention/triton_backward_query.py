@@ -6,10 +6,10 @@ dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix produc
 there is another factor, 1 − (s / c)².
 
 What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
-anchor, first base key (if anchors have their own), lse, delta, and where the row lies in query and in dO (if it lies
-elsewhere), counted in units that divide all their strides: small numbers, which need few registers there. They then
-read rows without a thought for their order. In the tables rows of steps that do not exist come first, as those of
-inactive anchors do, so that behind them anchors ascend (``table_rows``).
+anchor (unless every base position has one, in order), first base key (if anchors have their own), lse, delta, and where
+the row lies in query and in dO (if it lies elsewhere), counted in units that divide all their strides: small numbers,
+which need few registers there. They then read rows without a thought for their order. In the tables rows of steps that
+do not exist come first, as those of inactive anchors do, so that behind them anchors ascend (``table_rows``).
 """
 
 import triton
@@ -158,7 +158,8 @@ def query_gradient_kernel(
         delta = tl.where(anchor < 0, 0.0, delta)
         log_sum = tl.where(anchor < 0, float("inf"), log_sum)
     table = (batch * kv_heads + head) * num_rows + table_rows(index, position, anchor_rows, ROWS)
-    tl.store(row_anchor + table, anchor, mask=exists)
+    if row_anchor is not None:
+        tl.store(row_anchor + table, anchor, mask=exists)
     if row_start is not None:
         tl.store(row_start + table, first, mask=exists)
     tl.store(row_log_sum + table, log_sum, mask=exists)
