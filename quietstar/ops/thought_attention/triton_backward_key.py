@@ -13,7 +13,7 @@ of them (S and dP) a second time after ``triton_backward_query``: the price of n
 gradients of the queries, of which there are G·S times as many as keys.
 
 Rows are found through the tables that ``triton_backward_query`` leaves: sorted by anchor, with their offsets in query
-and dO. (Computed here, offsets would make 471 instructions of the 398 in the loop, and spill.) Those of inactive anchors
+and dO. (Computed here, these would make 471 instructions of 398 in the loop, and spill.) Those of inactive anchors
 and of steps that do not exist come first there, and cost nothing here.
 """
 
