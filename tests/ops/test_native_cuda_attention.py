@@ -130,7 +130,7 @@ def test_head_sizes(head, dtype):
 @every_dtype
 @pytest.mark.parametrize("layout", ["heads behind positions", "columns apart", "begins anywhere"])
 def test_strides(layout, dtype):
-    inputs, options = case("window, padding, anchors", dtype, DEVICE)
+    inputs, options = case("sampling step, multi-head", dtype, DEVICE, LARGE)
     expected = run(inputs, options, "cuda")
     if layout == "heads behind positions":  # as transformers gives them
         strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
