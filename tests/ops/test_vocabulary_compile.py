@@ -16,6 +16,7 @@ def launch_all():
     from quietstar.ops._vocabulary import Softmax
     from quietstar.ops.linear_cross_entropy.backend_triton import MixedHidden, cross_entropy_rows
     from quietstar.ops.linear_cross_entropy.inputs import Scales
+    from quietstar.ops.linear_cross_entropy.triton_scale import scale_
     from quietstar.ops.linear_sample.backend_triton import sample
     from quietstar.ops.linear_sample.inputs import Sampling
     from quietstar.ops.linear_sample.triton_rows import sample_rows
@@ -36,6 +37,7 @@ def launch_all():
             scales = Scales(row, entropy_scale)
             cross_entropy_rows(logits, Softmax(0.7, softcap, None), number, scales, scales.entropy is not None, dtype)
     hidden = torch.zeros(2, 4096, dtype=BF16)
+    scale_(hidden, torch.ones(()))
     for index in (None, number):
         mixed = MixedHidden(hidden, hidden, row, index, [True] * 3)
         mixed.read(slice(0, 2))
@@ -56,7 +58,7 @@ def kernels(request):
 
 @pytest.mark.slow
 def test_kernels_fit(kernels):
-    assert len(kernels) >= 33
+    assert len(kernels) >= 34
     for kernel in kernels:
         assert kernel.spilled <= spill_limit(), kernel[:6]
         assert kernel.shared <= SHARED_MEMORY[kernel.architecture], kernel[:6]
