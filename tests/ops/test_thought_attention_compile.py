@@ -128,14 +128,14 @@ def kernels(request):
     return compiled(__file__, "launch_common")[request.param]
 
 
-# Bytes that the forward in Gluon spills with heads of 256, outside of its loops; tests/ptx/test_gluon_forward.py.
-SPILLED_BY_GLUON = 56
+# Bytes that kernels in Gluon spill outside of their loops: the forward with heads of 256, the query gradient with documents
+# (tests/ptx/test_gluon_forward.py, test_gluon_query_gradient.py).
+SPILLED_BY_GLUON = {"gluon_forward_kernel": 56, "gluon_query_gradient_kernel": 8}
 
 
 def assert_fit(kernels, shared_memory, spilled=0):
     for kernel in kernels:
-        in_gluon = kernel.name == "gluon_forward_kernel"
-        assert kernel.spilled <= max(spilled, spill_limit(), SPILLED_BY_GLUON * in_gluon), kernel[:6]
+        assert kernel.spilled <= max(spilled, spill_limit(), SPILLED_BY_GLUON.get(kernel.name, 0)), kernel[:6]
         assert kernel.shared <= shared_memory, kernel[:6]
 
 

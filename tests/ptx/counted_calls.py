@@ -74,6 +74,7 @@ def _attention(
         "gluon_forward_kernel": forward,
         "half_attention_kernel": forward,
         "query_gradient_kernel": Need(3 * product[0]),
+        "gluon_query_gradient_kernel": Need(3 * product[0]),
         "key_gradient_kernel": Need(4 * product[1]),
         "thought_gradient_kernel": Need(4 * product[2]),
     }
