@@ -404,7 +404,7 @@ def _consumer(
                 chunk + DIAGONAL_N, thought, thoughts, start, place, mask, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D,
                 DIAGONAL_N, LOAD,
             )  # fmt: skip
-    _end_copies()  # that no step was there for
+    _end_copies()  # those that no step has waited for, and queries and dO where there was no step at all
 
     q = q_tile.load(gl.DotOperandLayout(0, S, 2))
     dq = _full_blocks(dq, q, do_tile, ring, blocks, log_sum, delta, row_scale, curve_scale, S, DS)
@@ -449,7 +449,7 @@ def gluon_query_gradient_kernel(
     """
     BLOCK_M: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = query.dtype.element_ty
-    # Hand both on to the other warps, which would compute them again, and that long before they need them.
+    # Both are handed on to the other warps, which else compute them again, long before they need them.
     num_rows = _again(num_anchors * STEPS * GROUP)
     program = _again(gl.program_id(0))
     num_tiles = gl.cdiv(num_rows, BLOCK_M)
