@@ -1,9 +1,10 @@
 """Gradient of the queries of thought attention for Hopper in Gluon: ``triton_backward_query``, its products overlapped.
 
-A program has a tile of 128 packed rows, 64 to each of two groups of four warps, which keep queries, dO and dQ in
-registers. A warp of its own brings the base keys and values that all rows of the tile see in full, by TMA, to a ring in
-shared memory; mbarriers say when a block is there and when both groups are done with it. While a group is at the
-exponentials of block i, tensor cores have its dP(i) = dO · V(i)ᵀ and dQ += dS(i − 1) · K(i − 1) to do:
+A program has a tile of 128 packed rows, 64 to each of two groups of four warps. They keep dQ in registers, and for the
+main loop queries too: wgmma with 64 keys and both operands in shared memory takes all that this can deliver. A warp of
+its own brings the base keys and values that all rows of the tile see in full, by TMA, to a ring in shared memory;
+mbarriers say when a block is there and when both groups are done with it. While a group is at the exponentials of block
+i, tensor cores have its dP(i) = dO · V(i)ᵀ and dQ += dS(i − 1) · K(i − 1) to do:
 
     tensor cores   S(i) ── dP(i) ── dQ += dS(i − 1) · K(i − 1)      S(i + 1) ── …
     the others             P(i) = exp2(S(i)) ── dS(i) = P(i) · dP(i) ┘
