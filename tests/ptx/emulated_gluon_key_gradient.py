@@ -13,7 +13,7 @@ from quietstar.ops import thought_attention
 from quietstar.ops.thought_attention import backend_triton, triton_launch
 
 ONE = {"batch": 1, "query_heads": 4, "kv_heads": 1}
-SMALL = ONE | {"length": 200, "steps": 2, "head": 64}  # 2 blocks of keys, up to 25 tiles of rows
+SMALL = ONE | {"length": 205, "steps": 2, "head": 64}  # 2 blocks of keys, up to 26 tiles of rows, not whole ones
 SPREAD = [12 * i for i in range(24)]
 SOME = ONE | {"length": 300, "num_anchors": 24, "steps": 3, "head": 64}
 STARTS = [[max(0, anchor - 150) for anchor in SPREAD]]
