@@ -49,10 +49,13 @@ from quietstar.ops.thought_attention.gluon_pipeline import (
     block_of,
     curved,
     first_keys,
+    gather_rows,
     original_of,
     reinterpreted,
     release,
+    row_offsets,
     rows_of,
+    store_rows,
     wait_full,
 )
 
@@ -218,12 +221,12 @@ def _consumer(
     begin = tile_start + WHICH * HALF
 
     q = reinterpreted(q_tile.index(WHICH), [HALF, BLOCK_D], gl.NVMMASharedLayout(128, 16, rank=2))
-    _gather_queries(q, query, order, query_stride, begin, num_rows, STEPS, GROUP, HEAD)
+    gather_rows(q, query, order, query_stride, begin, num_rows, STEPS, GROUP, HEAD)
     index = begin + gl.arange(0, HALF, ROW)
     # Where their results go: kept in shared memory, for registers are short.
     result_rows = row_tile.index(WHICH)
     near = gl.minimum(index, num_rows - 1)
-    row = _row_offsets(near, original_of(near // ROWS, order), lse_stride, STEPS, GROUP)
+    row = row_offsets(near, original_of(near // ROWS, order), lse_stride, STEPS, GROUP)
     result_rows.store(gl.where(index < num_rows, row, -1))
     fence_async_shared()
     gl.barrier()
@@ -295,51 +298,9 @@ def _consumer(
     gl.barrier()
     result.store(acc.to(dtype))
     gl.barrier()
-    _store_output(output, result, result_rows, VALUE_HEAD)
+    store_rows(output, result, result_rows, VALUE_HEAD)
     if WHICH == 1:
         gl.store(lse + row, log_sum, mask=row >= 0)
-
-
-@gluon.constexpr_function
-def _row_layout(columns):
-    """For four warps to read or write rows of half precision: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
-
-
-@gluon.jit
-def _gather_queries(
-    q, query, order, stride, begin, num_rows, STEPS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr
-):  # fmt: skip
-    """Read the rows from ``begin`` on, zero-padded to the columns of ``q`` in shared memory."""
-    LAYOUT: gl.constexpr = _row_layout(q.shape[1])
-    rows = gl.minimum(begin + gl.arange(0, q.shape[0], gl.SliceLayout(1, LAYOUT)), num_rows - 1)
-    original = original_of(rows // (STEPS * GROUP), order)
-    offsets = _row_offsets(rows, original, stride, STEPS, GROUP)
-    column = gl.expand_dims(gl.arange(0, q.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
-    pointers = query + gl.expand_dims(offsets, 1) + column
-    if q.shape[1] == HEAD:
-        q.store(gl.load(pointers))
-    else:
-        q.store(gl.load(pointers, mask=column < HEAD, other=0.0))
-
-
-@gluon.jit
-def _store_output(output, result, result_rows, VALUE_HEAD: gl.constexpr):
-    """Store ``result`` as ``result_rows``, both in shared memory: whole ones, 16 bytes a thread."""
-    LAYOUT: gl.constexpr = _row_layout(result.shape[1])
-    row = gl.expand_dims(result_rows.load(gl.SliceLayout(1, LAYOUT)), 1)
-    column = gl.expand_dims(gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
-    wanted = row >= 0
-    if result.shape[1] != VALUE_HEAD:
-        wanted = wanted & (column < VALUE_HEAD)
-    gl.store(output + (row * VALUE_HEAD + column), result.load(LAYOUT), mask=wanted)
-
-
-@gluon.jit
-def _row_offsets(rows, original, stride, STEPS: gl.constexpr, GROUP: gl.constexpr):
-    """See triton_tiles.row_offsets."""
-    step = rows // GROUP % STEPS
-    return original.to(gl.int64) * stride[2] + step.to(gl.int64) * stride[3] + (rows % GROUP).to(gl.int64) * stride[1]
 
 
 @gluon.jit

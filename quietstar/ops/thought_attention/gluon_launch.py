@@ -6,7 +6,7 @@ file gives a reason for, is for the kernels of ``triton_forward`` and its neighb
 
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,9 @@ from torch import Tensor
 from quietstar.ops._availability import interpreted
 from quietstar.ops.thought_attention import triton_launch as launch
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
+
+if TYPE_CHECKING:
+    from quietstar.ops.thought_attention.backend_triton import _Seen
 
 
 class Tile(NamedTuple):
@@ -89,7 +92,9 @@ def readable_by_tma(tensor: Tensor) -> bool:
     )
 
 
-def forward(vectors: Inputs, mask: Mask, seen, scale: float, curve_scale: float | None, result: Result) -> None:
+def forward(
+    vectors: Inputs, mask: Mask, seen: "_Seen", scale: float, curve_scale: float | None, result: Result
+) -> None:  # fmt: skip
     """Compute ``result``; the arguments as ``backend_triton`` has them for ``triton_forward.forward_kernel``."""
     from quietstar.ops.thought_attention.gluon_forward import gluon_forward_kernel
     from quietstar.ops.thought_attention.gluon_pipeline import tensor_map
@@ -123,7 +128,7 @@ def base_2(scale: float) -> float:
     return max(scale, 1e-30) * math.log2(math.e)
 
 
-def seen_values(inputs: Inputs, mask: Mask, seen) -> Inputs:
+def seen_values(inputs: Inputs, mask: Mask, seen: "_Seen") -> Inputs:
     """The inputs with zeros for the values of keys that no row sees, which may be NaN: a product would spread it.
 
     Kernels leave out what is beyond the tensors and what is of inactive anchors.
@@ -143,7 +148,7 @@ def seen_values(inputs: Inputs, mask: Mask, seen) -> Inputs:
     return inputs._replace(value=value, thought_value=thought_value)
 
 
-def _seen_base_keys(inputs: Inputs, mask: Mask, seen) -> Tensor:
+def _seen_base_keys(inputs: Inputs, mask: Mask, seen: "_Seen") -> Tensor:
     """Whether some row sees a base key: bool [1 or B, L]."""
     length, device = inputs.key.shape[2], inputs.key.device
     keys = torch.arange(length, device=device)[None]

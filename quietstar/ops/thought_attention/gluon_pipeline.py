@@ -195,3 +195,45 @@ def curved(products, curve_scale):
         return products
     else:
         return tanh(products * curve_scale)
+
+
+@gluon.constexpr_function
+def row_layout(columns):
+    """For four warps to read or write rows of half precision: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def gather_rows(
+    q, query, order, stride, begin, num_rows, STEPS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr
+):  # fmt: skip
+    """Read the rows from ``begin`` on, zero-padded to the columns of ``q`` in shared memory."""
+    LAYOUT: gl.constexpr = row_layout(q.shape[1])
+    rows = gl.minimum(begin + gl.arange(0, q.shape[0], gl.SliceLayout(1, LAYOUT)), num_rows - 1)
+    original = original_of(rows // (STEPS * GROUP), order)
+    offsets = row_offsets(rows, original, stride, STEPS, GROUP)
+    column = gl.expand_dims(gl.arange(0, q.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
+    pointers = query + gl.expand_dims(offsets, 1) + column
+    if q.shape[1] == HEAD:
+        q.store(gl.load(pointers))
+    else:
+        q.store(gl.load(pointers, mask=column < HEAD, other=0.0))
+
+
+@gluon.jit
+def store_rows(output, result, result_rows, VALUE_HEAD: gl.constexpr):
+    """Store ``result`` as ``result_rows``, both in shared memory: whole ones, 16 bytes a thread."""
+    LAYOUT: gl.constexpr = row_layout(result.shape[1])
+    row = gl.expand_dims(result_rows.load(gl.SliceLayout(1, LAYOUT)), 1)
+    column = gl.expand_dims(gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
+    wanted = row >= 0
+    if result.shape[1] != VALUE_HEAD:
+        wanted = wanted & (column < VALUE_HEAD)
+    gl.store(output + (row * VALUE_HEAD + column), result.load(LAYOUT), mask=wanted)
+
+
+@gluon.jit
+def row_offsets(rows, original, stride, STEPS: gl.constexpr, GROUP: gl.constexpr):
+    """See triton_tiles."""
+    step = rows // GROUP % STEPS
+    return original.to(gl.int64) * stride[2] + step.to(gl.int64) * stride[3] + (rows % GROUP).to(gl.int64) * stride[1]
