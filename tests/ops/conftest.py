@@ -49,13 +49,13 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "Ite
         importlib.import_module("quietstar.ops.thought_attention.gluon_forward")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     try:
-        from quietstar.ops.thought_attention import triton_launch
+        from quietstar.ops import _launch_table as table
     except ImportError:
         pass
     else:
         launch_nothing(monkeypatch)
-        family = {"A100": triton_launch.AMPERE, "H100": triton_launch.HOPPER, "B200": triton_launch.BLACKWELL}
-        monkeypatch.setattr(triton_launch, "architecture", lambda: family.get(name, triton_launch.COMPACT))
+        family = {"A100": table.AMPERE, "H100": table.HOPPER, "B200": table.BLACKWELL}
+        monkeypatch.setattr(table, "architecture", lambda: family.get(name, table.COMPACT))
     monkeypatch.setattr(_native, "_ARCHITECTURES", ("80-virtual",) if _native._ARCHITECTURES else ())
     with pretended_gpu.pretended(pretended_gpu.GPUS[name]):
         yield pretended_gpu.GPUS[name]

@@ -128,8 +128,8 @@ def kernels(request):
     return compiled(__file__, "launch_common")[request.param]
 
 
-# Bytes that kernels in Gluon spill outside of their loops: the forward with heads of 256, the query gradient with documents
-# (tests/ptx/test_gluon_forward.py, test_gluon_query_gradient.py).
+# Bytes that kernels in Gluon spill outside of their loops: the forward with heads of 256, the query gradient with
+# documents (tests/ptx/test_gluon_forward.py, test_gluon_query_gradient.py).
 SPILLED_BY_GLUON = {"gluon_forward_kernel": 56, "gluon_query_gradient_kernel": 8}
 
 

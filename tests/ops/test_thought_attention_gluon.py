@@ -6,6 +6,7 @@ from thought_attention_cases import CASES, case, make_inputs
 
 pytest.importorskip("triton")
 
+from quietstar.ops import _launch_table
 from quietstar.ops.thought_attention import backend_triton, gluon_launch, triton_launch
 from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
@@ -14,8 +15,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(gluon_launch, "interpreted", lambda: False)
-    monkeypatch.setattr(triton_launch, "architecture", lambda: triton_launch.HOPPER)
+    monkeypatch.setattr(gluon_launch, "_interpreted", lambda: False)
+    monkeypatch.setattr(_launch_table, "architecture", lambda: _launch_table.HOPPER)
     monkeypatch.setattr(gluon_launch, "_triton_too_old", lambda: None)
 
 
@@ -87,12 +88,12 @@ def test_unavailable(name, hopper):
 
 @pytest.mark.parametrize("family", ["ampere", "blackwell", "compact"])
 def test_unavailable_on_other_gpus(family, hopper, monkeypatch):
-    monkeypatch.setattr(triton_launch, "architecture", lambda: family)
+    monkeypatch.setattr(_launch_table, "architecture", lambda: family)
     assert reason(make_inputs(head=64, dtype=BF16)) == "needs a GPU of compute capability 9.0"
 
 
 def test_unavailable_to_the_interpreter(hopper, monkeypatch):
-    monkeypatch.setattr(gluon_launch, "interpreted", lambda: True)
+    monkeypatch.setattr(gluon_launch, "_interpreted", lambda: True)
     assert reason(make_inputs(head=64, dtype=F16)) == "is not for Triton's interpreter"
 
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from quietstar.ops import _launch_table
 from quietstar.ops.thought_attention import gluon_launch, triton_tune
 from quietstar.ops.thought_attention import triton_launch as launch
 from quietstar.ops.thought_attention.triton_launch import FORWARD, HOPPER, TILES, Tile
@@ -21,7 +22,7 @@ DTYPES = torch.bfloat16, torch.float32
 def family(request, monkeypatch):
     """The kernels are launched as on this architecture, wherever they run."""
     family = getattr(request, "param", HOPPER)
-    monkeypatch.setattr(launch, "architecture", lambda: family)
+    monkeypatch.setattr(_launch_table, "architecture", lambda: family)
     return family
 
 
@@ -42,7 +43,7 @@ def test_the_architecture_is_that_of_the_tensor(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "_exchange_device", set_current)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", set_current)
-    monkeypatch.setattr(launch, "architecture", lambda: (launch.AMPERE, HOPPER)[current[0]])
+    monkeypatch.setattr(_launch_table, "architecture", lambda: (launch.AMPERE, HOPPER)[current[0]])
     for device, family in enumerate((launch.AMPERE, HOPPER)):
         with FakeTensorMode():
             query = torch.empty(1, 1, 1, 1, 128, dtype=torch.bfloat16, device=f"cuda:{device}")

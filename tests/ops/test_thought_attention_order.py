@@ -11,7 +11,7 @@ import pytest
 import torch
 from thought_attention_cases import make_inputs
 
-from quietstar.ops import thought_attention
+from quietstar.ops import _launch_table, thought_attention
 from quietstar.ops._availability import interpreted
 
 pytest.importorskip("triton")
@@ -42,7 +42,7 @@ SHORT = {
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
-    monkeypatch.setattr(launch, "architecture", lambda: launch.HOPPER)
+    monkeypatch.setattr(_launch_table, "architecture", lambda: launch.HOPPER)
     monkeypatch.setattr(launch, "processors", lambda device: PROCESSORS)
     monkeypatch.setattr(launch, "cache_bytes", lambda device: CACHE)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quietstar.ops import _launch_table
 from quietstar.ops._availability import interpreted
 from quietstar.ops.thought_attention import triton_launch as launch
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
@@ -67,11 +68,16 @@ def unavailable(inputs: Inputs, mask: Mask) -> str | None:
 
 def _unavailable_here() -> str | None:
     """The same for everything, on the current device."""
-    if interpreted() or not isinstance(tl.max, triton.JITFunction):  # which Triton decides when it is imported
+    if _interpreted():
         return "is not for Triton's interpreter"
-    if launch.architecture() != launch.HOPPER:
+    if _launch_table.architecture() != _launch_table.HOPPER:
         return "needs a GPU of compute capability 9.0"
     return _triton_too_old()
+
+
+def _interpreted() -> bool:
+    """Now, or when Triton was imported: it then decided so of its own functions."""
+    return interpreted() or not isinstance(tl.max, triton.JITFunction)
 
 
 @functools.cache

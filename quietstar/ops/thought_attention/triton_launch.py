@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quietstar.ops._launch_table import AMPERE, ANY, BLACKWELL, COMPACT, HOPPER, INTERPRETER, architecture
+from quietstar.ops import _launch_table
+from quietstar.ops._launch_table import AMPERE, ANY, BLACKWELL, COMPACT, HOPPER, INTERPRETER
 from quietstar.ops.thought_attention.triton_order import Order
 
 
@@ -129,9 +130,7 @@ def padded_head(head_size: int) -> int:
 
 def row_key(kernel: str, vectors: Tensor) -> tuple[str, str, int, int]:
     """The key in ``TILES`` of a kernel on the device, dtype and head size of ``vectors``, the largest there are."""
-    with torch.cuda.device_of(vectors):
-        family = architecture()
-    return kernel, family, vectors.element_size(), max(64, padded_head(vectors.shape[-1]))
+    return _launch_table.row_key(kernel, vectors, vectors.element_size(), max(64, padded_head(vectors.shape[-1])))
 
 
 def tile_for(kernel: str, vectors: Tensor) -> Tile:
