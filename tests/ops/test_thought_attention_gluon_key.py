@@ -38,6 +38,10 @@ def test_available(name):
 
 
 UNAVAILABLE = {
+    "heads of 136": (
+        {"change": lambda x: x.repeat(1, 1, 1, 1, 3)[..., :136]},
+        "needs heads of at most 128 elements, got 136",
+    ),
     "a group of 3": ({"query_heads": 6}, "needs a power of two, at most 64, of query heads to each key head, got 3"),
     "softcap": ({"options": {"softcap": 3.0}}, "has no softcap"),
     "lengths": ({"options": {"thought_lengths": torch.tensor([1, 2, 3, 1, 2, 3])}}, "has no thought_lengths"),

@@ -252,7 +252,7 @@ def _gluon_query_gradient(vectors: Inputs, mask: Mask) -> ModuleType | None:
         return None
     from quietstar.ops.thought_attention import gluon_backward_query  # older versions of Triton cannot import it
 
-    return gluon_backward_query if gluon_backward_query.unavailable(vectors) is None else None
+    return gluon_backward_query if gluon_launch.gradients_unavailable(vectors.query, vectors.value) is None else None
 
 
 def _gluon_key_gradient(grad_output: Tensor, vectors: Inputs, mask: Mask) -> ModuleType | None:

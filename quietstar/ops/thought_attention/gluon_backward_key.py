@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quietstar.ops.thought_attention.gluon_launch import readable_by_tma
+from quietstar.ops.thought_attention.gluon_launch import gradients_unavailable, readable_by_tma
 from quietstar.ops.thought_attention.inputs import Mask
 from quietstar.ops.thought_attention.triton_launch import padded_head
 from quietstar.ops.thought_attention.triton_order import Order, place_of
@@ -325,6 +325,8 @@ def gluon_key_gradient_kernel(
 
 def unavailable(grad_output: Tensor, query: Tensor, key: Tensor, mask: Mask) -> str | None:
     """Why this kernel cannot run, in one clause, where ``gluon_launch.unavailable`` has no reason; None if it can."""
+    if (reason := gradients_unavailable(query, grad_output)) is not None:
+        return reason
     group = query.shape[1] // key.shape[1]
     if BLOCK_M % group:
         return f"needs a power of two, at most {BLOCK_M}, of query heads to each key head, got {group}"

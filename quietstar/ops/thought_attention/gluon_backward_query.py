@@ -51,8 +51,6 @@ from quietstar.ops.thought_attention.triton_tiles import (
     with_slope,
 )
 
-_LARGEST_HEAD = 128
-
 HALF = gl.constexpr(64)
 """Rows of a group: those of one wgmma."""
 BLOCK_N = gl.constexpr(64)
@@ -527,12 +525,6 @@ def gluon_query_gradient_kernel(
         [4, 4],
         [240, 240],
     )
-
-
-def unavailable(vectors: Inputs) -> str | None:
-    """Why this kernel cannot run where those in Gluon can; None if it can."""
-    largest = max(vectors.query.shape[-1], vectors.value.shape[-1])
-    return f"needs heads of at most {_LARGEST_HEAD}, got {largest}" if largest > _LARGEST_HEAD else None
 
 
 def launch(arguments: tuple, vectors: Inputs, **sizes: int) -> None:

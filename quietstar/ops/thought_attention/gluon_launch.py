@@ -40,7 +40,8 @@ TILES = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2), 256: Tile(128, 64, 2)}
 LEAST_ROWS = 128
 
 _LEAST_TRITON = 3, 8
-_LARGEST_HEAD = 256
+_LARGEST_HEAD = 256  # of the forward; gradients hold two or three times as much in shared memory
+_LARGEST_HEAD_OF_GRADIENTS = 128
 # Of addresses, and of the distances of what is not side by side.
 _TMA_BYTES = 16
 # Keys and values of heads whose programs run at the same time: they are to stay in the L2 cache, which has 50 MB.
@@ -64,6 +65,14 @@ def unavailable(inputs: Inputs, mask: Mask) -> str | None:
         if name != "query" and not readable_by_tma(tensor):
             return f"needs vectors of {name} {_TMA_BYTES} bytes, or a multiple, apart, got strides {tensor.stride()}"
     return None
+
+
+def gradients_unavailable(query: Tensor, grad_output: Tensor) -> str | None:
+    """Why the kernels of gradients cannot run where that of the forward can; None if they can."""
+    largest = max(query.shape[-1], grad_output.shape[-1])
+    if largest <= _LARGEST_HEAD_OF_GRADIENTS:
+        return None
+    return f"needs heads of at most {_LARGEST_HEAD_OF_GRADIENTS} elements, got {largest}"
 
 
 def _unavailable_here() -> str | None:
