@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hopper_loops import FLOP, L2_BYTES, Loop, iteration_cycles, loops
-from report import BEGIN, END, ReportError, into_readme
 
 ROOT = Path(__file__).parent.parent
 PROCESSORS, CLOCK = 132, 1.755e9
@@ -40,6 +39,7 @@ TILE = 128  # rows, or keys, that a program keeps; two warp groups share them
 STREAMED = 2 * HEAD * 2  # bytes: key and value of a key, query and dO of a row
 LENGTHS = 512, 1024, 2048, 4096, 8192
 THOUGHTS = {1: 12, 4: 4, 14: 14}  # T by S
+BEGIN, END = "<!-- results -->", "<!-- /results -->"  # what the table stands between in docs/kernel_notes.md
 
 
 def before(steps: int, thought_steps: int) -> None:
@@ -257,6 +257,15 @@ def tables(
             yield f"| {steps} | {thought_steps} | {length} | {' | '.join(cells)} |"
 
 
+def into_notes(path: Path, text: str) -> None:
+    """Replace what stands between the markers."""
+    notes = path.read_text("utf-8")
+    if notes.count(BEGIN) != 1 or notes.count(END) != 1 or notes.index(END) < notes.index(BEGIN):
+        raise ValueError(f"{path}: {BEGIN} and, behind it, {END} expected, once each")
+    before, _, rest = notes.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -279,8 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     try:
-        into_readme(options.notes, text)
-    except (ReportError, OSError) as error:
+        into_notes(options.notes, text)
+    except (ValueError, OSError) as error:
         parser.error(f"--notes: {error}")
     return 0
 

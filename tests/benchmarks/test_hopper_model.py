@@ -3,7 +3,6 @@
 import hopper_loops
 import hopper_model
 import pytest
-import report
 import torch
 from hopper_loops import FLOP, PRODUCT_LATENCY, iteration_cycles, loop_of, loops, work
 from hopper_model import FORWARD, KEY_GRADIENT, PROCESSORS, QUERY_GRADIENT, Cost, makespan
@@ -149,10 +148,10 @@ def test_the_table():
 
 def test_the_table_goes_into_the_notes(tmp_path, monkeypatch):
     notes = tmp_path / "notes.md"
-    notes.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nbehind")
+    notes.write_text(f"before\n{hopper_model.BEGIN}\nold\n{hopper_model.END}\nbehind")
     monkeypatch.setattr(hopper_model, "tables", lambda *arguments: ["| a |", "| b |"])
     assert hopper_model.main(["--notes", str(notes)]) == 0
-    assert notes.read_text() == f"before\n{report.BEGIN}\n| a |\n| b |\n{report.END}\nbehind"
+    assert notes.read_text() == f"before\n{hopper_model.BEGIN}\n| a |\n| b |\n{hopper_model.END}\nbehind"
 
 
 def test_bad_arguments(capsys):
