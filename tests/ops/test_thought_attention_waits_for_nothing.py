@@ -50,6 +50,7 @@ def test_nothing_is_read_for_the_kernel_in_gluon(name, gpu, monkeypatch):
     shapes, options = CASES[name]
     inputs, options = case(name, torch.bfloat16, DEVICE, {name: (shapes | {"head": 64, "value_head": 128}, options)})
     taken, forward = [], gluon_launch.forward
+    monkeypatch.setattr(gluon_launch, "_interpreted", lambda: False)
     monkeypatch.setattr(gluon_launch, "LEAST_ROWS", 1)
     monkeypatch.setattr(gluon_launch, "forward", lambda *arguments: taken.append(forward(*arguments)))
     with nothing_waits(), torch.no_grad():
