@@ -74,6 +74,6 @@ def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set
 
 
 def kernels_of(op: str) -> set[str]:
-    """The Triton kernels of an op: a kernel is a function of which the name says so."""
+    """The Triton kernels of an op, by their names. Those in Gluon have test files of their own, ``test_gluon_*.py``."""
     texts = [path.read_text() for path in (ROOT / "quietstar/ops" / op).glob("triton*.py")]
     return {name for text in texts for name in re.findall(r"^def ([a-z]\w*_kernel)\(", text, re.M)}

@@ -95,7 +95,7 @@ def test_right(name, dtype, tables, emulated_launches, monkeypatch):
         assert_as_accurate(actual, eager, oracle, unit=dtype, name="gradient to the query")
         first = actual if first is None else first
         assert torch.equal(actual, first)  # to the bit
-    assert {launch.name for launch in emulated_launches} == {"gluon_query_gradient_kernel"}
+    assert "gluon_query_gradient_kernel" in {launch.name for launch in emulated_launches}
 
     found = tables.found
     monkeypatch.setattr(gluon_launch, "unavailable", lambda *_: "not now")

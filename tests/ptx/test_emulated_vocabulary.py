@@ -13,6 +13,7 @@ QUICK = {
     "ops/test_mixing_triton.py": "test_results_and_gradients and 32002 and (float32 or bfloat16)",
     "ops/test_linear_cross_entropy_triton.py": "(test_loss_and_gradients and bfloat16 and mixed) or "
     "(test_row_kernel and 50001 and bfloat16)",
+    "ops/test_linear_cross_entropy_scale.py": "test_kernel and 2000 and bfloat16",
 }
 
 

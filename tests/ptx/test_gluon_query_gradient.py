@@ -17,7 +17,7 @@ EMULATED = "ptx/emulated_gluon_query_gradient.py"
 
 def test_small_one_emulated():
     launched = run_emulated("sm_90", {EMULATED: "small and bfloat16"})
-    assert launched == {"gluon_query_gradient_kernel", "query_gradient_kernel"}
+    assert launched >= {"gluon_query_gradient_kernel", "query_gradient_kernel"}
 
 
 @pytest.mark.slow
