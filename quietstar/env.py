@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
         "cpu": _cpu,
         "cuda": _cuda,
         "quietstar._C": _compiled_module,
-        "QUIETSTAR_BACKEND": lambda: os.environ.get("QUIETSTAR_BACKEND", "not set"),
+        **{name: lambda name=name: os.environ.get(name, "not set") for name in ("QUIETSTAR_BACKEND", "QUIETSTAR_LOG")},
         **{op: lambda op=op: _backends(op) for op in OPS},
         "thought_attention.forward": _attention_forward,
     }
