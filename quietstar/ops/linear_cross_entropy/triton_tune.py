@@ -46,7 +46,7 @@ def subjects(sizes: "Sizes") -> list[Subject]:
 
 def _subject(kernel: str, tensor: Tensor, run: Callable, moved: float, checked: Callable | None = None) -> Subject:
     row, rows = row_for(LAUNCHES, kernel, tensor), _OF_WHOLE_ROWS if kernel == RESIDENT else CANDIDATES
-    function = f"{kernel.removesuffix(' entropy').replace(' ', '_')}_kernel"
+    function = f"{kernel.removesuffix(' wide').replace(' ', '_')}_kernel"
     return Subject(TABLE, LAUNCHES, row_key(kernel, tensor), function, row, rows, run, moved=moved, checked=checked)
 
 
