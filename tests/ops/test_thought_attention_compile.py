@@ -149,7 +149,8 @@ def test_kernels_fit(kernels):
 def test_matrix_units_are_used(kernels):
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     found = [x for x in kernels if x.name.endswith(("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"))]
-    assert len(found) >= 10  # and more where gradients in Gluon leave anchors in another order to those in Triton
+    # Behind the key gradient in Gluon starts that in Triton, to which it leaves anchors in another order.
+    assert len(found) == (12 if any(kernel.name.startswith("gluon") for kernel in found) else 10)
     for kernel in found:
         assert instruction[kernel.architecture] in kernel.ptx, kernel[:6]
 

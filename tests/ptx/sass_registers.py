@@ -67,3 +67,10 @@ def _highest(text: str) -> int:
     if product := _PRODUCT.search(text):
         numbers.append(int(product[2]) + int(product[1]) // 2 - 1)
     return max(numbers, default=-1)
+
+
+def limits_kept(ptx: str, registers: int) -> set[int]:
+    """The numbers that a kernel of ``registers`` sets by setmaxnreg; no part of its machine code may have more."""
+    used = registers_used(assembled(ptx, 90), registers)
+    assert all(count <= limit for limit, count in used.items()), used
+    return {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
