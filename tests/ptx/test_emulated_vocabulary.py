@@ -26,4 +26,4 @@ def test_quick_ones_emulated(target):
 @pytest.mark.slow
 @every_target
 def test_all_emulated(target):
-    run_emulated(target, dict.fromkeys(QUICK, ""))
+    run_emulated(target, dict.fromkeys(QUICK, "") | {"ops/test_linear_cross_entropy_scale.py": "test_kernel"})

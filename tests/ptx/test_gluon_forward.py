@@ -74,7 +74,8 @@ def test_softmax_runs_under_products(name):
     assert kernel.shared <= SHARED_MEMORY[90]
     assert kernel.spilled <= SPILLED.get(name, 0)
     assert not is_serialised(kernel)
-    main = [loop for loop in loops(assembled(kernel.ptx, 90)) if loop.exponentials > 32 and loop.products >= 12]
+    found = loops(assembled(kernel.ptx, 90))
+    main = [loop for loop in found if loop.products == max(loop.products for loop in found)]  # thoughts have narrower ones
     print(name, kernel.shared, main)
     assert len(main) == FULL + MASKED
     for loop in main:
