@@ -75,7 +75,8 @@ def test_softmax_runs_under_products(name):
     assert kernel.spilled <= SPILLED.get(name, 0)
     assert not is_serialised(kernel)
     found = loops(assembled(kernel.ptx, 90))
-    main = [loop for loop in found if loop.products == max(loop.products for loop in found)]  # thoughts have narrower ones
+    most = max(loop.products for loop in found)  # blocks of thoughts are narrower
+    main = [loop for loop in found if loop.products == most]
     print(name, kernel.shared, main)
     assert len(main) == FULL + MASKED
     for loop in main:
