@@ -67,9 +67,19 @@ class Loop(NamedTuple):
         return sum(step.amount for step in self.steps if step.kind == "product")
 
     @property
+    def products(self) -> int:
+        """Instructions of the matrix units (wgmma)."""
+        return sum(step.kind == "product" for step in self.steps)
+
+    @property
     def exponentials(self) -> int:
         """Instructions of a warp."""
         return self.counts["MUFU.EX2"]
+
+    @property
+    def spills(self) -> int:
+        """Accesses to the stack."""
+        return sum(count for name, count in self.counts.items() if name.startswith(("LDL", "STL")))
 
     @property
     def divides(self) -> bool:

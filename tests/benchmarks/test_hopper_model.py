@@ -91,14 +91,14 @@ def as_text(code, first=0):
 
 def test_innermost_loops_are_found():
     """Not those around them, nor the turns of a wait, which have no products, nor what ends the kernel."""
-    inner = as_text(["@!P1 BRA `(.L_x_9)"]) + ".L_x_2:\n" + as_text([*SERIAL, "@P0 BRA `(.L_x_1)"])
+    inner = as_text(["@!P1 BRA `(.L_x_9)"]) + ".L_x_2:\n" + as_text([*SERIAL, "LDL R3, [R1]", "@P0 BRA `(.L_x_1)"])
     sass = f".L_x_0:\n{as_text(EXPONENTIALS)}.L_x_1:\n{inner}{as_text(['@P2 BRA `(.L_x_0)', 'EXIT'])}"
     sass += (
         f".L_x_9:\n{as_text(['SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR7], R24', '@!P1 BRA `(.L_x_9)', 'BRA `(.L_x_2)'])}"
     )
     [loop] = loops(sass)
     assert loop.flop == ONE_PRODUCT * FLOP
-    assert loop.exponentials == 64
+    assert (loop.products, loop.exponentials, loop.spills) == (8, 64, 1)
 
 
 @pytest.mark.parametrize(("steps", "thought_steps"), [(1, 12), (4, 4), (3, 5)])
