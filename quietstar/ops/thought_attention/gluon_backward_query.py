@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,6 +27,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quietstar.ops.thought_attention import triton_launch
+from quietstar.ops.thought_attention.gluon_copies import (
+    EDGE_N,
+    HALF,
+    again,
+    edge_block,
+    end_copies,
+    first_of,
+    length_at,
+    pointers_to,
+    start_edge,
+    start_thoughts,
+    thought_columns,
+)
 from quietstar.ops.thought_attention.inputs import Inputs
 from quietstar.ops.thought_attention.triton_tiles import (
     LOG2_E,
@@ -41,48 +53,18 @@ from quietstar.ops.thought_attention.triton_tiles import (
     original_of,
     owner_of,
     product_scale,
-    readable,
     row_offsets,
     sees_block,
     sees_thought,
-    start_of,
     step_of,
     table_rows,
     with_slope,
 )
 
-HALF = gl.constexpr(64)
-"""Rows of a group: those of one wgmma."""
 BLOCK_N = gl.constexpr(64)
 """Keys of a block that all rows see: registers hold its two products."""
-EDGE_N = gl.constexpr(32)
-"""Keys of other blocks, at the most."""
 STAGES = gl.constexpr(3)
 """Blocks of keys and values in the ring: as many as there is room for."""
-
-
-@gluon.jit
-def _again(index):
-    """``index``, which the compiler does not know to be the same: it would keep what it has made of it in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _first_of(position, batch, key_start, num_anchors, PER_ANCHOR: gl.constexpr):
-    """``start_of``, of which the constant has no layout here."""
-    if key_start is None:
-        return gl.to_tensor(0)
-    else:
-        return start_of(position, batch, key_start, num_anchors, PER_ANCHOR)
-
-
-@gluon.jit
-def _length_at(position, thought_lengths):
-    """The thought lengths of the anchors at ``position``."""
-    if thought_lengths is None:
-        return None
-    else:
-        return gl.load(thought_lengths + position).to(gl.int32)
 
 
 @gluon.jit
@@ -93,108 +75,9 @@ def _known_of(index, place, mask, STEPS: gl.constexpr, GROUP: gl.constexpr, PER_
     rows = gl.minimum(index, num_rows - 1)  # a tile's surplus rows repeat the last one and are not stored
     position = rows // (STEPS * GROUP)
     step = step_of(rows, thought_steps, STEPS, GROUP)
-    anchor = existing(anchor_of(position, anchors, length), step, _length_at(position, thought_lengths)).to(gl.int32)
-    first = first_of_step(_first_of(position, batch, key_start, num_anchors, PER_ANCHOR), anchor, step, step_window)
+    anchor = existing(anchor_of(position, anchors, length), step, length_at(position, thought_lengths)).to(gl.int32)
+    first = first_of_step(first_of(position, batch, key_start, num_anchors, PER_ANCHOR), anchor, step, step_window)
     return rows, position, step, anchor, first
-
-
-@gluon.jit
-def _vectors(pointer, offsets, HEAD: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Pointers to the vectors of HEAD elements at ``offsets``, and which of their BLOCK_D columns there are."""
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))[None, :]
-    return (pointer + offsets)[:, None] + column, column < HEAD
-
-
-@gluon.jit
-def _start_copy(tile, pointer, offsets, seen, HEAD: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start to copy vectors to shared memory, zeros where they are not ``seen``."""
-    pointers, columns = _vectors(pointer, offsets, HEAD, BLOCK_D, LAYOUT)
-    if seen is not None:
-        columns = columns & seen[:, None]
-    # ``gluon_launch`` has seen to it that vectors begin at multiples of 16 bytes: less than that is not copied.
-    async_copy.async_load(tile, gl.multiple_of(pointers, (1, 16)), columns)
-
-
-@gluon.jit
-def _end_copies():
-    """Of all threads of a group; wgmma may read what came."""
-    async_copy.wait_group(0)
-    fence_async_shared()
-    gl.barrier()
-
-
-@gluon.jit
-def _edge_block(i, bounds):
-    begin, _, _, hole_at, hole = bounds
-    return begin + i * EDGE_N + gl.where(i < hole_at, 0, hole)
-
-
-@gluon.jit
-def _start_edge(
-    block, tiles, base, start, place, mask, end, STEPS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr,
-    VALUE_HEAD: gl.constexpr, BLOCK_D: gl.constexpr, PER_ANCHOR: gl.constexpr, GROUP_ANCHORS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Start to copy the base keys and values from ``block`` on that some row of the group sees."""
-    key, value, key_stride, value_stride = base
-    num_rows, num_anchors, length, thought_steps, batch = place
-    anchors, _, _, key_start, window, step_window = mask
-    ROWS: gl.constexpr = STEPS * GROUP
-    index = _again(gl.arange(0, EDGE_N, gl.SliceLayout(1, LAYOUT)))
-    if window is None and step_window is None and not PER_ANCHOR:
-        first = _first_of(0, batch, key_start, num_anchors, PER_ANCHOR)
-        seen = (block + index < end) & (block + index >= first)
-    else:
-        PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
-        position = start // ROWS + gl.arange(0, GROUP_ANCHORS, gl.SliceLayout(1, PAIRS))
-        position = gl.minimum(position, (gl.minimum(start + HALF, num_rows) - 1) // ROWS)
-        anchor = anchor_of(position, anchors, length).to(gl.int32)
-        first = _first_of(position, batch, key_start, num_anchors, PER_ANCHOR)
-        first = first_of_step(first, anchor, thought_steps - STEPS, step_window)
-        keys = block + gl.arange(0, EDGE_N, gl.SliceLayout(0, PAIRS))
-        some = sees_block(anchor, keys, first, window) & (keys < end)[None, :]
-        seen = gl.convert_layout(gl.max(some.to(gl.int32), 0), gl.SliceLayout(1, LAYOUT)) > 0
-    wide = block.to(gl.int64)
-    _start_copy(tiles[0], key, wide * key_stride[2] + index * key_stride[2], seen, HEAD, BLOCK_D, LAYOUT)
-    _start_copy(tiles[1], value, wide * value_stride[2] + index * value_stride[2], seen, VALUE_HEAD, BLOCK_D, LAYOUT)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _thought_columns(column, start, place, mask, ROWS: gl.constexpr):
-    """Position of the anchor, and step, of the thought keys in these columns of a group's block diagonal.
-
-    And the position of the anchor to read them of: what inactive ones have may be NaN, that of the group's last one
-    comes in its place.
-    """
-    num_rows, num_anchors, _, thought_steps, _ = place
-    anchors = mask[0]
-    position = start // ROWS + column // thought_steps
-    near = gl.minimum(position, num_anchors - 1)
-    if anchors is not None:
-        last = (gl.minimum(start + HALF, num_rows) - 1) // ROWS
-        near = gl.where(gl.load(anchors + near) < 0, last, near)
-    return position, column % thought_steps, near
-
-
-@gluon.jit
-def _start_thoughts(
-    chunk, tiles, thoughts, start, place, mask, STEPS: gl.constexpr, GROUP: gl.constexpr, HEAD: gl.constexpr,
-    VALUE_HEAD: gl.constexpr, BLOCK_D: gl.constexpr, DIAGONAL_N: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Start to copy the thought keys and values from column ``chunk`` on."""
-    key, value, key_stride, value_stride = thoughts
-    thought_steps = place[3]
-    _, order, thought_lengths, _, _, step_window = mask
-    column = chunk + gl.arange(0, DIAGONAL_N, gl.SliceLayout(1, LAYOUT))
-    _, step, near = _thought_columns(column, start, place, mask, STEPS * GROUP)
-    step = readable(step, _length_at(near, thought_lengths), step_window, thought_steps, STEPS).to(gl.int64)
-    original = original_of(near, order).to(gl.int64)
-    key_offsets = original * key_stride[2] + step * key_stride[3]
-    value_offsets = original * value_stride[2] + step * value_stride[3]
-    _start_copy(tiles[0], key, key_offsets, None, HEAD, BLOCK_D, LAYOUT)
-    _start_copy(tiles[1], value, value_offsets, None, VALUE_HEAD, BLOCK_D, LAYOUT)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -321,11 +204,11 @@ def _consumer(
     # The first masked keys are on their way while everything of rows is.
     _, end, steps, _, _ = bounds
     if steps > 0:
-        _start_edge(
-            _edge_block(0, bounds), edge, base, start, place, mask, end, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D,
+        start_edge(
+            edge_block(0, bounds), edge, base, start, place, mask, end, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D,
             PER_ANCHOR, GROUP_ANCHORS, LOAD,
         )  # fmt: skip
-    _start_thoughts(0, thought, thoughts, start, place, mask, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D, DIAGONAL_N, LOAD)
+    start_thoughts(0, thought, thoughts, start, place, mask, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D, DIAGONAL_N, LOAD)
 
     # Queries, dO, delta.
     index = start + gl.arange(0, HALF, gl.SliceLayout(1, LOAD))
@@ -334,12 +217,12 @@ def _consumer(
     query_offsets = row_offsets(rows, original, query_stride, STEPS, GROUP)
     grad_offsets = row_offsets(rows, original, grad_output_stride, STEPS, GROUP)
     row = first_row + row_offsets(rows, original, lse_stride, STEPS, GROUP)
-    pointers, columns = _vectors(query, query_offsets, HEAD, BLOCK_D, LOAD)
+    pointers, columns = pointers_to(query, query_offsets, HEAD, BLOCK_D, LOAD)
     q_tile.store(gl.load(pointers, mask=columns, other=0.0))
-    pointers, columns = _vectors(grad_output, grad_offsets, VALUE_HEAD, BLOCK_D, LOAD)
+    pointers, columns = pointers_to(grad_output, grad_offsets, VALUE_HEAD, BLOCK_D, LOAD)
     do = gl.load(pointers, mask=columns, other=0.0)
     do_tile.store(do)
-    pointers, columns = _vectors(output, row * VALUE_HEAD, VALUE_HEAD, BLOCK_D, LOAD)
+    pointers, columns = pointers_to(output, row * VALUE_HEAD, VALUE_HEAD, BLOCK_D, LOAD)
     o = gl.load(pointers, mask=columns, other=0.0)
     row_tile.store(gl.where(index < num_rows, row, -1))  # for the end: till then registers are short
     delta = gl.convert_layout(gl.sum(do.to(gl.float32) * o.to(gl.float32), 1), ROW)
@@ -376,34 +259,34 @@ def _consumer(
     if len(first.shape) > 0:
         edge_first = gl.convert_layout(first, gl.SliceLayout(1, EDGE))
     for i in range(0, steps):
-        _end_copies()
-        keys = _edge_block(i, bounds) + gl.arange(0, EDGE_N, gl.SliceLayout(0, EDGE))
+        end_copies()
+        keys = edge_block(i, bounds) + gl.arange(0, EDGE_N, gl.SliceLayout(0, EDGE))
         visible = sees_block(edge_anchor, keys, edge_first, window)
         dq = _step(dq, q_tile, do_tile, edge, visible, log_sum, delta, row_scale, curve_scale, EDGE, DS)
         if i + 1 < steps:
-            _start_edge(
-                _edge_block(i + 1, bounds), edge, base, start, place, mask, end, STEPS, GROUP, HEAD, VALUE_HEAD,
+            start_edge(
+                edge_block(i + 1, bounds), edge, base, start, place, mask, end, STEPS, GROUP, HEAD, VALUE_HEAD,
                 BLOCK_D, PER_ANCHOR, GROUP_ANCHORS, LOAD,
             )  # fmt: skip
     columns = diagonal_end(
-        index, position, anchor, step, _length_at(position, thought_lengths), thought_steps, ROWS, HALF,
+        index, position, anchor, step, length_at(position, thought_lengths), thought_steps, ROWS, HALF,
         DIAGONAL_ANCHORS, CAUSAL,
     )  # fmt: skip
     row_position = gl.convert_layout(position, gl.SliceLayout(1, THOUGHT))[:, None]
     row_step = gl.convert_layout(step, gl.SliceLayout(1, THOUGHT))[:, None]
     for chunk in range(0, columns, DIAGONAL_N):
-        _end_copies()
+        end_copies()
         key_column = chunk + gl.arange(0, DIAGONAL_N, gl.SliceLayout(0, THOUGHT))
-        key_position, key_step, near = _thought_columns(key_column, start, place, mask, ROWS)
-        owner = owner_of(key_position, key_step, _length_at(near, thought_lengths), CAUSAL)[None, :]
+        key_position, key_step, near = thought_columns(key_column, start, place, mask, ROWS)
+        owner = owner_of(key_position, key_step, length_at(near, thought_lengths), CAUSAL)[None, :]
         visible = sees_thought(owner, key_step[None, :], row_position, row_step, step_window, CAUSAL)
         dq = _step(dq, q_tile, do_tile, thought, visible, log_sum, delta, row_scale, curve_scale, THOUGHT, DS)
         if chunk + DIAGONAL_N < columns:
-            _start_thoughts(
+            start_thoughts(
                 chunk + DIAGONAL_N, thought, thoughts, start, place, mask, STEPS, GROUP, HEAD, VALUE_HEAD, BLOCK_D,
                 DIAGONAL_N, LOAD,
             )  # fmt: skip
-    _end_copies()  # those that no step has waited for, and queries and dO where there was no step at all
+    end_copies()  # those that no step has waited for, and queries and dO where there was no step at all
 
     q = q_tile.load(gl.DotOperandLayout(0, S, 2))
     dq = _full_blocks(dq, q, do_tile, ring, blocks, log_sum, delta, row_scale, curve_scale, S, DS)
@@ -413,10 +296,10 @@ def _consumer(
         inactive = gl.convert_layout(log_sum, gl.SliceLayout(1, ACC)) == float("inf")
         dq = gl.where(inactive[:, None], 0.0, dq)
     row = row_tile.load(gl.SliceLayout(1, ACC))
-    pointers, columns = _vectors(grad_query, row * HEAD, HEAD, BLOCK_D, ACC)
+    pointers, columns = pointers_to(grad_query, row * HEAD, HEAD, BLOCK_D, ACC)
     gl.store(pointers, dq.to(q.dtype), mask=columns & (row >= 0)[:, None])
     if WHICH == 0:  # or LLVM would join the ends of both groups, with the numbers of barriers in registers
-        _again(steps)
+        again(steps)
 
 
 @gluon.jit
@@ -449,8 +332,8 @@ def gluon_query_gradient_kernel(
     BLOCK_M: gl.constexpr = 2 * HALF
     dtype: gl.constexpr = query.dtype.element_ty
     # Both are handed on to the other warps, which else compute them again, long before they need them.
-    num_rows = _again(num_anchors * STEPS * GROUP)
-    program = _again(gl.program_id(0))
+    num_rows = again(num_anchors * STEPS * GROUP)
+    program = again(gl.program_id(0))
     num_tiles = gl.cdiv(num_rows, BLOCK_M)
     tile_start = (num_tiles - 1 - program % num_tiles) * BLOCK_M  # the longest rows first, for an even end
     batch = (program // num_tiles // kv_heads).to(gl.int64)
