@@ -16,10 +16,11 @@ from quietstar.models.family_check import check_decoder
 from quietstar.training.adapted_model import check_packages, with_adapters
 from quietstar.training.arguments import DataArguments, ModelArguments, PaperTrainingArguments, TrainParser
 from quietstar.training.checkpoints import check_output_dir, checkpoints, fault, remove_checkpoints, to_resume
+from quietstar.training.checks import NonFiniteError
 from quietstar.training.data import collate_windows
 from quietstar.training.sources import DataError
 from quietstar.training.stages import check_stages, parse_stages
-from quietstar.training.trainer import NonFiniteError, QuietStarTrainer
+from quietstar.training.trainer import QuietStarTrainer
 from quietstar.training.windows import Corpus, EndlessWindows
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import unwrap_peft_model
-from transformers.utils import logging
 
 from quietstar.models import QuietStarConfig, QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.card import write_card
@@ -19,6 +18,13 @@ from quietstar.models.documents import text_labels, token_starts
 from quietstar.models.folder import write_code
 from quietstar.training.card import training_table
 from quietstar.training.checkpoints import last_whole, to_resume
+from quietstar.training.checks import (
+    NonFiniteError,
+    check_arguments,
+    check_processes,
+    keep_trainable,
+    warn_of_large_policy_steps,
+)
 from quietstar.training.difficulty import GainByDifficulty
 from quietstar.training.distil import DISTILLATIONS, Distillation, learn, teach
 from quietstar.training.kept_thoughts import KeptThoughts, RepeatedRows, RepeatedStream, repeated
@@ -33,16 +39,6 @@ from quietstar.training.teacher import (
     thoughts_of,
 )
 from quietstar.training.wrapped import Answer, call_inside, fields, part_here
-
-logger = logging.get_logger(__name__)
-
-# Policy weight times learning rate: 1 in the paper (1e6 · 1e-6). In the quickstart's world 1 does no harm either; 2000
-# ruins the prediction without a thought.
-LARGEST_POLICY_STEP = 10
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss or the weights became NaN or infinite; nothing was saved since. The message names the step."""
 
 
 class _Hooks(TrainerCallback):
@@ -124,7 +120,7 @@ class QuietStarTrainer(Trainer):
         distil: Distillation | None = None, **kwargs,
     ):  # fmt: skip
         arguments = signature(Trainer).bind(*args, **kwargs).arguments
-        _check_arguments(**arguments)
+        check_arguments(**arguments)
         if distil is not None and distil not in DISTILLATIONS:
             raise ValueError(f"distil must be None or {' or '.join(map(repr, DISTILLATIONS))}, got {distil!r}")
         if distil is not None and stages is not None:
@@ -135,13 +131,8 @@ class QuietStarTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(base := self._plain_model(), QuietStarForCausalLM):
             raise TypeError(f"model must be a QuietStarForCausalLM, adapted or not, got {type(base).__name__}")
-        _keep_trainable(base)
-        if self.args.n_gpu > 1:  # the Trainer would make torch.nn.DataParallel of the model
-            raise ValueError(
-                f"every GPU must have a process of its own, got {self.args.n_gpu} GPUs in one: start with "
-                f"`torchrun --nproc_per_node {self.args.n_gpu} $(which quietstar) train ...`, or train on one GPU with "
-                "CUDA_VISIBLE_DEVICES=0 in the environment"
-            )
+        check_processes(self.args)
+        keep_trainable(base)
         self._training_metrics, self._evaluation_metrics = ThoughtMetrics(), ThoughtMetrics()
         self._gains = GainByDifficulty()
         self._teacher = AverageTeacher() if teacher is None else GivenTeacher(teacher, base.config, self.args.device)
@@ -414,16 +405,11 @@ class QuietStarTrainer(Trainer):
         self._gains.add(base_nll, gain, labels)
 
     def _warn_of_large_policy_steps(self) -> None:
-        config, rate = self.model.config, self.args.learning_rate
+        rate = self.args.learning_rate
         if self.optimizer is not None:  # of which a scheduler may have lowered the rate already
             rate = max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
-        weight = config.policy_weight if config.thought_length > 0 else 0
-        if weight * rate > LARGEST_POLICY_STEP and self.is_world_process_zero():
-            logger.warning(
-                f"policy_weight {weight:g} is too much for learning_rate {rate:g}: the policy term drowns the others. "
-                f"Their product is 1 in the paper: set policy_weight to {1 / rate:g} or less, or learning_rate to "
-                f"{1 / weight:g} or less"
-            )
+        if self.is_world_process_zero():
+            warn_of_large_policy_steps(self.model.config, rate)
 
     def _means(self, metrics: ThoughtMetrics) -> tuple[dict[str, float], int]:
         return metrics.means(self.accelerator.reduce(metrics.totals(), reduction="sum"))
@@ -437,35 +423,6 @@ class QuietStarTrainer(Trainer):
         raise NonFiniteError(
             f"{problem}; " + (f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint yet")
         )
-
-
-def _check_arguments(
-    args: TrainingArguments | None = None, compute_loss_func: Callable | None = None, **others
-) -> None:
-    """What of the Trainer's arguments goes around the model's objective; its constructor already does so with some."""
-    if compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func must be None: the loss is the model's, and its parts are weighed by its configuration; "
-            "a subclass may change compute_loss"
-        )
-    if args is not None and args.label_smoothing_factor != 0:
-        raise ValueError(f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
-    if args is not None and args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel must be False, got True: its forward pass does not think, and ours has kernels of its own"
-        )
-
-
-def _keep_trainable(model: QuietStarForCausalLM) -> None:
-    """On a CPU bitsandbytes lays out weights of 4 bits anew when they are evaluated, and then gives no gradients."""
-    for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError(
-                    "model must not have been evaluated on a CPU before it is trained on weights of 4 bits: load it "
-                    f"anew, {name} gives no gradients any more"
-                )
 
 
 def _least_thoughts(config: QuietStarConfig) -> AbstractContextManager:

@@ -233,7 +233,7 @@ def test_warns_of_policy_weights_for_other_learning_rates(
     make_model, make_trainer, monkeypatch, policy_weight, rate, thought_length, warns, own_optimizer
 ):
     warnings = []
-    monkeypatch.setattr("quietstar.training.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("quietstar.training.checks.logger.warning", warnings.append)
     model = make_model(policy_weight=policy_weight, thought_length=thought_length)
     trainer = make_trainer(model, max_steps=2, learning_rate=1.0 if own_optimizer else rate, logging_strategy="no")
     if own_optimizer:
