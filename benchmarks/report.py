@@ -17,10 +17,11 @@ from pathlib import Path
 FORMAT = 1  # of the JSON; raise it when a reader of the last one would misunderstand
 KEYS = "machine_info", "commit_info", "datetime", "command", "not_run", "benchmarks"
 LEGEND = (
-    "Medians ± half the interquartile range, all candidates in turn in one run. A ratio is the time of the peer over "
-    "ours; peaks are the machine's own large matrix product and large copy in the same run; peak memory is that of "
-    "ours / of the best peer, on a CPU of the whole process. There ops use again the memory that was freed, whereas "
-    "whole programs (the training step, generation) get theirs from the system, unless the command says --keep-memory."
+    "Times are medians ± half the interquartile range; all candidates take turns in one run. A ratio is the peer's "
+    "time divided by ours. Peaks are those of a large matrix product and a large copy on the same machine in the same "
+    "run. Peak memory is that of ours / of the best peer, on a CPU of the whole process. Ops reuse memory that was "
+    "freed; whole programs (the training step, generation) get theirs from the system, unless the command says "
+    "--keep-memory."
 )
 
 

@@ -73,3 +73,9 @@ def test_answered_messages_are_still_given():
     messages = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "faq.md").read_text("utf-8"), re.MULTILINE)
     assert len(messages) > 20
     assert [message for message in messages if message not in source] == []
+
+
+def test_every_command_has_an_example():
+    commands = [command.split() for page in PAGES for block in blocks(page) for command in block.commands]
+    shown = {words[1] for words in commands if words and words[0] == "quietstar"}
+    assert shown == set(COMMANDS)
