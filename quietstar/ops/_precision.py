@@ -18,7 +18,12 @@ def widen(tensor: Tensor) -> Tensor:
 
 def autocast_on(device: torch.device) -> bool:
     """Whether autocast is on for tensors on ``device``; there are devices that have none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
