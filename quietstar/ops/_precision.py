@@ -21,9 +21,11 @@ def autocast_on(device: torch.device) -> bool:
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+_has_autocast._dynamo_marked_constant = True  # as in _availability; torch 2.11 cannot trace the question
 
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
