@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Argument parsing shared by the commands."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that says which flag may have been meant by one that there is not."""
+    """An ``ArgumentParser`` that suggests a similar flag for an unknown one."""
 
     _given: Sequence[str] = ()
 
@@ -30,7 +30,7 @@ class SuggestingParser(argparse.ArgumentParser):
 
 
 def attach_texts(arguments: Sequence[str], *flags: str) -> list[str]:
-    """``--flag TEXT`` as ``--flag=TEXT``: argparse takes a text that begins with a dash for a flag.
+    """Rewrite ``--flag TEXT`` as ``--flag=TEXT``, since argparse takes text that begins with a dash for a flag.
 
     >>> attach_texts(["--prompt", "---", "--json"], "--prompt")
     ['--prompt=---', '--json']

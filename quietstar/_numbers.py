@@ -1,4 +1,4 @@
-"""Checks of the numbers people give: fields of a configuration, flags of a command, arguments of a function."""
+"""Checks of numbers given by users: fields of a configuration, flags of a command, arguments of a function."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 
 class Interval:
-    """Which numbers are allowed, as mathematicians write it; NaN, infinities and booleans never are.
+    """An interval of valid numbers, in mathematical notation. NaN, infinities and booleans are never valid.
 
     >>> Interval(float, "(0, 1]").check("share", 0.5)
     >>> Interval(int, "[1, inf)").check("batch", 0)
@@ -18,7 +18,7 @@ class Interval:
         self.low, self.high = map(float, bounds[1:-1].split(","))
 
     def __contains__(self, value: float) -> bool:
-        # Comparisons that NaN fails.
+        # NaN fails these comparisons.
         above = value > self.low if self.bounds[0] == "(" else value >= self.low
         return above and (value < self.high if self.bounds[-1] == ")" else value <= self.high)
 
@@ -32,8 +32,8 @@ class Interval:
         """Check one number, called ``name`` in the message.
 
         Raises:
-            TypeError: no number of the kind.
-            ValueError: not within the interval.
+            TypeError: the value is not a number of this kind.
+            ValueError: it is outside the interval.
         """
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             raise TypeError(f"{name} must be {'' if self.kind is int else 'a number '}{self}, got {value!r}")
@@ -43,10 +43,10 @@ class Interval:
 
 
 def check_numbers(intervals: Mapping[str, Interval], values: Mapping[str, object], prefix: str = "") -> None:
-    """Check those of ``values`` that are in a table; None, which is nothing given, is passed over."""
+    """Check those ``values`` whose names are in ``intervals``; None (not given) is skipped."""
     for name, interval in intervals.items():
         if (value := values.get(name)) is not None:
             interval.check(prefix + name, value)
 
 
-SEED = Interval(int, "[0, 4294967295]")  # what NumPy takes
+SEED = Interval(int, "[0, 4294967295]")  # NumPy's range of seeds

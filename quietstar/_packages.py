@@ -1,16 +1,16 @@
-"""Packages that only some uses need."""
+"""Optional packages, which only some features need."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 def require(package: str, purpose: str, extra: str) -> ModuleType:
-    """The package, or an ImportError that says how to get it.
+    """Import a package, or raise an ImportError that says how to install it.
 
     Args:
-        package: its name.
-        purpose: what needs it.
-        extra: of ours, that brings it.
+        package: name of the package.
+        purpose: what needs it, for the message.
+        extra: quietstar's extra that installs it.
     """
     try:
         return import_module(package)

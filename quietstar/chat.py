@@ -1,4 +1,4 @@
-"""The command ``quietstar chat``: talk with a model that thinks, at the prompt."""
+"""The command ``quietstar chat``: an interactive conversation with a model that thinks."""
 
 import sys
 
@@ -12,7 +12,7 @@ _HELP = "/new starts anew, /exit or the end of input leaves"
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     parser = SuggestingParser(prog="quietstar chat", description=f"Talk with a Quiet-STaR model. {_HELP}.")
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -46,7 +46,7 @@ def _chat(generator: Generator, show_thoughts: bool) -> None:
 
 
 def _listen() -> str | None:
-    """The next line without the white space around it; None at the end of input."""
+    """Read the next line without surrounding white space; None at the end of input."""
     try:
         return input("> ").strip()
     except EOFError:
@@ -54,14 +54,14 @@ def _listen() -> str | None:
 
 
 class Conversation:
-    """What was said so far, as a prompt: in the tokenizer's chat template, or without one as plain text."""
+    """The conversation so far as a prompt, in the tokenizer's chat template or, without one, as plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> BatchEncoding:
-        """Add what the user says; returns the prompt for the answer."""
+        """Add the user's message and return the prompt for the answer."""
         self.messages.append({"role": "user", "content": text})
         if self.tokenizer.chat_template is None:
             said = "\n".join(message["content"] for message in self.messages) + "\n"
@@ -72,5 +72,5 @@ class Conversation:
         )  # fmt: skip
 
     def answer(self, text: str) -> None:
-        """Add what the model said."""
+        """Add the model's answer."""
         self.messages.append({"role": "assistant", "content": text})

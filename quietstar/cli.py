@@ -1,4 +1,4 @@
-"""The command `quietstar`: a table of subcommands, each a function elsewhere that parses its own arguments."""
+"""The command `quietstar`: a table of subcommands, each implemented by a function that parses its own arguments."""
 
 import sys
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from importlib import import_module
 
 import quietstar
 
-# name -> (line of help, "module:function"). The module is imported only when its command is asked for.
+# name -> (line of help, "module:function"). The module is imported only when its command is run.
 # The function takes the list of arguments after the command's name and returns the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("train a small model to think, on a CPU, nothing downloaded", "quietstar.quickstart.command:main"),
-    "train": ("teach a model to think, or go on with a Quiet-STaR model", "quietstar.training.train:main"),
+    "train": ("teach a model to think, or continue with a Quiet-STaR model", "quietstar.training.train:main"),
     "star": ("train a model on its own rationales that led to right answers", "quietstar.star.command:main"),
     "generate": ("continue a prompt with a Quiet-STaR model, showing its thoughts", "quietstar.generate:main"),
     "report": ("show in a web page what a model's thoughts do to a text", "quietstar.report.command:main"),
@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `quietstar COMMAND ...`; ``argv`` defaults to the command line's arguments. Returns the exit code."""
+    """Run `quietstar COMMAND ...` and return the exit code; ``argv`` defaults to the command line's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     match arguments:
         case ["-h" | "--help", *_]:

@@ -1,6 +1,6 @@
-"""`quietstar env`: what is installed and what this machine can run, for bug reports.
+"""`quietstar env`: reports what is installed and what this machine can run, for bug reports.
 
-The report never fails: where something cannot be found out, its line says why, and the rest is still reported.
+The report never fails: if something cannot be determined, its line says why, and the rest is still reported.
 """
 
 import os
@@ -13,7 +13,7 @@ import quietstar
 from quietstar._command_line import SuggestingParser
 
 PACKAGES = ("triton", "transformers", "numpy", "safetensors", "accelerate", "datasets", "tokenizers")
-# The smallest inputs on which an op can show that it runs.
+# The smallest inputs with which each op can be run.
 SHAPES = {
     "query": (1, 1, 1, 1, 16),
     "key": (1, 1, 1, 16),
@@ -53,7 +53,7 @@ def environment() -> dict[str, str]:
 def _answer(probe: Callable[[], str]) -> str:
     try:
         return probe()
-    except Exception as error:  # anything may be broken on a machine whose report is asked for
+    except Exception as error:  # anything may be broken on a machine that needs a bug report
         return f"unknown ({_one_line(error)})"
 
 
@@ -71,9 +71,9 @@ def _version(package: str) -> str:
 def _torch() -> str:
     try:
         import torch
-    except Exception:  # then it is the more important which it is
+    except Exception:  # a torch that cannot be imported: its version matters all the more
         return _version("torch")
-    return torch.__version__  # with the kind of build, which the version of the package may leave out
+    return torch.__version__  # includes the kind of build, which the package's version may leave out
 
 
 def _cpu() -> str:
@@ -110,7 +110,7 @@ def _backends(op: str) -> str:
 
 
 def _attention_forward() -> str:
-    """Which of Triton's kernels a call for training takes, and why not the better one."""
+    """Report which Triton kernel runs the attention forward in training, and why not the better one."""
     return _by_device(_attention_kernel, _gpus()) or "no GPU"
 
 
@@ -137,14 +137,14 @@ def _gpus() -> list[str]:
 
 
 def _by_device(describe: Callable[[str], str], names: list[str]) -> str:
-    devices: dict[str, list[str]] = {}  # by what is said of them: GPUs of one machine may differ
+    devices: dict[str, list[str]] = {}  # by description, since the GPUs of a machine may differ
     for device in names:
         devices.setdefault(describe(device), []).append(device)
     return "; ".join(f"{', '.join(alike)}: {said}" for said, alike in devices.items())
 
 
 def _usable(op: str, device: str) -> list[str]:
-    """The backends that run ``op`` on ``device``, found out by running it."""
+    """Return the backends that can run ``op`` on ``device``, found by running it."""
     import torch
 
     from quietstar import ops
@@ -160,7 +160,7 @@ def _usable(op: str, device: str) -> list[str]:
     for backend in BACKENDS:
         try:
             function(*inputs, **options, backend=backend)
-        except ValueError:  # the op's own word that it cannot be run here with this backend
+        except ValueError:  # raised by the op if this backend cannot run here
             continue
         except Exception as error:
             usable.append(f"{backend} fails ({_one_line(error)})")
@@ -170,7 +170,7 @@ def _usable(op: str, device: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report."""
+    """Print the report and return the exit code."""
     SuggestingParser(prog="quietstar env", description="Print versions, devices and backends.").parse_args(argv)
     report = environment()
     width = max(map(len, report))

@@ -1,4 +1,4 @@
-"""The command ``quietstar export``: the plain base model, for engines that cannot run thoughts."""
+"""The command ``quietstar export``: writes the plain base model, for engines that do not support thoughts."""
 
 import sys
 from pathlib import Path
@@ -14,11 +14,11 @@ from quietstar.models.export import check_new, export_base
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     parser = SuggestingParser(
         prog="quietstar export",
         description="Write the base model of a Quiet-STaR model as a plain checkpoint of its own family, for vLLM, "
-        "SGLang, llama.cpp and others. The thoughts stay behind: it predicts what the model does with --think never.",
+        "SGLang, llama.cpp and others. It has no thoughts: it predicts what the model predicts with --think never.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a Quiet-STaR checkpoint")
     parser.add_argument("--base", required=True, metavar="DIR", help="new or empty folder for the base model")

@@ -1,4 +1,4 @@
-"""The command ``quietstar generate``: continue a prompt, showing the thoughts if asked."""
+"""The command ``quietstar generate``: continues a prompt and, if requested, shows the thoughts."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from quietstar.models.checkpoint import check_tokenizer
 from quietstar.models.defaults import CHECKS
 from quietstar.models.outputs import QuietStarGenerateOutput, ThoughtStreamer, TokenStep
 
-# Which numbers the flags may have; what else makes no sense, `generate` says.
+# Valid ranges of the flags; `generate` checks everything else.
 INTERVALS = {
     "max_new_tokens": Interval(int, "[1, 1000000]"),
     "temperature": Interval(float, "[0, inf)"),
@@ -34,15 +34,15 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     parser = SuggestingParser(prog="quietstar generate", description="Continue a prompt, thinking before every token.")
     add_arguments(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument(
         "--thoughts", default="own", metavar="WHAT",
-        help="own, random, or a text to be thought in front of every token instead (default: %(default)s)",
+        help="own, random, or a text to use as the thought before every token (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--stream", action="store_true", help="print as it comes")
+    parser.add_argument("--stream", action="store_true", help="print text as it is generated")
     parser.add_argument("--json", action="store_true", help="print JSON: one object, or with --stream one per line")
     options = parser.parse_args(attach_texts(arguments, "--prompt", "--thoughts"))
     logging.disable_progress_bar()
@@ -55,40 +55,43 @@ def main(arguments: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that generates text takes; for ``Generator``."""
+    """Add the arguments of every command that generates text, for ``Generator``."""
     parser.add_argument("--model", required=True, help="folder or hub name of a Quiet-STaR checkpoint")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the k most likely (default: %(default)s)")
     parser.add_argument(
         "--top_p", type=float, default=1.0, help="sample from this probability mass (default: %(default)s)"
     )
     parser.add_argument("--thought_temperature", type=float, help="temperature of the thoughts (default: the model's)")
     parser.add_argument(
         "--draft_length", type=number_or("auto", int), metavar="N",
-        help="let the base model draft N tokens and think behind all of them at once: the same text, faster; or auto "
+        help="let the base model draft N tokens, then think after all of them at once: the same text, faster; or auto "
         "(default: the model's, usually no drafts)",
     )  # fmt: skip
     parser.add_argument(
         "--think", type=number_or("always never learned", float), metavar="WHEN",
-        help="always, never, a threshold in nats: only where the base prediction has more entropy; or learned: only "
-        "where the model's gain head expects a thought to gain more than --gain_threshold (default: the model's, "
-        "usually always)",
+        help="when to think: always, never, a threshold in nats (only where the base prediction has more entropy), or "
+        "learned (only where the gain head expects a thought to gain more than --gain_threshold) (default: the "
+        "model's, usually always)",
     )  # fmt: skip
     add_gain_threshold(parser)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
-    parser.add_argument("--show-thoughts", action="store_true", help="print the thought in front of each new token")
+    parser.add_argument("--show-thoughts", action="store_true", help="print the thought before each new token")
 
 
 def add_gain_threshold(parser: argparse.ArgumentParser) -> None:
-    """``--gain_threshold`` beside ``--think``."""
+    """Add ``--gain_threshold``, which goes with ``--think``."""
     parser.add_argument(
-        "--gain_threshold", type=float, metavar="NATS", help="of --think learned (default: the model's, usually 0.1)"
+        "--gain_threshold",
+        type=float,
+        metavar="NATS",
+        help="gain to expect with --think learned (default: the model's, usually 0.1)",
     )
 
 
 def check_thinking(options: argparse.Namespace) -> None:
-    """``--draft_length``, ``--think`` and ``--gain_threshold``, as ``generate`` checks them."""
+    """Check ``--draft_length``, ``--think`` and ``--gain_threshold`` as ``generate`` does."""
     try:
         for name, check in CHECKS.items():
             if (value := getattr(options, name)) is not None:
@@ -98,7 +101,7 @@ def check_thinking(options: argparse.Namespace) -> None:
 
 
 def number_or(words: str, number: type):
-    """A type of argument: one of some words, or a number."""
+    """Create an argparse type that accepts one of some words or a number."""
 
     def parse(text: str) -> float | str:
         return text if text in words.split() else number(text)
@@ -108,14 +111,15 @@ def number_or(words: str, number: type):
 
 
 def load_model(name: str, **fields: object) -> tuple[PreTrainedTokenizerBase, QuietStarForCausalLM]:
-    """Tokenizer and model of a folder or hub name, on the GPU if there is one; adapters are merged into their model.
+    """Load tokenizer and model, on the GPU if there is one. Adapters are merged into their base model.
 
     Args:
-        fields: of the configuration, instead of the saved ones.
+        name: folder or hub name.
+        fields: fields of the configuration that replace the saved ones.
 
     Raises:
-        ValueError: no Quiet-STaR checkpoint there, or no tokenizer, or that of another model, or no PEFT to load an
-            adapter with.
+        ValueError: there is no Quiet-STaR checkpoint or no tokenizer, the tokenizer is another model's, or PEFT, which
+            adapters need, is not installed.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -136,10 +140,10 @@ class Generator(NamedTuple):
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> "Generator":
-        """Load and seed as the arguments of ``add_arguments`` say.
+        """Load a model and set the seed according to the arguments of ``add_arguments``.
 
         Raises:
-            ValueError: an argument is out of range, or there is no such model.
+            ValueError: an argument is out of range, or the model cannot be loaded.
         """
         check_numbers(INTERVALS, vars(options), prefix="--")
         check_thinking(options)
@@ -154,7 +158,7 @@ class Generator(NamedTuple):
         return cls(tokenizer, model, settings)
 
     def __call__(self, inputs: dict[str, torch.Tensor], streamer: BaseStreamer | None) -> QuietStarGenerateOutput:
-        """Continue a tokenized prompt; the thoughts are kept."""
+        """Continue a tokenized prompt; the output includes the thoughts."""
         return self.model.generate(
             **inputs.to(self.model.device), **self.settings, return_thoughts=True, streamer=streamer
         )
@@ -191,7 +195,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _thoughts(what: str, tokenizer: PreTrainedTokenizerBase) -> str | torch.Tensor:
-    """``--thoughts`` as ``generate`` takes it; given ones are int64 [1, k]."""
+    """Convert ``--thoughts`` to the argument of ``generate``; a given thought becomes int64 [1, k]."""
     if what in ("own", "shuffled", "random"):
         return what
     thought = tokenizer.encode(what, add_special_tokens=False)
@@ -206,7 +210,7 @@ def _statistics(output: QuietStarGenerateOutput) -> dict[str, float | None]:
 
 
 def report(output: QuietStarGenerateOutput) -> None:
-    """Say on stderr how drafting went and how often the model thought, where that was a choice."""
+    """Print to stderr how many drafts were accepted and how often the model thought, if it did not always."""
     parts = []
     if output.drafted:
         parts.append(f"{output.acceptance_rate:.0%} of {output.drafted} drafts accepted")
@@ -217,7 +221,7 @@ def report(output: QuietStarGenerateOutput) -> None:
 
 
 class StepPrinter(ThoughtStreamer):
-    """Prints every step as it comes: a line for people, or a JSON object."""
+    """Prints every step as it is generated, as a readable line or a JSON object."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, as_json: bool = False):
         self.tokenizer, self.as_json = tokenizer, as_json
@@ -232,12 +236,13 @@ class StepPrinter(ThoughtStreamer):
 def thought_lines(
     tokenizer: PreTrainedTokenizerBase, steps: list[TokenStep], dim: bool, width: int | None = None
 ) -> list[str]:
-    """One line per new token: the token, the weight of its thought, what it gained in nats, and the thought.
+    """Format one line per new token: the token, the weight of its thought, its gain in nats, and the thought.
 
     Args:
-        steps: of one text.
-        dim: print the thought dimmed, for terminals.
-        width: of the column of tokens; default that of the widest.
+        tokenizer: the model's tokenizer.
+        steps: the steps of one text.
+        dim: whether to dim the thought, for terminals.
+        width: width of the column of tokens; default that of the widest.
     """
     tokens = [repr(tokenizer.decode([step.token])) for step in steps]
     width = max(map(len, tokens)) if width is None else width

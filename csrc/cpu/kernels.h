@@ -1,7 +1,7 @@
 // The kernels of the cpu backend: their arguments, and the table of them that each instruction set fills.
 //
-// Rows lie `stride` elements apart, elements of a row side by side. A pointer that says "or null" is of something that
-// is not wanted or not there. Rows are shared among at most `threads` threads.
+// Rows are `stride` elements apart, and the elements of a row are adjacent. "or null" marks pointers that are null if a
+// result is not needed or an input not given. Rows are distributed over at most `threads` threads.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Matrix {
   T* row(std::int64_t number) const { return data + number * stride; }
 };
 
-// What all kernels of the mix read: z = b + w (t − b).
+// The inputs of all kernels of the mix z = b + w (t − b).
 template <class T>
 struct Mix {
   Matrix<const T> base, thought;
@@ -76,7 +76,7 @@ struct LinearCrossEntropy {
   int threads;
 };
 
-// What both ways of sampling take.
+// The arguments of both ways of sampling.
 struct Sample {
   std::int64_t* tokens;
   const std::int64_t* suppressed;
@@ -87,7 +87,7 @@ struct Sample {
   int threads;
 };
 
-// From logits [rows, groups · 64], −∞ behind the vocabulary.
+// Sampling from logits [rows, groups · 64], −∞ after the vocabulary.
 struct SampleRows : Sample {
   float* logits;       // contiguous; those of suppressed tokens are overwritten
   std::int64_t top_k;  // 0: all
@@ -95,7 +95,7 @@ struct SampleRows : Sample {
   std::int64_t groups;
 };
 
-// From what the logits are the products of: the rows of hidden and of weight, both of `size` columns.
+// Sampling from the factors of the logits: the rows of hidden and of weight, both with `size` columns.
 template <class T>
 struct LinearSample : Sample {
   Matrix<const T> hidden, weight;
@@ -121,9 +121,9 @@ struct ThoughtShape {
   int threads;
 };
 
-// Attention in two parts. That over the base keys leaves its output in base_output and its log-sum-exp, −∞ where there
-// is no key, in lse (D = 1), but nothing for queries that see no key at all. That over the thought keys merges the two;
-// the output may lie over that of the base part.
+// Attention in two parts. The part over the base keys writes its output to base_output and its log-sum-exp (−∞ without
+// keys) to lse (D = 1), but nothing for queries that see no key at all. The part over the thought keys merges both; its
+// output may overwrite that of the base part.
 template <class T>
 struct ThoughtAttention : ThoughtShape {
   Steps<const T> query, key, value, thought_key, thought_value;
@@ -131,8 +131,8 @@ struct ThoughtAttention : ThoughtShape {
   Steps<T> output;
 };
 
-// The gradients, likewise: first what reaches queries, keys and values through the base keys, then the gradients of
-// thought keys and values, and that of the queries with base_grad_query added, which it may lie over.
+// The gradients, likewise: first those of queries, keys and values through the base keys; then those of thought keys
+// and values, and that of the queries, to which base_grad_query is added and which may overwrite it.
 template <class T>
 struct ThoughtAttentionBackward : ThoughtShape {
   Steps<const T> query, key, value, thought_key, thought_value, output, grad_output;

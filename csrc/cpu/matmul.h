@@ -1,9 +1,8 @@
-// Products of the rows of two matrices, A Bᵀ, and of a matrix with columns, A B, block by block, for kernels that make
-// or use a block at once.
+// Matrix products A Bᵀ and A B, block by block, for kernels that produce or use a block while it is in the cache.
 //
 // As in Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 2008): a tile of the result
 // stays in registers while up to kDepth products are added, the rows of B that it needs stay in the L1 cache while rows
-// of A pass by, and both lie in memory in the order in which they are used.
+// of A pass by, and both are stored in the order in which they are used.
 #pragma once
 
 #include "parallel.h"
@@ -14,8 +13,8 @@ namespace {
 
 constexpr int64_t kDepth = 256;
 
-// Rows of a matrix of `columns` columns in panels of `Width` rows, a panel column by column, with zeros behind the
-// last. They lie in memory of the given size.
+// Rows of a matrix with `columns` columns, packed into panels of `Width` rows, each stored column by column and padded
+// with zeros, in memory of the given size.
 template <int Width>
 class Panels {
  public:
@@ -35,7 +34,7 @@ class Panels {
     });
   }
 
-  // Of the panel that begins with the given row, the part from a column on.
+  // The part, from a column on, of the panel that begins with the given row.
   const float* at(int64_t row, int64_t column) const { return memory_ + row * columns_ + column * Width; }
 
   int64_t columns() const { return columns_; }
@@ -62,8 +61,8 @@ inline void multiply(const LeftPanels& left, int64_t left_row, int64_t rows, con
   }
 }
 
-// Rows of a matrix of `columns` columns in panels of kTileColumns columns, a panel row by row, with zeros behind the
-// last column: room for whole panels.
+// Rows of a matrix with `columns` columns, packed into panels of kTileColumns columns, each stored row by row and
+// padded with zeros to a whole panel.
 template <class T>
 void pack_columns(const Matrix<const T>& matrix, int64_t first_row, int64_t rows, int64_t columns, float* to) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -76,7 +75,7 @@ void pack_columns(const Matrix<const T>& matrix, int64_t first_row, int64_t rows
   }
 }
 
-// result (+)= left [rows, depth] · right [depth, columns], of which `right` is packed. The result has rows of whole
+// result (+)= left [rows, depth] · right [depth, columns], where `right` is packed. The result has rows of whole
 // panels, and room for whole tiles.
 inline void multiply_columns(Operand left, int64_t rows, const float* right, int64_t depth, Rows result, bool add) {
   for (int64_t j = 0; j < result.stride; j += kTileColumns) {

@@ -51,8 +51,8 @@ struct Noise {
   static WordVec high_words(WideVec even, WideVec odd) { return (WordVec)((even >> 32) | (odd & 0xFFFFFFFF00000000)); }
   static WordVec low_words(WideVec even, WideVec odd) { return (WordVec)((even & 0xFFFFFFFF) | (odd << 32)); }
 
-  // −log1p(−u) of the u that a word stands for. With y = 1 − u rounded, log(y) u / (1 − y) has the error of y neither
-  // in small u, where log(y) alone would have lost all digits, nor in large ones.
+  // −log1p(−u) for the u that a word stands for. With y = 1 − u rounded, log(y) u / (1 − y) is free of the error of y,
+  // both for small u, where log(y) alone would have lost all digits, and for large u.
   static Vec exponential(WordVec word) {
     const Vec largest = splat(1 - 0x1p-24f), drawn = (__builtin_convertvector(word, Vec) + 0.5f) * 0x1p-32f;
     const Vec u = drawn < largest ? drawn : largest, y = 1.0f - u;

@@ -10,18 +10,18 @@
 namespace quietstar::cpu::QUIETSTAR_ISA {
 namespace {
 
-// Less work than this is done sooner than a second thread has been woken for it.
+// Less work than this is finished before a second thread could be woken for it.
 constexpr int64_t kWorkOfAThread = 1 << 15;
 
-// How many of the threads a job of `rows` rows is worth, in units of about a nanosecond of work per row.
+// How many threads to use for `rows` rows, given the work per row in units of about a nanosecond.
 inline int useful_threads(int64_t rows, int64_t work_of_a_row, int threads) {
   const int64_t useful = rows * work_of_a_row / kWorkOfAThread + 1;
   const int64_t most = useful < rows ? useful : rows;
   return most < threads ? (most > 1 ? (int)most : 1) : threads;
 }
 
-// Calls body(row, thread) for all rows. Threads take the next rows when they are done with theirs: on a busy machine
-// equal shares would all wait for the slowest.
+// Calls body(row, thread) for all rows. Threads take further rows when they are done with theirs: on a busy machine,
+// equal shares would wait for the slowest thread.
 template <class Body>
 void for_rows(int64_t rows, int threads, Body body) {
   [[maybe_unused]] int64_t share = rows / (threads * int64_t{16});

@@ -1,4 +1,4 @@
-// What queries see, and what a softcap makes of their scores.
+// What queries see, and the softcap on their scores.
 #pragma once
 
 #include "tile.h"
@@ -15,7 +15,7 @@ struct Range {
   bool empty() const { return first >= last; }
 };
 
-// What the queries behind one anchor see. Queries are numbered from 0, and thought keys as the T steps.
+// What the queries after one anchor see. Queries are numbered from 0, and thought keys like the T steps.
 class Sight {
  public:
   Sight(const ThoughtShape& shape, int64_t batch, int64_t anchor)
@@ -28,8 +28,8 @@ class Sight {
   // How many queries exist: the first ones.
   int64_t queries() const { return position_ < 0 ? 0 : greater(0, length_ - first_step_); }
 
-  // Of the base keys and of the thought keys, those that a query sees. All of them see no more than the first one, but
-  // for later thought keys.
+  // The base keys and the thought keys that a query sees. No query sees more than the first one, except later thought
+  // keys.
   Range base_keys(int64_t query) const {
     const int64_t behind = mask_.window_from_step ? 1 + first_step_ + query : 0;
     return {greater(start_, position_ + behind - mask_.window + 1), position_ + 1};
@@ -51,8 +51,8 @@ class Sight {
   int64_t position_, start_, length_, first_step_;
 };
 
-// Makes scores c tanh(scale x / c) of products x, in place, and if slopes are wanted the derivatives by x, which lie
-// like the scores.
+// Turns products x into scores c tanh(scale x / c), in place, and computes, if slopes are needed, their derivatives by
+// x, in the layout of the scores.
 inline void cap(Rows products, int64_t rows, int64_t width, const ThoughtMask& mask, float* slopes = nullptr) {
   const float inner = mask.scale / mask.softcap;
   for (int64_t row = 0; row < rows; ++row) {

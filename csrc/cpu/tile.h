@@ -1,4 +1,4 @@
-// Products of small matrices that lie in the cache: a tile of the result stays in registers while its products are
+// Products of small matrices that are in the cache: a tile of the result stays in registers while its products are
 // added.
 #pragma once
 
@@ -22,7 +22,7 @@ struct Operand {
   const float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// Where a tile of the result goes: rows `stride` apart.
+// Where a tile of the result is stored, with rows `stride` apart.
 struct Rows {
   float* data;
   int64_t stride;

@@ -37,7 +37,7 @@ using WordVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 using WideVec = uint64_t __attribute__((vector_size(kLanes * 4)));  // half as many words of twice the size
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest = -3.4e38f;  // the largest of no logits: −inf − (−inf) would be NaN
+constexpr float kLowest = -3.4e38f;  // the maximum of an empty set of logits; −inf − (−inf) would be NaN
 
 inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an operation: it turns −0 into 0
 
@@ -49,7 +49,7 @@ inline IntVec lane_numbers() {
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// Where a vector lies in a row: all of its lanes, or the first few behind which the row ends.
+// Which lanes of a vector are in a row: all of them, or only the first few, after which the row ends.
 struct Whole {};
 struct Part {
   int count;
@@ -209,7 +209,7 @@ inline Vec tanh(Vec x) {
   return (Vec)((IntVec)(size < 0.625f ? p * square * size + size : far) | sign);
 }
 
-// Logits through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one.
+// Computes cap · tanh(logit / cap), but keeps infinities, so that a token of probability 0 stays impossible.
 inline void cap_logits(float* logits, int64_t count, float cap) {
   for_vectors(0, count, [&](int64_t v, auto extent) {
     const Vec x = load(logits + v, extent);

@@ -1,4 +1,4 @@
-"""Measuring what thoughts do."""
+"""Measurements of what thoughts do: on held-out text, on questions with answers, and token by token."""
 
 from quietstar.evaluation.answers import AnswerProbabilities, answer_probabilities
 from quietstar.evaluation.curve import CurvePoint, thinking_curve

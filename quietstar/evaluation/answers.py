@@ -1,10 +1,10 @@
-"""The paper's accuracy: how probable the right answers are among what answers are made of.
+"""The paper's accuracy: the probability of the right answers among valid answer tokens.
 
-Of every token of the right answer, the probability renormalised over the task's valid tokens (digits or letters, and
-the newline that ends the answer); per question the product, then the mean over questions. All tokens are predicted
-behind the right ones, in one pass. Tokens of an answer that are not valid (the space in front, the comma of "1,000",
-the sign, the decimal point) are passed over: by this measure "-5" is as good as "5". Of the authors' tokenizer these
-are the ids their code names.
+The probability of every token of the right answer is renormalised over the task's valid tokens (digits or letters, and
+the newline that ends the answer). The measure is the product over these tokens, averaged over questions. All tokens are
+predicted in one pass, given the right preceding tokens. Tokens of an answer that are not valid (the leading space, the
+comma of "1,000", the sign, the decimal point) are skipped, so "-5" counts as much as "5". For the authors' tokenizer,
+the valid tokens are the ids in their code.
 """
 
 import random
@@ -26,16 +26,16 @@ MAX_LENGTH = 256
 
 
 class AnswerProbabilities(NamedTuple):
-    """Of the right answers to Q questions."""
+    """Probabilities of the right answers to Q questions."""
 
-    values: Tensor  # float64 [Q]; NaN where cropping has left nothing of the answer
-    cropped: int  # questions that were longer than ``max_length``
-    max_length: int  # or the model's positions, where these are fewer
-    valid_tokens: list[int]  # over which probabilities are renormalised
+    values: Tensor  # float64 [Q]; NaN if cropping removed the whole answer
+    cropped: int  # number of questions longer than ``max_length``
+    max_length: int  # or the model's number of positions, if smaller
+    valid_tokens: list[int]  # tokens over which probabilities are renormalised
 
 
 class _Row(NamedTuple):
-    """A question as tokens, and which of them are counted; never the first."""
+    """A question as tokens, and which of them count (never the first)."""
 
     tokens: list[int]
     counted: list[int]
@@ -52,22 +52,23 @@ def answer_probabilities(
     max_length: int = MAX_LENGTH,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> AnswerProbabilities:
-    """The probability of every right answer, as arXiv 2403.09629 and its code measure it.
+    """Compute the probability of every right answer, as measured by arXiv 2403.09629 and its code.
 
     Args:
-        model: put into evaluation mode while this runs.
-        tokenizer: of the model.
+        model: the model; in evaluation mode during the call.
+        tokenizer: the model's tokenizer.
         task: from ``load_task``.
-        think: ``"always"``, as in the paper, one thought behind every token; ``"never"``: of the base prediction; or a
-            threshold in nats, as for ``generate``.
-        batch_size: questions per forward pass; thoughts are drawn differently for another one.
-        seed: of cropping and thoughts; the state of the random number generators is left as it was.
-        max_length: longer texts are cropped to as many tokens, from a random place on; no more than the model's
-            positions. What is cut off of an answer is not counted.
+        think: ``"always"``, as in the paper: one thought after every token; ``"never"``: the base prediction; or a
+            threshold in nats, as in ``generate``.
+        batch_size: questions per forward pass. Another batch size leads to other thoughts.
+        seed: seed of cropping and thoughts. The state of the random number generators is restored.
+        max_length: longer texts are cropped to this many tokens (or to the model's number of positions, if smaller),
+            starting at a random place. Parts of an answer that are cropped do not count.
         progress: wraps the batches, to show progress.
 
     Raises:
-        TypeError, ValueError: a bad argument, named; an answer with tokens that are not valid.
+        TypeError, ValueError: an argument is invalid (the message names it), or an answer has tokens that are not
+            valid.
     """
     Thinking(think=think)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
@@ -111,7 +112,7 @@ def _cropped(row: _Row, max_length: int, draw: random.Random) -> _Row:
 
 
 def _probabilities(model: QuietStarForCausalLM, rows: list[_Row], valid: list[int], think: Think) -> Tensor:
-    """Of the counted tokens of each row together, float64 [rows]."""
+    """Compute the joint probability of each row's counted tokens, float64 [rows]."""
     input_ids, _ = padded([row.tokens for row in rows], model.device)
     wanted = sorted({place - 1 for row in rows for place in row.counted})
     logits = next_token_logits(model, input_ids, torch.tensor(wanted, device=model.device), think)

@@ -1,4 +1,4 @@
-"""The command ``quietstar evaluate``: the paper's measure of answers, and answers in the model's own words."""
+"""The command ``quietstar evaluate``: measures answers by the paper's probability and by exact match."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ INTERVALS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     options = _parser().parse_args(arguments)
     logging.disable_progress_bar()
     try:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """Before hours of work, not behind them."""
+    """Check that the output file can be written, before hours of work rather than after."""
     if options.output is None:
         if options.overwrite:
             raise ValueError("--overwrite must be left out without --output")
@@ -65,11 +65,11 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
-    """All measures of a task, printed; for JSON."""
+    """Compute and print all measures of a task, and return them for JSON."""
     tokenizer, model = load_model(options.model)
     if options.gain_threshold is not None:
         model.generation_config.gain_threshold = options.gain_threshold
-    if options.samples is not None:  # found out now, not behind the other measures
+    if options.samples is not None:  # checked now rather than after the other measures
         most = model.config.max_position_embeddings - 1
         Interval(int, f"[1, {most}]").check("--max_new_tokens", options.max_new_tokens)
     common = {"think": options.think, "batch_size": options.batch_size, "seed": options.seed}
@@ -104,17 +104,17 @@ def _evaluate(options: argparse.Namespace, task: Task) -> dict[str, object]:
 
 
 def _mean(values: list[list[float]]) -> Mean:
-    """Over questions, each with as many values; NaN over none."""
+    """Average over questions, each with the same number of values; NaN if there are none."""
     return token_mean(torch.tensor(values or [[math.nan]], dtype=torch.float64))
 
 
 def _known(value: object) -> object:
-    """The value; None for NaN, which JSON does not have."""
+    """Replace NaN, which JSON does not have, by None."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _records(task: Task, columns: dict[str, list]) -> list[dict[str, object]]:
-    """A row per question."""
+    """Return one record per question."""
     rows = zip(*columns.values(), strict=True)
     return [
         {"prompt": question.prompt, "answer": question.answer}
@@ -151,8 +151,8 @@ def _progress(what: str) -> Callable[[Iterable], Iterable]:
 def _parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(
         prog="quietstar evaluate",
-        description="How well a model answers questions, without examples: the probability of the right answer as the "
-        "paper measures it, exact match in its own words, and the majority of several answers.",
+        description="Measure how well a model answers questions, without examples: the probability of the right answer "
+        "as in the paper, exact match of a generated answer, and the majority of several answers.",
     )
     parser.add_argument("--model", required=True, help="folder or hub name of a Quiet-STaR checkpoint")
     parser.add_argument(
@@ -165,23 +165,26 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--think", type=number_or("always never learned", float), default="always", metavar="WHEN",
-        help="always, never, a threshold in nats: only where the base prediction has more entropy; or learned: only "
-        "where the model's gain head expects more than --gain_threshold",
+        help="when to think: always, never, a threshold in nats (only where the base prediction has more entropy), or "
+        "learned (only where the model's gain head expects more than --gain_threshold)",
     )  # fmt: skip
     add_gain_threshold(parser)
     parser.add_argument(
         "--samples", type=int, metavar="N",
-        help="also the majority of N answers, each after reasoning (\"Let's think step by step\"), temperature 0.7",
+        help="also take the majority of N answers, each after reasoning (\"Let's think step by step\"), at temperature "
+        "0.7",
     )  # fmt: skip
     parser.add_argument(
-        "--max_new_tokens", type=int, default=384, help="most tokens of reasoning (default: %(default)s)"
+        "--max_new_tokens", type=int, default=384, help="at most this many tokens of reasoning (default: %(default)s)"
     )
     parser.add_argument(
-        "--draft_length", type=number_or("auto", int), metavar="N", help="draft N tokens at a time, faster; or auto"
+        "--draft_length", type=number_or("auto", int), metavar="N", help="draft N tokens at a time, for speed; or auto"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of thoughts, samples and cropping (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", help="write all numbers and answers there, as JSON")
-    parser.add_argument("--overwrite", action="store_true", help="even if the file exists")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of thoughts, samples and cropping (default: %(default)s)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write all numbers and answers to this file, as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite an existing output file")
     return parser

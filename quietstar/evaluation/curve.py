@@ -1,4 +1,4 @@
-"""What thinking at only some positions is worth: predictions against the share of positions that think."""
+"""The quality of predictions as a function of the share of positions that think."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,22 +16,22 @@ SIXTEENTHS = tuple(i / 16 for i in range(17))
 
 
 class CurvePoint(NamedTuple):
-    """Predictions of tokens, if the model thinks in front of a share of them only."""
+    """The quality of predictions if the model thinks before only a share of tokens."""
 
-    share: float  # of all tokens
-    threshold: float  # that gives it: for ``gain_threshold`` or ``think``; −inf where all think
+    share: float  # share of all tokens
+    threshold: float  # value of ``gain_threshold`` or ``think`` that gives this share; −inf if all think
     nll: Mean  # in nats
-    accuracy: Mean  # share of tokens that are the likeliest
+    accuracy: Mean  # share of tokens that are the most likely prediction
 
 
 class _Tokens(NamedTuple):
-    """Of every token but the first of each window, [windows, L−1]; after a thought: means over N."""
+    """Measurements for every token except the first of each window, [windows, L−1]; after a thought, means over N."""
 
     base_nll: Tensor
     mixed_nll: Tensor
     base_right: Tensor
     mixed_right: Tensor
-    entropy: Tensor  # of the base prediction
+    entropy: Tensor  # entropy of the base prediction
     expected_gain: Tensor | None
 
 
@@ -46,27 +46,27 @@ def thinking_curve(
     seed: int = 0,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> dict[str, list[CurvePoint]]:
-    """What is lost by thinking in front of some tokens only, for three ways to choose them.
+    """Measure predictions when the model thinks before only some tokens, for three ways to choose these tokens.
 
-    ``"learned"`` (of models with a gain head) takes those where the head expects the largest gain, as ``generate`` does
-    with ``think="learned"``; ``"entropy"`` those where the base prediction has the most, as with a threshold for
-    ``think``; ``"random"`` any. All go by the same pass and the same thoughts: in front of the tokens taken the mixed
-    prediction stands, elsewhere that without a thought.
+    ``"learned"`` (for models with a gain head) chooses the tokens for which the head expects the largest gain, as
+    ``generate`` does with ``think="learned"``. ``"entropy"`` chooses those whose base prediction has the most entropy,
+    as with a threshold for ``think``. ``"random"`` chooses random ones. All use the same pass and the same thoughts:
+    the mixed prediction for chosen tokens, and the prediction without a thought for the others.
 
     Args:
-        model: on the device of the windows; put into evaluation mode while this runs.
+        model: the model, on the device of the windows; in evaluation mode during the call.
         windows: int64 [windows, L], without padding.
-        shares: of all tokens, each from 0 to 1; rounded to whole tokens.
-        chosen: bool [windows, L−1], the tokens to measure, token i+1 at i, such as answers; default all.
+        shares: shares of all tokens, each from 0 to 1; rounded to whole tokens.
+        chosen: bool [windows, L−1], the tokens to measure, such as answers, with token i+1 at i. Default: all.
         batch_size: windows per forward pass.
-        seed: of the thoughts and the random tokens; the state of the random number generators is left as it was.
+        seed: seed of the thoughts and the random choice. The state of the random number generators is restored.
         progress: wraps the batches, to show progress.
 
     Returns:
-        A point for each share, by way.
+        For each way of choosing, one point per share.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_windows(windows)
     for share in shares:
@@ -103,7 +103,7 @@ def _tokens(model: QuietStarForCausalLM, batch: Tensor) -> _Tokens:
 
 
 def _predictions(model: QuietStarForCausalLM, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, and the entropies as ``generate`` takes them, behind ``hidden`` [..., H]."""
+    """Return the most likely tokens, and the entropies as ``generate`` computes them, from ``hidden`` [..., H]."""
     predictor, tokens, entropies = model.predictor(), [], []
     rows = hidden.flatten(0, -2)
     for part in rows.split(rows_within(BLOCK_BYTES, 4 * model.config.vocab_size, rows.device)):
@@ -114,7 +114,7 @@ def _predictions(model: QuietStarForCausalLM, hidden: Tensor) -> tuple[Tensor, T
 
 
 def _point(tokens: _Tokens, score: Tensor, chosen: Tensor | None, share: float) -> CurvePoint:
-    """Thinking in front of that share of the tokens whose score is highest, measured on the ``chosen`` ones."""
+    """Think before the ``share`` of tokens with the highest score, and measure the ``chosen`` tokens."""
     scores = score.flatten()
     order = scores.argsort(descending=True, stable=True)
     count = round(share * len(order))

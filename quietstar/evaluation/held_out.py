@@ -1,4 +1,4 @@
-"""What thoughts are worth on text the model has not seen: the predictions of one model, token by token."""
+"""Predictions of a model for held-out text, token by token, without and with thoughts."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from quietstar._numbers import SEED, Interval
 from quietstar.models import QuietStarForCausalLM, QuietStarOutput
 from quietstar.models.controls import random_like, shuffle_thoughts
 
-# Fields of the configuration for a pass that thinks behind every token, and asks for no teacher.
+# Fields of the configuration for a pass that thinks after every token and needs no teacher.
 _EVERYWHERE = {
     "lookahead": 1, "anchors_per_text": None, "anchor_choice": "random", "baseline": "self", "kl_weight": 0.0,
     "clip_ratio": None,
@@ -25,14 +25,14 @@ Thoughts = Literal["own", "shuffled", "random"] | Tensor | None
 class HeldOutNll(NamedTuple):
     """Negative log-likelihoods of held-out tokens in nats, float [windows, L−1], token i+1 at i.
 
-    What depends on a thought is the mean over the N thoughts of a position.
+    Values that depend on a thought are means over the N thoughts of a position.
     """
 
-    base: Tensor  # of the prediction without a thought
-    mixed: Tensor  # of the prediction after a thought, mixed with the one without
-    thought: Tensor  # of the prediction after a thought alone, as if its weight were 1
+    base: Tensor  # nll of the prediction without a thought
+    mixed: Tensor  # nll of the prediction after a thought, mixed with the one without
+    thought: Tensor  # nll of the prediction after a thought alone, as if its weight were 1
     mixing_weight: Tensor  # [windows, L−1], weight of the thought in the mixed prediction
-    thought_tokens: Tensor  # int64 [windows, N, L, k], what was thought behind every token
+    thought_tokens: Tensor  # int64 [windows, N, L, k], the thoughts after every token
 
 
 @torch.no_grad()
@@ -46,22 +46,22 @@ def held_out_nll(
     seed: int = 0,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> HeldOutNll:
-    """All predictions of every token of ``windows`` but the first of each.
+    """Compute the nll of every token of ``windows`` except the first of each, without and with thoughts.
 
     Args:
-        model: on the device of the windows; put into evaluation mode while this runs.
+        model: the model, on the device of the windows; in evaluation mode during the call.
         windows: int64 [windows, L], without padding.
-        thoughts: ``"own"``: what the model thinks, ``config.num_thoughts`` thoughts behind every token. Controls:
-            ``"shuffled"``: the same thoughts, each behind a token it was not thought behind; ``"random"``: tokens drawn
-            from the whole vocabulary; None: no thoughts, so that every prediction is the base's and every weight 0.
-            Or int64 [windows, N, L, k]: these.
-        thought_length: k of thoughts that are not given; default ``config.thought_length``.
+        thoughts: ``"own"``: the model's own thoughts, ``config.num_thoughts`` after every token. As controls,
+            ``"shuffled"``: the same thoughts, each after a token other than its own; ``"random"``: tokens drawn from
+            the whole vocabulary; None: no thoughts, so that every prediction is the base's and every weight is 0.
+            A tensor int64 [windows, N, L, k] gives the thoughts.
+        thought_length: k of thoughts that are not given. Default: ``config.thought_length``.
         batch_size: windows per forward pass.
-        seed: of the thoughts; the state of the random number generators is left as it was.
+        seed: seed of the thoughts. The state of the random number generators is restored.
         progress: wraps the batches, to show progress.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_windows(windows, thoughts, thought_length)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
@@ -88,17 +88,17 @@ def held_out_nll(
 
 @torch.no_grad()
 def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -> Tensor:
-    """Nll in nats of every token but the first of ``windows`` for a model that does not think, float [windows, L−1].
+    """Compute the nll in nats, float [windows, L−1], of every token except the first for a model that does not think.
 
-    That is how hard the tokens are, for ``gain_by_difficulty``.
+    It is a measure of the tokens' difficulty for ``gain_by_difficulty``.
 
     Args:
-        model: of any family, on the device of the windows; put into evaluation mode while this runs.
+        model: a model of any family, on the device of the windows; in evaluation mode during the call.
         windows: int64 [windows, L], without padding.
         batch_size: windows per forward pass.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_windows(windows)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
@@ -111,7 +111,7 @@ def text_nll(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 16) -
 
 
 def check_windows(windows: Tensor, thoughts: Thoughts = None, thought_length: int | None = None) -> None:
-    """Check windows and what is thought in them, see ``held_out_nll``."""
+    """Check windows and thoughts, see ``held_out_nll``."""
     if windows.dim() != 2 or windows.numel() == 0:
         raise ValueError(f"windows must have shape [windows, L] with at least one, got {list(windows.shape)}")
     if isinstance(thoughts, Tensor):
@@ -132,7 +132,7 @@ def check_windows(windows: Tensor, thoughts: Thoughts = None, thought_length: in
 
 @contextmanager
 def evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> Iterator[None]:
-    """Evaluation mode, seeded, looking one token ahead, with other fields of the configuration; all of it undone."""
+    """Set evaluation mode, seed, a lookahead of 1 and other fields of the configuration inside the context."""
     config, device, was_training = model.config, model.device, model.training
     fields = _EVERYWHERE | {name: value for name, value in fields.items() if value is not None}
     before = {name: getattr(config, name) for name in fields}
@@ -150,7 +150,7 @@ def evaluating(model: QuietStarForCausalLM, seed: int, **fields: int | None) -> 
 
 
 def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> Tensor:
-    """Thoughts of the model behind every token, or one of their controls, int64 [windows, N, L, k]."""
+    """Sample the model's thoughts after every token, or control thoughts, int64 [windows, N, L, k]."""
     own = torch.cat([model.sample_thoughts(batch) for batch in batches])
     if kind == "shuffled":
         return shuffle_thoughts(own)
@@ -160,10 +160,10 @@ def _draw(model: QuietStarForCausalLM, batches: Iterable[Tensor], kind: str) -> 
 
 
 def _base_nll(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """[B, L−1] of the prediction without a thought."""
+    """Compute the nll [B, L−1] of the prediction without a thought."""
     if isinstance(model, QuietStarForCausalLM):
         return _nll(model, model.model(batch).last_hidden_state[:, :-1], batch[:, 1:])
-    # What a family does with its hidden states is its own; of one window at a time, as logits are large.
+    # The family's own forward turns hidden states into logits; one window at a time, as logits are large.
     logits = (model(window[None], use_cache=False).logits[0, :-1].float() for window in batch)
     return torch.stack([F.cross_entropy(x, y, reduction="none") for x, y in zip(logits, batch[:, 1:], strict=True)])
 
@@ -171,7 +171,7 @@ def _base_nll(model: PreTrainedModel, batch: Tensor) -> Tensor:
 def _all_nll(
     model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Base, mixed and thought-alone nll and the mixing weight, each [B, L−1]."""
+    """Compute base, mixed and thought-alone nll and the mixing weight, each [B, L−1]."""
     output, _, thought_hidden = predict(model, batch, thoughts)
     following = batch[:, 1:, None].expand(thought_hidden.shape[:3])
     return (
@@ -183,13 +183,13 @@ def _all_nll(
 
 
 def predict(model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor) -> tuple[QuietStarOutput, Tensor, Tensor]:
-    """One pass over texts and given thoughts, looking one token ahead.
+    """Run one pass over texts and given thoughts with a lookahead of 1.
 
     Returns:
-        What the model says of it, and the hidden states behind the text [B, L−1, H] and the thoughts [B, L−1, N, H]
-        that the next token is predicted from.
+        The model's output, and the hidden states that predict the next token without a thought, [B, L−1, H], and after
+        the thoughts, [B, L−1, N, H].
     """
-    seen: list[tuple[Tensor, ...]] = []  # the mixing head is shown both, [B, L, H] and [B, L−1, N, 1, H]
+    seen: list[tuple[Tensor, ...]] = []  # inputs of the mixing head, [B, L, H] and [B, L−1, N, 1, H]
     hook = model.mixing_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     try:
         output = model(batch, labels=batch, thought_tokens=thoughts, output_thought_logprobs=False)
@@ -200,6 +200,6 @@ def predict(model: QuietStarForCausalLM, batch: Tensor, thoughts: Tensor) -> tup
 
 
 def _nll(model: QuietStarForCausalLM, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Of ``tokens`` [...] behind ``hidden`` [..., H], like the tokens."""
+    """Compute the nll of ``tokens`` [...] predicted from ``hidden`` [..., H], in the shape of the tokens."""
     head = model.predictor().head
     return head.cross_entropy(hidden.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)

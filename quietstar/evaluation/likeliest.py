@@ -1,4 +1,4 @@
-"""What a model would have said: the likeliest tokens at every place of a text, without and with thoughts."""
+"""The most likely tokens at every position of a text, without and with thoughts."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ CHUNK = 2**24  # logits held at a time
 
 
 class Likeliest(NamedTuple):
-    """The ``count`` likeliest tokens in place of every token but the first, the likeliest first; log p in nats."""
+    """The ``count`` most likely tokens, in descending order, in place of every token but the first; log p in nats."""
 
     base_tokens: Tensor  # int64 [windows, L−1, count], without a thought
     base_logprobs: Tensor  # float [windows, L−1, count]
@@ -25,17 +25,17 @@ class Likeliest(NamedTuple):
 def likeliest_tokens(
     model: QuietStarForCausalLM, windows: Tensor, thoughts: Tensor, *, count: int = 3, batch_size: int = 16
 ) -> Likeliest:
-    """The likeliest tokens before and after given thoughts. Logits are held for a few rows at a time.
+    """Find the most likely tokens without and with given thoughts. Logits are held for a few rows at a time.
 
     Args:
-        model: on the device of the windows; put into evaluation mode while this runs.
+        model: the model, on the device of the windows; in evaluation mode during the call.
         windows: int64 [windows, L], without padding; L >= 3.
         thoughts: int64 [windows, N, L, k], for example those of ``held_out_nll``.
-        count: how many of the likeliest.
+        count: number of most likely tokens.
         batch_size: windows per forward pass.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     Interval(int, f"[1, {model.config.vocab_size}]").check("count", count)
     Interval(int, "[1, inf)").check("batch_size", batch_size)
@@ -51,7 +51,7 @@ def likeliest_tokens(
 
 
 def _likeliest(model: QuietStarForCausalLM, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Tokens and their log p [..., count] behind ``hidden`` [..., H]."""
+    """Find the most likely tokens and their log p [..., count], predicted from ``hidden`` [..., H]."""
     tokens, logprobs = [], []
     head = model.predictor()
     for rows in hidden.flatten(0, -2).split(max(1, CHUNK // model.config.vocab_size)):

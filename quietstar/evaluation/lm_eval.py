@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness: ``lm_eval --model quietstar --model_args pretrained=FOLDER,think=always``."""
+"""The model for EleutherAI's harness: ``lm_eval --model quietstar --model_args pretrained=FOLDER,think=always``."""
 
 import logging
 from collections import defaultdict
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 
 @register_model("quietstar")
 class QuietStarLM(HFLM):
-    """A Quiet-STaR model as lm-eval's own Hugging Face model, which documents all other arguments.
+    """A Quiet-STaR model for lm-eval, based on lm-eval's Hugging Face model, which documents all other arguments.
 
-    Log-likelihoods are those of the mixed prediction: one thought is drawn behind every token in front of one that is
-    scored. Continuations that differ in their last token only, as the choices of a question often do, are compared
-    after the same thoughts.
+    Log-likelihoods are those of the mixed prediction: one thought is sampled before every token that is scored.
+    Continuations that differ only in their last token, as the choices of a question often do, are compared after the
+    same thoughts.
 
     Args:
         pretrained: folder or hub name of a Quiet-STaR checkpoint, or a model.
-        think: ``"always"``, ``"never"`` (the base prediction), or a threshold in nats, as for ``generate``; for
-            log-likelihoods too. Default what the model says.
-        draft_length: as for ``generate``; it changes no results, only how fast text is generated.
-        seed: of the thoughts, at the beginning of every call.
-        device: default the GPU where there is one.
-        kwargs: lm-eval's arguments; fields of the model's configuration (``thought_temperature``, ...) override it.
+        think: ``"always"``, ``"never"`` (the base prediction), or a threshold in nats, as in ``generate``; also used
+            for log-likelihoods. Default: the model's setting.
+        draft_length: as in ``generate``; it affects only the speed of generation, not results.
+        seed: seed of the thoughts, set at the beginning of every call.
+        device: default: the GPU if there is one.
+        kwargs: lm-eval's arguments, and fields that override the model's configuration (``thought_temperature``, ...).
 
     Raises:
-        TypeError, ValueError: a bad argument, named; a checkpoint without thoughts.
+        TypeError, ValueError: an argument is invalid (the message names it), or the checkpoint has no thoughts.
     """
 
     AUTO_MODEL_CLASS = QuietStarForCausalLM
@@ -82,11 +82,11 @@ class QuietStarLM(HFLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:  # fmt: skip
-        """Log p of continuations of contexts, and whether they are greedy.
+        """Compute log p of continuations of contexts, and whether they are greedy.
 
-        Unlike lm-eval's own, which predicts behind every token of the context, this thinks only where it is scored.
+        Unlike lm-eval's own method, which predicts after every token of the context, this predicts only scored tokens.
         """
-        about = defaultdict(list)  # what the model reads -> the requests that it answers
+        about = defaultdict(list)  # input tokens -> the requests that they answer
         for number, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
@@ -127,7 +127,7 @@ class QuietStarLM(HFLM):
             return next_token_logits(self.model, input_ids, positions, self.think)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Predictions behind all tokens, with which lm-eval finds out how large a batch may be."""
+        """Predict after all tokens; lm-eval uses this to find the largest batch size."""
         return self._logits(inps, torch.arange(inps.shape[1], device=inps.device))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: object) -> Tensor:
@@ -136,7 +136,7 @@ class QuietStarLM(HFLM):
 
 
 def _scored(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
-    """Log p of tokens by logits [n, V], and whether each is the likeliest."""
+    """Compute the total log p of tokens from logits [n, V], and whether each is the most likely."""
     tokens = torch.tensor(tokens, device=logits.device)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
     return float(logprobs.sum()), bool((logits.argmax(dim=-1) == tokens).all())

@@ -1,4 +1,4 @@
-"""Means over held-out tokens, with standard errors over texts: of all, of some, and of every group of them."""
+"""Means over held-out tokens, with standard errors over texts: over all tokens, some of them, or groups of them."""
 
 import math
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from quietstar.evaluation.held_out import HeldOutNll
 
 
 class Mean(NamedTuple):
-    """A mean over tokens and its standard error, with windows as independent draws.
+    """A mean over tokens and its standard error, which treats windows as independent draws.
 
-    The error is NaN where fewer than two windows hold such tokens, and the mean where none does.
+    The error is NaN if fewer than two windows contain such tokens, and the mean is NaN if none does.
     """
 
     value: float
@@ -21,34 +21,35 @@ class Mean(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What thoughts did for some tokens: means over them, in nats."""
+    """The effect of thoughts on some tokens: means over these tokens, in nats."""
 
     tokens: int
     base: Mean  # nll without a thought
-    mixed: Mean  # after one
-    thought: Mean  # of the thought's prediction alone
+    mixed: Mean  # nll after a thought
+    thought: Mean  # nll of the thought's prediction alone
     gain: Mean  # base − mixed
     mixing_weight: Mean
 
 
 def gain(nll: HeldOutNll, chosen: Tensor | None = None) -> Gain:
-    """Of the tokens ``chosen``, bool [windows, L−1]; default all."""
+    """Compute the gain on the tokens ``chosen``, bool [windows, L−1]; default all."""
     return _gains(nll, _group_of("nll", nll.base, chosen), 1)[0]
 
 
 def gain_by_difficulty(
     nll: HeldOutNll, before: Tensor, parts: int = 10, chosen: Tensor | None = None
 ) -> list[Gain]:  # fmt: skip
-    """Of tenths of the tokens, the easiest first.
+    """Compute the gain on each tenth of the tokens, easiest first.
 
     Args:
-        before: [windows, L−1], how hard the tokens are: their nll for a model whose nll is not compared here, best the
-            one before Quiet-STaR. Whoever chooses the tokens on which it did worst looks worse there than it is.
-        parts: into how many parts to cut, equally large to within a token; equal ``before`` are told apart by place.
-        chosen: bool [windows, L−1], the tokens to cut; default all.
+        nll: from ``held_out_nll``.
+        before: [windows, L−1], the tokens' difficulty: their nll under a model whose nll is not compared here, best the
+            model before Quiet-STaR. (A model rated on the tokens on which it did worst would look worse than it is.)
+        parts: number of parts, equal in size to within a token. Ties in ``before`` are broken by position.
+        chosen: bool [windows, L−1], the tokens to divide. Default: all.
 
     Raises:
-        TypeError, ValueError: ``before`` or ``chosen`` of another shape, or more parts than tokens.
+        TypeError, ValueError: ``before`` or ``chosen`` has the wrong shape, or there are more parts than tokens.
     """
     _check_shape("before", before, "nll", nll.base)
     groups = _group_of("nll", nll.base, chosen)
@@ -62,10 +63,10 @@ def gain_by_difficulty(
 
 
 def gain_by_position(nll: HeldOutNll, width: int = 1) -> list[Gain]:
-    """Of stretches of ``width`` tokens, from the beginning of the windows to their end; token i+1 is at i.
+    """Compute the gain on stretches of ``width`` tokens, from the beginning of windows to their end; token i+1 is at i.
 
     Raises:
-        TypeError, ValueError: a width below 1.
+        TypeError, ValueError: the width is below 1.
     """
     Interval(int, "[1, inf)").check("width", width)
     positions = torch.arange(nll.base.shape[1], device=nll.base.device) // width
@@ -73,10 +74,10 @@ def gain_by_position(nll: HeldOutNll, width: int = 1) -> list[Gain]:
 
 
 def gain_by_token(nll: HeldOutNll, windows: Tensor) -> dict[int, Gain]:
-    """Of every token of the vocabulary that is predicted in ``windows``, int64 [windows, L], by its id.
+    """Compute the gain, by token id, on every token of the vocabulary that occurs in ``windows``, int64 [windows, L].
 
     Raises:
-        ValueError: windows of another shape.
+        ValueError: the windows have the wrong shape.
     """
     following = windows[:, 1:]
     _check_shape("windows[:, 1:]", following, "nll", nll.base)
@@ -85,12 +86,12 @@ def gain_by_token(nll: HeldOutNll, windows: Tensor) -> dict[int, Gain]:
 
 
 def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
-    """The tokens with the highest ``nll``, bool like it: ``share`` of all, rounded, more where nll are equal.
+    """Mark the tokens with the highest ``nll``, bool like it: a ``share`` of all, rounded, more in case of ties.
 
-    Choose them by a model whose nll is not compared on them, as for ``gain_by_difficulty``.
+    As for ``gain_by_difficulty``, the nll should be that of a model that is not compared on these tokens.
 
     Raises:
-        TypeError, ValueError: a share outside (0, 1], or no tokens.
+        TypeError, ValueError: the share is outside (0, 1], or there are no tokens.
     """
     Interval(float, "(0, 1]").check("share", share)
     if nll.numel() == 0:
@@ -100,18 +101,18 @@ def hardest(nll: Tensor, share: float = 0.1) -> Tensor:
 
 
 def token_mean(values: Tensor, chosen: Tensor | None = None) -> Mean:
-    """Mean of ``values`` [windows, L−1] over the tokens ``chosen`` (default all).
+    """Compute the mean of ``values`` [windows, L−1] over the tokens ``chosen`` (default all).
 
     The standard error is that of a ratio of sums over windows, since tokens of one text are not independent.
 
     Raises:
-        ValueError: ``chosen`` of another shape.
+        ValueError: ``chosen`` has the wrong shape.
     """
     return _means(values, _group_of("values", values, chosen), 1)[0]
 
 
 def _group_of(name: str, values: Tensor, chosen: Tensor | None) -> Tensor:
-    """Group 0 of the chosen tokens; −1, no group, of the others."""
+    """Assign group 0 to chosen tokens and −1, no group, to the others."""
     if chosen is None:
         return torch.zeros_like(values, dtype=torch.int64)
     _check_shape("chosen", chosen, name, values)
@@ -125,7 +126,7 @@ def _gains(nll: HeldOutNll, groups: Tensor, count: int) -> list[Gain]:
 
 
 def _means(values: Tensor, groups: Tensor, count: int) -> list[Mean]:
-    """Of ``values`` [windows, T] in groups 0 … count − 1, int64 [windows, T]; −1 is none."""
+    """Compute the means of ``values`` [windows, T] in groups 0 … count − 1, int64 [windows, T]; −1 is no group."""
     windows, grouped = len(values), groups >= 0
     cells = (groups + count * torch.arange(windows, device=groups.device)[:, None])[grouped]
     sums, counts = values.new_zeros(2, windows * count, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Predictions of the next token where they are wanted, after thinking where that is wanted."""
+"""Predictions of the next token at given positions, after thinking at all or some of them."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from quietstar.models.defaults import DEFAULT, Think, choose
 def next_token_logits(
     model: QuietStarForCausalLM, input_ids: Tensor, positions: Tensor, think: Think = "always"
 ) -> Tensor:  # fmt: skip
-    """Logits of the tokens behind some positions, float32 [B, K, V].
+    """Compute the logits of the tokens after some positions, float32 [B, K, V].
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         input_ids: int64 [B, L], padded on the right with any token.
-        positions: int64 [K], of the same tokens in every text.
-        think: as for ``generate``: with a threshold in nats, predictions without a thought stand where they have no
+        positions: int64 [K], the same in every text.
+        think: as in ``generate``. With a threshold in nats, the prediction without a thought is used where it has no
             more entropy; with "learned", where no more than the model's ``gain_threshold`` is expected. One thought is
-            drawn behind every position, from torch's global generator.
+            sampled after every position where any text thinks, from torch's global generator.
     """
     if think == "always":
         return model(input_ids, logits_to_keep=positions, use_cache=False).logits.float()
@@ -38,7 +38,7 @@ def next_token_logits(
 
 
 def padded(rows: list[list[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of tokens as int64 [B, L], and their mask, 1 for tokens."""
+    """Pad rows of tokens to int64 [B, L], and return also their mask, 1 for tokens."""
     length = max(map(len, rows))
     tokens, mask = torch.zeros(2, len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -48,6 +48,6 @@ def padded(rows: list[list[int]], device: torch.device, left: bool = False) -> t
 
 
 def batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices of texts in batches of like length, the longest first."""
+    """Group texts of similar length into batches of indices, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

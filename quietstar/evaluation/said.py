@@ -1,4 +1,4 @@
-"""Answers in the model's own words: at once and greedily, or by the majority of several lines of reasoning."""
+"""Generated answers: greedy ones without reasoning, or the majority of several chains of thought."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,20 +30,21 @@ def greedy_answers(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[str | None]:
-    """What the model answers at once, a str per question; None where what it says is no answer.
+    """Generate greedy answers without reasoning, one str per question; None if the text contains no answer.
+
+    Questions longer than the model's positions lose their beginning, with a warning.
 
     Args:
-        model: put into evaluation mode while this runs.
-        tokenizer: of the model.
+        model: the model; in evaluation mode during the call.
+        tokenizer: the model's tokenizer.
         task: from ``load_task``.
-        think, draft_length: as for ``generate``.
+        think, draft_length: as in ``generate``.
         batch_size: questions at a time.
-        seed: of the thoughts; the state of the random number generators is left as it was.
+        seed: seed of the thoughts. The state of the random number generators is restored.
         progress: wraps the batches, to show progress.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. Questions longer than the model's positions lose their beginning,
-            which is said.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     speaker = _Speaker(model, tokenizer, batch_size, progress, {"think": think, "draft_length": draft_length})
     length = _answer_length(tokenizer, task)
@@ -66,18 +67,18 @@ def sampled_answers(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[list[str | None]]:
-    """``samples`` answers to every question, each after reasoning of its own, at temperature 0.7.
+    """Sample ``samples`` answers to every question, each after its own reasoning, at temperature 0.7.
 
-    The model is told "Let's think step by step.", up to the next question at most, and then to answer (zero-shot
-    chains of thought, arXiv 2205.11916); questions of the task ``qa`` are answered at once. Other arguments are those
-    of ``greedy_answers``.
+    The model is prompted with "Let's think step by step.", reasons until it starts another question at the latest, and
+    is then prompted for the answer (zero-shot chains of thought, arXiv 2205.11916). Questions of the task ``qa`` are
+    answered without reasoning. Other arguments are those of ``greedy_answers``.
 
     Args:
-        samples: at least one.
-        max_new_tokens: most tokens to reason with.
+        samples: number of answers, at least one.
+        max_new_tokens: largest number of tokens of reasoning.
 
     Raises:
-        TypeError, ValueError: as for ``greedy_answers``.
+        TypeError, ValueError: as in ``greedy_answers``.
     """
     Interval(int, "[1, inf)").check("samples", samples)
     Interval(int, "[1, inf)").check("max_new_tokens", max_new_tokens)
@@ -101,7 +102,7 @@ def sampled_answers(
 
 
 def majority(answers: list[str | None]) -> str | None:
-    """The answer most often given, of several the first; what is no answer has no vote."""
+    """Return the most frequent answer, the first of several; None is not counted."""
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
 
@@ -117,7 +118,7 @@ def _before_another_question(text: str) -> str:
 
 
 class _Speaker:
-    """Continues texts in batches of like length."""
+    """Continues texts in batches of similar length."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class _Speaker:
         self.pad = next(token for token in pads if token is not None)
 
     def continued(self, prompts: list[str], new_tokens: int, **options: object) -> list[str]:
-        """Up to ``new_tokens`` tokens behind every prompt, as text."""
+        """Generate up to ``new_tokens`` tokens after every prompt, as text."""
         rows = self._fitting(self.tokenizer(prompts)["input_ids"], new_tokens)
         said = [""] * len(rows)
         for batch in self.progress(batches([len(row) for row in rows], self.batch_size)):
@@ -151,7 +152,7 @@ class _Speaker:
         return said
 
     def _fitting(self, rows: list[list[int]], new_tokens: int) -> list[list[int]]:
-        """Prompts that leave room for new tokens within the model's positions."""
+        """Crop prompts so that new tokens fit into the model's positions."""
         positions = self.model.config.max_position_embeddings
         if new_tokens >= positions:
             raise ValueError(

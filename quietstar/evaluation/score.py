@@ -1,4 +1,4 @@
-"""What a model thinks of a text, token by token: log-probabilities with and without thoughts."""
+"""The log-probabilities of a text, token by token, with and without thoughts."""
 
 from typing import NamedTuple
 
@@ -11,27 +11,30 @@ from quietstar.models import QuietStarForCausalLM
 
 
 class TextScore(NamedTuple):
-    """Every token of a text but the first: n tokens, N thoughts in front of each, k tokens per thought; in nats."""
+    """Values for every token of a text except the first: n tokens, N thoughts before each, k tokens per thought."""
 
     tokens: Tensor  # int64 [n]
-    base_logprobs: Tensor  # float [n], log p of the token without a thought
-    logprobs: Tensor  # float [N, n], after each of the thoughts
+    base_logprobs: Tensor  # float [n], log p of the token without a thought, in nats
+    logprobs: Tensor  # float [N, n], log p after each of the thoughts, in nats
     mixing_weight: Tensor  # [N, n], weight of the prediction after the thought
-    thought_tokens: Tensor  # int64 [N, n, k], −1 behind the end of a thought
+    thought_tokens: Tensor  # int64 [N, n, k], −1 after the end of a thought
 
 
 @torch.no_grad()
 def score(model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, *, seed: int = 0) -> TextScore:
-    """Log-probabilities of a text, ``model.config.num_thoughts`` thoughts in front of every token, in one tree pass.
+    """Compute the log-probabilities of a text with ``model.config.num_thoughts`` thoughts before every token.
+
+    All thoughts are evaluated in one pass (the thought tree).
 
     Args:
-        model: put into evaluation mode while this runs.
-        tokenizer: of the model.
-        text: at least two tokens, as the tokenizer counts.
-        seed: of the thoughts; the state of the random number generators is left as it was.
+        model: the model; in evaluation mode during the call.
+        tokenizer: the model's tokenizer.
+        text: the text, of at least two tokens.
+        seed: seed of the thoughts. The state of the random number generators is restored.
 
     Raises:
-        TypeError, ValueError: a text of fewer tokens, or of more than the model has positions; a seed that is none.
+        TypeError, ValueError: the text has fewer than two tokens or more than the model has positions, or the seed is
+            invalid.
     """
     SEED.check("seed", seed)
     if not isinstance(text, str):
@@ -41,7 +44,7 @@ def score(model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, text:
     length, positions = input_ids.shape[1], config.max_position_embeddings
     if not 2 <= length <= positions:
         raise ValueError(f"text must have 2 to max_position_embeddings = {positions} tokens, got {length}")
-    # The objective wants text to look ahead at; padding on the right counts for nothing.
+    # The objective needs text to look ahead at; padding on the right does not count.
     missing = max(0, config.lookahead + 2 - length)
     padded = torch.nn.functional.pad(input_ids, (0, missing))
     mask = torch.nn.functional.pad(torch.ones_like(input_ids), (0, missing))

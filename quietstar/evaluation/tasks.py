@@ -1,4 +1,4 @@
-"""Questions with known answers, from files or the hub: how they are put, and how an answer is read from text."""
+"""Questions with known answers, from files or the hub: their prompts, and the parsing of answers from text."""
 
 import json
 import re
@@ -15,33 +15,33 @@ from quietstar._numbers import Interval
 
 _DIGITS = frozenset("0123456789")
 _NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_SPACES = "▁Ġ "  # what stands for a space in front of a word in vocabularies
+_SPACES = "▁Ġ "  # characters that vocabularies use for a space before a word
 
 
 class Question(NamedTuple):
     """A question as a text to be continued."""
 
     prompt: str  # "Q: ...\nA:"
-    continuation: str  # what stands behind it where the answer is right, " 72\n"
-    answer: str  # as ``Task.extract`` would read it
-    place: str  # where it stands, for messages
+    continuation: str  # the right continuation, such as " 72\n"
+    answer: str  # the answer as ``Task.extract`` parses it
+    place: str  # where the question comes from, for messages
 
 
 class Task(ABC):
     """Questions of one kind.
 
     Attributes:
-        questions: at least one.
+        questions: the questions, at least one.
         source: the file or the name of the dataset.
     """
 
     name: str
     hub: tuple[str, str | None, str] | None = None  # name, configuration and split of the dataset
     columns: tuple[str, ...] = ("question", "answer")
-    # What is said to reason before answering, and to answer then (arXiv 2205.11916); None: it is not done.
+    # Prompts for reasoning and then for the answer (arXiv 2205.11916); None: answers are given without reasoning.
     reason_cue: str | None = " Let's think step by step."
     answer_cue: str | None = None
-    answer_tokens: int | None = 12  # that an answer may take; None: as many as the longest of the task
+    answer_tokens: int | None = 12  # tokens that an answer may take; None: those of the task's longest answer
 
     def __init__(self, rows: Iterable[tuple[str, dict]], source: str):
         self.source = source
@@ -62,18 +62,18 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, row: dict, place: str) -> Question:
-        """The question of a row, whose columns are there."""
+        """Create the question of a row, which has all columns."""
 
     @abstractmethod
     def extract(self, text: str) -> str | None:
-        """The answer at the beginning of what was said behind the prompt; None where there is none."""
+        """Parse the answer at the beginning of the text after the prompt; None if there is none."""
 
     @abstractmethod
     def valid_tokens(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-        """Tokens that answers are made of, and the newline where it ends them."""
+        """Return the tokens that answers consist of, including the newline if it ends them."""
 
     def may_skip(self, token: str) -> bool:
-        """Whether a token that is not valid may be part of an answer; it is not counted."""
+        """Whether a token that is not valid may occur in an answer; it does not count then."""
         return not token.strip(_SPACES)
 
 
@@ -143,7 +143,7 @@ class CommonsenseQa(Task):
 
 
 class Qa(Task):
-    """Any questions, continued by their answers as they stand; the answers of the file are those to choose from."""
+    """Any questions, continued by their answers unchanged; the valid answers are those in the file."""
 
     name = "qa"
     reason_cue = None
@@ -170,17 +170,17 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Gsm8k, CommonsenseQ
 
 
 def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:
-    """The questions of a task.
+    """Load the questions of a task.
 
     Args:
-        name: ``"gsm8k"``; ``"commonsense_qa"``; or ``"qa"``, any ``question`` and ``answer``.
+        name: ``"gsm8k"``, ``"commonsense_qa"``, or ``"qa"`` for any ``question`` and ``answer``.
         data: a JSON Lines file with the columns of the task's dataset (``question`` and ``answer``, or ``question``,
-            ``choices`` and ``answerKey``), or the name of a dataset; default the task's own, on the hub.
-        limit: take so many questions from the beginning; default all.
+            ``choices`` and ``answerKey``), or the name of a dataset. Default: the task's own dataset on the hub.
+        limit: use only the first ``limit`` questions. Default: all.
 
     Raises:
-        TypeError, ValueError: another task or limit; no such data, an empty file, a row without a column or with an
-            answer the task does not have; the line is named.
+        TypeError, ValueError: the task or limit is invalid, the data does not exist or is empty, or a row lacks a
+            column or has an invalid answer (the message names the line).
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
@@ -200,7 +200,7 @@ def load_task(name: str, data: str | Path | None = None, limit: int | None = Non
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSON Lines file and where they stand."""
+    """Yield the rows of a JSON Lines file, each with its place."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no file"
         raise ValueError(f"data must be a JSON Lines file or the name of a dataset, got {found} at {path}")
@@ -223,7 +223,7 @@ def _hub_rows(name: str, configuration: str | None, split: str) -> Iterator[tupl
 
     try:
         rows = load_dataset(name, configuration, split=split)
-    except Exception as error:  # whatever one of many formats and the network may raise
+    except Exception as error:  # formats and the network raise many kinds of errors
         raise ValueError(
             f"data cannot be read from the dataset {name}, split {split}: {type(error).__name__}: {error}"
         ) from error
@@ -231,7 +231,7 @@ def _hub_rows(name: str, configuration: str | None, split: str) -> Iterator[tupl
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt and of the right answer behind it, as the tokenizer cuts the text as a whole."""
+    """Return the tokens of the prompt and of the right answer after it; the text is tokenised as a whole."""
     prompt, whole = tokenizer([question.prompt, question.prompt + question.continuation])["input_ids"]
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
@@ -243,7 +243,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[
 
 
 def _newline(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token of the newline behind an answer; none where the tokenizer drops it."""
+    """Return the token of the newline after an answer; empty if the tokenizer drops it."""
     last = tokenizer("A: 1\n", add_special_tokens=False)["input_ids"][-1:]
     return set(last) if tokenizer.decode(last) == "\n" else set()
 

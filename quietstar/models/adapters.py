@@ -1,4 +1,4 @@
-"""Folders that hold an adapter (PEFT) to a Quiet-STaR model instead of a model."""
+"""Folders that hold a PEFT adapter for a Quiet-STaR model instead of a model."""
 
 from os import PathLike
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from quietstar._packages import require
 from quietstar.models.generation import QuietStarForCausalLM
 
-BASE_FOLDER = "base_model"  # beside an adapter, where ``quietstar train`` leaves the model that it is for
+BASE_FOLDER = "base_model"  # subfolder next to an adapter in which ``quietstar train`` saves its base model
 
 
 def is_adapter(name_or_path: str | PathLike) -> bool:
@@ -23,16 +23,16 @@ def is_adapter(name_or_path: str | PathLike) -> bool:
 
 
 def load_merged(name_or_path: str | PathLike, **kwargs) -> QuietStarForCausalLM:
-    """The model that an adapter is for, with the adapter merged into its weights.
+    """Load an adapter's base model and merge the adapter into its weights.
 
     Args:
         name_or_path: folder or hub name of the adapter.
-        kwargs: as of ``QuietStarForCausalLM.from_pretrained``, for the model that it is for.
+        kwargs: arguments of ``QuietStarForCausalLM.from_pretrained`` for the base model.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: no Quiet-STaR model where the adapter says that its own is, nor beside it; an adapter that is not
-            merged but runs beside the weights.
+        ValueError: there is no Quiet-STaR model at the place that the adapter names, nor next to the adapter; or the
+            adapter is of a kind that cannot be merged.
     """
     peft = require("peft", f"the adapter in {name_or_path}", "peft")
     config = peft.PeftConfig.from_pretrained(str(name_or_path))
@@ -44,7 +44,7 @@ def load_merged(name_or_path: str | PathLike, **kwargs) -> QuietStarForCausalLM:
 
 
 def _base_of(adapter: Path, named: str | None) -> str:
-    """Where the model of an adapter is: in the folder that it names or, if that has moved with it, beside it."""
+    """Find the base model of an adapter: in the folder that it names or, if both were moved, next to the adapter."""
     if named is None or not Path(named).is_dir():
         for folder in (adapter / BASE_FOLDER, adapter.parent / BASE_FOLDER):
             if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Anchors: the positions of a text that think, what is predicted from there, and which ones to choose in training."""
+"""Anchors, the positions of a text that think: what is predicted from them, and how they are chosen in training."""
 
 from typing import NamedTuple
 
@@ -9,26 +9,26 @@ from quietstar.models.documents import IGNORE_INDEX, look_ahead, rewarded, sees_
 
 
 class Ahead(NamedTuple):
-    """What the thoughts behind A anchors predict: M tokens, the first of them the anchor's next."""
+    """What the thoughts after A anchors predict: M tokens, starting with the anchor's next token."""
 
-    index: Tensor  # int64 [A, M], or [B, A, M] where texts have anchors of their own: base positions it is mixed with
+    index: Tensor  # int64 [A, M], or [B, A, M] if each text has its own anchors: base positions to mix with
     target: Tensor  # int64 [B, A, M], labels; −100 where there is none
-    rewarded: Tensor | None  # bool [B, R], which of the first R anchors are rewarded; None is all of these
+    rewarded: Tensor | None  # bool [B, R], which of the first R anchors are rewarded; None means all of them
     count: int  # R
 
 
 def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchors: Tensor | None) -> Ahead:
-    """What is predicted from anchors, and which of them look no further than their text: those are rewarded.
+    """Return what is predicted from anchors. Anchors that look no further ahead than their text are rewarded.
 
-    (Where every position thinks, the last of these is not rewarded, as in the authors' code.)
+    (If every position thinks, the last of these is not rewarded, as in the authors' code.)
 
     Args:
         labels: int [B, L], from ``text_labels``.
         lookahead: M.
         starts: where documents begin, see ``quietstar.models.documents``.
-        anchors: int64 [B, A], −1 for none; None is every position but the last.
+        anchors: int64 [B, A], −1 for none; None means every position except the last.
     """
-    last = labels.shape[1] - 2  # that has something to predict
+    last = labels.shape[1] - 2  # the last position that has something to predict
     target = look_ahead(labels, lookahead, starts)
     step = torch.arange(lookahead, device=labels.device)
     if anchors is None:
@@ -43,7 +43,7 @@ def predicted_from(labels: Tensor, lookahead: int, starts: Tensor | None, anchor
 
 
 def select(states: Tensor, index: Tensor, own: bool) -> Tensor:
-    """``states`` [B, L, ...] at positions int64 [...], the same for all texts, or [B, ...], ``own`` ones."""
+    """Select ``states`` [B, L, ...] at positions int64 [...] shared by all texts, or at their ``own``, [B, ...]."""
     if not own:
         return states[:, index]
     offset = torch.arange(len(states), device=index.device) * states.shape[1]
@@ -51,17 +51,18 @@ def select(states: Tensor, index: Tensor, own: bool) -> Tensor:
 
 
 def eligible(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
-    """Which positions may be chosen, bool [B, L−1]: those rewarded, with a label for every token they predict."""
+    """Which positions may be chosen, bool [B, L−1]: rewarded ones with a label for every token they predict."""
     target = look_ahead(labels, lookahead, starts)
     return (target != IGNORE_INDEX).all(dim=-1)
 
 
 def choose_anchors(allowed: Tensor, count: int, score: Tensor | None = None) -> Tensor:
-    """``count`` positions of every text, ascending; −1 where fewer are allowed.
+    """Choose ``count`` positions of every text, in ascending order; −1 where fewer are allowed.
 
     Args:
         allowed: bool [B, positions].
-        score: float [B, positions], those with the highest are taken; default at random, from torch's generator.
+        score: float [B, positions]; the positions with the highest scores are chosen. Default: random ones, from
+            torch's global generator.
 
     Returns:
         int64 [B, count].
@@ -71,16 +72,16 @@ def choose_anchors(allowed: Tensor, count: int, score: Tensor | None = None) -> 
     score = score.masked_fill(~allowed, -torch.inf)
     count, missing = min(count, allowed.shape[1]), max(0, count - allowed.shape[1])
     found = score.topk(count, dim=1)
-    last = allowed.shape[1]  # sorts behind all others
+    last = allowed.shape[1]  # sorts after all positions
     anchors = found.indices.masked_fill(found.values == -torch.inf, last).sort(dim=1).values
     return torch.nn.functional.pad(anchors.masked_fill(anchors == last, -1), (0, missing), value=-1)
 
 
 def check_anchors(anchors: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Given ``anchors`` of texts [B, L] as int64 [B, A].
+    """Check given ``anchors`` of texts [B, L] and return them as int64 [B, A].
 
     Raises:
-        TypeError, ValueError: another shape, no integers, or a position that is not in the text.
+        TypeError, ValueError: the shape is wrong, the values are not integers, or a position is not in the text.
     """
     if not isinstance(anchors, Tensor) or anchors.is_floating_point() or anchors.dtype == torch.bool:
         raise TypeError(f"anchors must be an integer tensor, got {getattr(anchors, 'dtype', type(anchors).__name__)}")

@@ -1,4 +1,4 @@
-"""The model card: README.md of a saved folder, which the hub shows."""
+"""The model card: the README.md of a saved folder, which the hub displays."""
 
 import hashlib
 import re
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from quietstar.models.defaults import DEFAULT, choose
 
-# The last line of a card that was written here and not changed since.
+# The last line of a card that was written by this module and not changed since.
 _SEAL = "<!-- Written by quietstar, which keeps it up to date until somebody changes it: {} -->\n"
 
 _CARD = """\
@@ -22,8 +22,8 @@ _CARD = """\
 # {title}
 
 A language model of type `{family}` that thinks before every token, by
-[Quiet-STaR](https://arxiv.org/abs/2403.09629): in front of every token it samples a short hidden thought, predicts the
-token with and without it, and mixes the two predictions with a learned weight.
+[Quiet-STaR](https://arxiv.org/abs/2403.09629): before every token it samples a short hidden thought, predicts the token
+with and without it, and mixes the two predictions with a learned weight.
 
 ## How to use it
 
@@ -36,10 +36,11 @@ pipe = pipeline("text-generation", "PATH OR NAME OF THIS FOLDER", trust_remote_c
 print(pipe("Once upon a time", max_new_tokens=50, think="always"))
 ```
 
-`trust_remote_code` is not needed behind `from quietstar import QuietStarForCausalLM`; the file `modeling_quietstar.py`
-does no more than that. `think` may be `"always"`, `"never"` (the base model alone), a threshold in nats: only where
-the base prediction has more entropy, or `"learned"`, if it was trained to know where. `draft_length="auto"` is faster
-and leaves the distribution of the text as it is. Without these arguments the configuration decides.
+`trust_remote_code` is not needed after `from quietstar import QuietStarForCausalLM`, which is all that the file
+`modeling_quietstar.py` does. `think` may be `"always"`, `"never"` (the base model alone), a threshold in nats (think
+only where the base prediction has more entropy), or `"learned"`, if the model was trained to know where to think.
+`draft_length="auto"` is faster and does not change the distribution of the text. The defaults are those of the
+configuration.
 
 ## How it thinks
 
@@ -49,12 +50,12 @@ and leaves the distribution of the text as it is. Without these arguments the co
 {training}
 ## Limits
 
-- A thought costs about as many passes as it has tokens; `draft_length` wins back a part of that.
-- Thoughts were rewarded for predicting the text that follows. They need not make sense to a reader, nor be the reason
-  for what the model writes.
-- Engines that do not know quietstar (vLLM, SGLang, llama.cpp) cannot run the thoughts: `quietstar export` writes the
+- A thought takes about as many forward passes as it has tokens; `draft_length` recovers part of this cost.
+- Thoughts were rewarded for predicting the text that follows. They need not make sense to a reader, nor explain what
+  the model writes.
+- Engines that do not support quietstar (vLLM, SGLang, llama.cpp) cannot run the thoughts: `quietstar export` writes the
   base model for them.
-- What it may say, and its licence, are those of the base model and of the text it was trained on.
+- Risks, biases and licence are those of the base model and of the text that it was trained on.
 """
 
 
@@ -64,16 +65,17 @@ def write_card(
     training: Mapping[str, object] | None = None,
     **metadata: object,
 ) -> bool:
-    """Write README.md into a folder, unless there is one that somebody wrote or changed.
+    """Write README.md into a folder, unless it has one that somebody wrote or changed.
 
     Args:
-        model: the one in the folder, a ``QuietStarForCausalLM``.
-        training: rows of a table, what is known about the training.
+        folder: the saved folder.
+        model: the ``QuietStarForCausalLM`` in the folder.
+        training: rows of a table of what is known about the training.
         metadata: more fields of ``huggingface_hub.ModelCardData`` (``license``, ``language``, ``model_name``,
             ...); ``tags`` are added to ours.
 
     Returns:
-        Whether it was written.
+        Whether the file was written.
     """
     path = Path(folder) / "README.md"
     if path.exists() and not _is_ours(path.read_bytes()):
@@ -88,7 +90,7 @@ def _seal(text: bytes) -> bytes:
 
 
 def _is_ours(card: bytes) -> bool:
-    """Whether a card was written here and is as it was."""
+    """Whether a card was written by this module and is unchanged."""
     text = card[: card.rfind(b"<!--")]
     return card == text + _seal(text)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: an ordinary checkpoint, one of ours, or one in the layout of the authors' code."""
+"""Loading a model from an ordinary checkpoint, one of ours, or one in the layout of the authors' code."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -37,14 +37,14 @@ logger = logging.get_logger(__name__)
 
 START_THOUGHT_TOKEN, END_THOUGHT_TOKEN = "<|startthought|>", "<|endthought|>"
 
-# Arguments that say where a checkpoint is, for its configuration, its tokenizer and its weights alike.
+# Arguments that say where a checkpoint is; they apply to its configuration, its tokenizer and its weights.
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _WHERE = (*_HUB, "gguf_file", "trust_remote_code")
 
-# What Quiet-STaR adds to the tensors of a decoder.
+# Tensors that Quiet-STaR adds to those of a decoder.
 _ADDED = ("start_embedding.", "end_embedding.", "mixing_head.", "gain_head.")
 
-# The one architecture the authors trained and released; their code has switches for others.
+# The only architecture that the authors trained and released; their code has switches for others.
 _AUTHORS_SWITCHES = {
     "merged_talk_heads": True,
     "merged_lm_and_talk_heads": False,
@@ -65,29 +65,28 @@ def from_base(
     config: PreTrainedConfig | str | PathLike | None = None,
     **kwargs,
 ) -> ThinkingModel | tuple[ThinkingModel, dict]:
-    """Start Quiet-STaR from the ordinary checkpoint of a decoder.
+    """Create a Quiet-STaR model from an ordinary checkpoint of a decoder.
 
-    Adds the two thought tokens to the vocabulary, starts both thought embeddings from the embedding of "---" and the
-    mixing head from zero, so that every prediction is the base model's until training moves it. So does a gain head.
-    With ``learned_thought_end`` the end token is at first as likely as "---".
+    Adds the two thought tokens to the vocabulary and initialises both thought embeddings with the embedding of "---".
+    The mixing head and a gain head start at zero, so every prediction is the base model's until training changes it.
+    With ``learned_thought_end`` the end token is initially as likely as "---".
 
     Args:
         name_or_path: folder or hub name of the checkpoint, of any family that can think.
-        tokenizer: its tokenizer; the two thought tokens are added to it in place. Default: the one saved with the
-            checkpoint, used only to look up "---".
-        initial_token_ids: start the thought embeddings from these tokens (their mean) instead; then no
-            tokenizer is needed.
-        config: of the decoder, or where it is; default the one saved with the checkpoint.
-        kwargs: fields of ``QuietStarConfig`` and of the decoder's go to the configuration, the rest (``dtype``,
-            ``device_map``, ``quantization_config``, ``output_loading_info``, ...) to ``from_pretrained``. What says
-            where the checkpoint is (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) holds for its
-            configuration and tokenizer too.
+        tokenizer: the checkpoint's tokenizer; the two thought tokens are added to it in place. Default: the tokenizer
+            saved with the checkpoint, used only to look up "---".
+        initial_token_ids: initialise the thought embeddings with the mean embedding of these tokens instead. No
+            tokenizer is needed then.
+        config: configuration of the decoder, or its folder or hub name. Default: the one saved with the checkpoint.
+        kwargs: fields of ``QuietStarConfig`` and of the decoder's configuration set these fields; all others
+            (``dtype``, ``device_map``, ``quantization_config``, ``output_loading_info``, ...) are passed to
+            ``from_pretrained``. Arguments that say where the checkpoint is (``revision``, ``subfolder``, ``token``,
+            ``cache_dir``, ...) also apply to its configuration and tokenizer.
 
     Raises:
-        ValueError: a decoder that cannot think, which the message says why and names those that can
-            (``UnsupportedFamilyError``), or whose own predictions differ from those of
-            the new model on a few tokens; a checkpoint that lacks tensors; a tokenizer of another model, or none to
-            look up "---".
+        ValueError: the decoder cannot think (``UnsupportedFamilyError``; the message says why and lists those that
+            can), or its predictions differ from the new model's on a few tokens; the checkpoint lacks tensors; the
+            tokenizer belongs to another model, or there is none to look up "---".
     """
     where = _where(kwargs)
     if not isinstance(config, PreTrainedConfig):
@@ -111,7 +110,7 @@ def from_base(
         )
 
     thought_tokens = {"start_thought_token_id": start_token, "end_thought_token_id": end_token}
-    is_folder = Path(name_or_path).is_dir()  # whose relative name might elsewhere be one of the hub's
+    is_folder = Path(name_or_path).is_dir()  # a relative path could be read as a hub name elsewhere
     name = str(Path(name_or_path).resolve() if is_folder else name_or_path)
     origin = {"base_model_name_or_path": name, "base_vocab_size": base.vocab_size}
     config = QuietStarConfig(text_config=base, **(origin | thought_tokens | own))
@@ -142,13 +141,13 @@ def from_pretrained(
 ) -> ThinkingModel | tuple[ThinkingModel, dict]:
     """Load a Quiet-STaR checkpoint: one of ours, or one in the layout of the authors' code.
 
-    Arguments as for every transformers model; keyword arguments that are fields of ``QuietStarConfig`` override
-    the saved ones. Quantisers leave ``lm_head`` and the mixing head alone. A ``gain_weight`` given to a checkpoint that
-    has no gain head yet starts one from zero.
+    Takes the arguments of every transformers model. Keyword arguments that are fields of ``QuietStarConfig`` override
+    the saved values. Quantisation leaves ``lm_head`` and the mixing head unchanged. If ``gain_weight`` is given for a
+    checkpoint without a gain head, the model gets one that starts at zero.
 
     Raises:
-        ValueError: a checkpoint that is neither (an ordinary one, for example), or lacks tensors; a
-            ``quantization_config`` or ``device_map`` under which the model cannot think.
+        ValueError: the checkpoint has neither layout (an ordinary checkpoint, for example) or lacks tensors, or the
+            model cannot think with this ``quantization_config`` or ``device_map``.
     """
     path = pretrained_model_name_or_path
     with_info = kwargs.pop("output_loading_info", False)
@@ -168,14 +167,14 @@ def from_pretrained(
 
 
 def _resolve(name_or_path: str | PathLike, kwargs: dict) -> tuple[str | PathLike | None, QuietStarConfig, dict]:
-    """With which arguments transformers loads the weights of a Quiet-STaR checkpoint.
+    """Determine the arguments with which transformers loads the weights of a Quiet-STaR checkpoint.
 
     Returns:
         The path, the configuration with the fields among ``kwargs`` overridden, and the rest of ``kwargs``. For the
         authors' layout the path is None and ``kwargs`` hold the converted ``state_dict``.
 
     Raises:
-        ValueError: neither our layout nor the authors'.
+        ValueError: the checkpoint has neither our layout nor the authors'.
     """
     where = _where(kwargs)
     _check_folder("pretrained_model_name_or_path", name_or_path, where)
@@ -196,14 +195,14 @@ def _resolve(name_or_path: str | PathLike, kwargs: dict) -> tuple[str | PathLike
 
 
 def _load(cls: type[ThinkingModel], *args, **kwargs) -> tuple[ThinkingModel, dict]:
-    """``from_pretrained`` of transformers, and what it tells of the tensors."""
+    """Call transformers' ``from_pretrained`` and return the model and the loading info about its tensors."""
     return PreTrainedModel.from_pretrained.__func__(cls, *args, output_loading_info=True, **kwargs)
 
 
 def _check_loaded(
     argument: str, name: str | PathLike, model: ThinkingModel, info: dict, may_lack: tuple[str, ...] = ()
 ) -> None:
-    """Every tensor is there but those whose names begin with ``may_lack``, and ops can read what they read."""
+    """Check that only tensors named ``may_lack...`` are missing, and that ops can read the weights they need."""
     lacking = sorted(key for key in info["missing_keys"] if not key.startswith(may_lack))
     head = {key for key in model.state_dict() if key.startswith("mixing_head.")}
     if head and head <= set(lacking):
@@ -211,7 +210,7 @@ def _check_loaded(
     if lacking:
         raise ValueError(f"{argument} must hold every tensor of the model; {name} lacks {', '.join(lacking)}")
     read = ("lm_head", "mixing_head.0") if model.config.prediction == "mixed" else ("lm_head",)
-    for layer_name in read:  # their weights are read, not the layers called
+    for layer_name in read:  # ops read the weights of these layers instead of calling them
         layer = model.get_submodule(layer_name)
         kinds = type(layer), type(getattr(layer, "weight", None))
         if getattr(model, "is_quantized", False) and kinds != (nn.Linear, nn.Parameter):
@@ -222,7 +221,7 @@ def _check_loaded(
 
 
 def _warn(name_or_path: str | PathLike, info: dict) -> None:
-    """Of what transformers would have warned of, had it not been told to be silent."""
+    """Issue the warnings of transformers that ``_expected_warnings`` should not have suppressed."""
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning(f"{name_or_path} holds tensors that are not used: {', '.join(unexpected)}")
     if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
@@ -231,7 +230,7 @@ def _warn(name_or_path: str | PathLike, info: dict) -> None:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Transformers reports the tensors that a base checkpoint lacks and the new rows of the vocabulary: both wanted."""
+    """Silence transformers' warnings about tensors missing in a base checkpoint and about new vocabulary rows."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -241,29 +240,29 @@ def _expected_warnings() -> Iterator[None]:
 
 
 def _where(kwargs: dict) -> dict:
-    """Those of ``kwargs`` that say where the checkpoint is."""
+    """Return those of ``kwargs`` that say where the checkpoint is."""
     return {name: kwargs[name] for name in _WHERE if name in kwargs}
 
 
 def _check_folder(argument: str, name_or_path: str | PathLike, where: dict) -> None:
-    """A folder must have a configuration; what has none says what it holds instead."""
+    """Require a folder to hold a configuration; the error message lists what it holds instead."""
     folder = Path(name_or_path) / (where.get("subfolder") or "")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file() and not where.get("gguf_file"):
         raise ValueError(f"{argument} must hold a model: no {CONFIG_NAME} in {folder}, {contents(folder)}")
 
 
 def contents(folder: Path, most: int = 8) -> str:
-    """What a folder that lacks something holds, in words."""
+    """Describe, for an error message, what a folder that lacks something holds."""
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"only {', '.join(names[:most])}{more}" if names else "which is empty"
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig) -> None:
-    """Whether a tokenizer may be that of a Quiet-STaR model: it knows fewer tokens, or as many, and the same thoughts.
+    """Check that a tokenizer fits a Quiet-STaR model: it has no more tokens than the model and the same thought tokens.
 
     Raises:
-        ValueError: it is another model's.
+        ValueError: it belongs to another model.
     """
     vocabulary = tokenizer.get_vocab()
     if (most := max(vocabulary.values(), default=-1)) >= config.vocab_size:
@@ -277,7 +276,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """A tokenizer may know fewer tokens than its model, which are often padded, but no more, save those added to it."""
+    """Require a tokenizer to have no more tokens, except added ones, than its model, which is often padded."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"tokenizer must be that of the model, whose vocabulary has {vocab_size} tokens, got one with "
@@ -297,9 +296,9 @@ def _tokenizer_of(
 
 
 def _pop_config_fields(kwargs: dict, base: type[PreTrainedConfig]) -> tuple[dict, dict]:
-    """Take the fields of the configuration out of ``kwargs``, and those of the ``base`` model's.
+    """Remove from ``kwargs``, and return, the fields of our configuration and those of the ``base`` model's.
 
-    ``dtype`` is for loading, where it may be "auto".
+    ``dtype`` is left for loading, where it may be "auto".
     """
     own = QuietStarConfig.__dataclass_fields__.keys() - {"dtype", "text_config"}
     of_base = base.__dataclass_fields__.keys() - own - {"dtype"}
@@ -307,10 +306,10 @@ def _pop_config_fields(kwargs: dict, base: type[PreTrainedConfig]) -> tuple[dict
 
 
 def _authors_config(saved: dict) -> dict:
-    """Our configuration from the authors' config.json.
+    """Create our configuration from the authors' config.json.
 
-    It holds max_thoughts = n_ahead + n_ahead_talk + 1 = thought_length + lookahead + 4 and not the parts; lookahead is
-    taken to be 1, as in the released quietstar-8-ahead (only training needs it).
+    It holds only the sum max_thoughts = n_ahead + n_ahead_talk + 1 = thought_length + lookahead + 4. lookahead, which
+    only training needs, is assumed to be 1, as in the released quietstar-8-ahead.
     """
     for name, supported in _AUTHORS_SWITCHES.items():
         if saved.get(name, supported) != supported:
@@ -329,7 +328,7 @@ def _authors_config(saved: dict) -> dict:
 
 
 def _authors_weights(name_or_path: str | PathLike, where: dict) -> dict[str, Tensor]:
-    """The authors' tensors under our names. Of the thought embeddings [2, H] only row 0 is used."""
+    """Load the authors' tensors under our names. Only row 0 of their thought embeddings [2, H] is used."""
     weights = {}
     for file in _weight_files(name_or_path, {name: value for name, value in where.items() if name in _HUB}):
         if file.endswith(".safetensors"):
@@ -342,7 +341,7 @@ def _authors_weights(name_or_path: str | PathLike, where: dict) -> dict[str, Ten
 
 
 def _weight_files(name_or_path: str | PathLike, where: dict) -> list[str]:
-    """The files of a checkpoint's tensors, fetched where it is on the hub; none where it has none."""
+    """Return the files that hold a checkpoint's tensors, downloaded if it is on the hub; empty if there are none."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         try:
             file = cached_file(name_or_path, name, **where)
@@ -355,7 +354,7 @@ def _weight_files(name_or_path: str | PathLike, where: dict) -> list[str]:
 
 
 def authors_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in the authors' names and shapes (weights or gradients) in ours."""
+    """Convert a state dict (weights or gradients) from the authors' names and shapes to ours."""
     ours = {re.sub(r"^talk_head\.0\.", "mixing_head.", name): tensor for name, tensor in weights.items()}
     for name in ("start_embedding", "end_embedding"):
         ours[f"{name}.weight"] = ours.pop(name)[0]

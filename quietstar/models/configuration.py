@@ -1,4 +1,4 @@
-"""Configuration of a Quiet-STaR model: how it thinks and what it is trained on, beside that of its decoder."""
+"""Configuration of a Quiet-STaR model: how it thinks and how it is trained, in addition to its decoder's."""
 
 import copy
 from os import PathLike
@@ -10,7 +10,7 @@ from quietstar._numbers import Interval, check_numbers
 from quietstar.models import folder
 from quietstar.models.defaults import CHECKS, Think, check_defaults
 
-# Which values the fields may have; the two ids are looked at in `thought_token_ids`, against the vocabulary.
+# Valid values of the fields. The two token ids are checked against the vocabulary in `thought_token_ids`.
 INTERVALS = {
     "thought_length": Interval(int, "[0, inf)"),
     "lookahead": Interval(int, "[1, inf)"),
@@ -26,7 +26,7 @@ INTERVALS = {
     "gain_weight": Interval(float, "[0, inf)"),
     "embedding_scale": Interval(float, "(0, inf)"),
 }
-# Of those that may be None too.
+# Valid values of fields that may also be None.
 OPTIONAL_INTERVALS = {
     "talk_loss_weight": Interval(float, "[0, inf)"),
     "clip_ratio": Interval(float, "(0, inf)"),
@@ -41,62 +41,63 @@ CHOICES = {
 }
 SWITCHES = ("advantage_clamp", "normalize_advantage", "learned_thought_end")
 
-# What a Mistral's configuration may say, in the names of today and of older files.
+# Fields of a Mistral's configuration, including names used in older files.
 _OF_MISTRAL = MistralConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys() | {
     "rope_scaling", "rope_theta",
 }  # fmt: skip
 
 
 class QuietStarConfig(PreTrainedConfig):
-    """The hyper-parameters of Quiet-STaR (arXiv 2403.09629), beside the configuration of the decoder that thinks.
+    """Hyperparameters of Quiet-STaR (arXiv 2403.09629), together with the configuration of the decoder that thinks.
 
     The defaults are those of the authors' training run. Fields of the decoder (``hidden_size``, ``sliding_window`` and
     so on) can be read and set here too.
 
     Attributes:
-        text_config: of the decoder, or its dictionary with a ``model_type``. Default: a
+        text_config: configuration of the decoder, or its dictionary with a ``model_type``. Default: a
             ``MistralConfig`` of the other keyword arguments, as in files of version 0.1.
-        thought_length: k, sampled tokens in a thought, start and end token not counted; 0 is legal (no policy term).
+        thought_length: k ≥ 0, sampled tokens in a thought, not counting its start and end token; 0: no policy term.
         lookahead: M ≥ 1, real tokens predicted after a thought during training.
         num_thoughts: N ≥ 1, independent thoughts per position during training; inference uses one.
         thought_temperature: temperature at which thoughts are sampled; 0 is greedy.
         policy_temperature: temperature of the log-probabilities in the policy term.
         policy_weight: factor of the policy term in the loss.
         base_loss_weight: factor of the loss of the prediction without a thought.
-        talk_loss_weight: factor of that of the prediction after a thought; default what is left of 1.
-        prediction: which prediction after a thought is trained, rewarded and used: ``"mixed"``, with the one without by
-            a learned weight, or ``"thought"``, alone: the model then has no mixing head.
-        baseline: what a thought is rewarded against: the prediction without one of the model (``"self"``) or of a
-            teacher, or nothing (``"none"``).
-        teacher_decay: of the teacher, which the trainer keeps as a moving average of the model; 1 is frozen.
-        reward: what is to grow: the log-likelihood of the text after a thought, its ``"likelihood"`` (VeriFree,
-            arXiv 2505.21493), or ``"log_mean"``, the logarithm of its mean over the N thoughts of a position (JEPO,
-            arXiv 2503.19618).
-        advantage: the reward minus its mean over the N thoughts, minus the mean of the others (``"leave_one_out"``), or
-            as it is (``"none"``).
-        advantage_clamp: negative advantages count as 0.
-        normalize_advantage: divide advantages by their standard deviation over the rewarded thoughts of a pass.
+        talk_loss_weight: factor of the loss of the prediction after a thought. Default: 1 − ``base_loss_weight``.
+        prediction: which prediction after a thought is trained, rewarded and used. ``"mixed"``: mixed with the
+            prediction without a thought by a learned weight. ``"thought"``: unmixed; the model then has no mixing head.
+        baseline: what the prediction after a thought is compared with to give the reward: the model's prediction
+            without a thought (``"self"``), that of a ``"teacher"``, or nothing (``"none"``).
+        teacher_decay: decay of the moving average of the model that the trainer keeps as the teacher; 1 freezes it.
+        reward: the quantity to increase: the ``"log_likelihood"`` of the text after a thought, its ``"likelihood"``
+            (VeriFree, arXiv 2505.21493), or ``"log_mean"``, the logarithm of the likelihood's mean over the N thoughts
+            of a position (JEPO, arXiv 2503.19618).
+        advantage: the reward minus its ``"mean"`` over the N thoughts, minus the mean over the other thoughts
+            (``"leave_one_out"``), or unchanged (``"none"``).
+        advantage_clamp: whether negative advantages count as 0.
+        normalize_advantage: whether to divide advantages by their standard deviation over the rewarded thoughts of a
+            pass.
         clip_ratio: ε of PPO's clipping (arXiv 1707.06347), for several updates on the same thoughts.
-        policy_updates: so many.
-        entropy_weight: bonus for the entropy of what a thought token is drawn from, in nats.
-        kl_weight: what each nat costs by which a thought is likelier to the model than to the teacher.
+        policy_updates: number of updates on the same thoughts.
+        entropy_weight: bonus per nat of entropy of the distributions that thought tokens are drawn from.
+        kl_weight: cost per nat by which a thought is more likely under the model than under the teacher.
         gain_weight: factor in the loss of the squared error of a gain head, which predicts from the text alone what a
-            thought will gain for the next token; 0: the model has no such head. Nothing else learns from this error,
-            but where gradients are clipped by their common norm, its own count.
-        anchors_per_text: how many positions of a text think in training; default all.
-        anchor_choice: which: ``"random"`` ones, those where the prediction without a thought has the most
-            ``"entropy"``, or those ``"given"`` with the batch as ``anchors``.
-        learned_thought_end: a thought may end before it has k tokens: from its second token on the end token may be
-            drawn.
-        embedding_scale: the two thought embeddings are multiplied by this on use, which multiplies their step size.
-        start_thought_token_id: vocabulary id of the token in front of a thought. The model never produces it nor the
-            next: neither inside a thought nor in generated text.
-        end_thought_token_id: vocabulary id of the token behind a thought.
-        think: where ``generate`` thinks, where neither the call nor its ``generation_config`` says.
-        gain_threshold: nats that a thought must be expected to gain with ``think="learned"``, likewise.
-        draft_length: of drafts in ``generate``, likewise.
-        base_model_name_or_path: the checkpoint that Quiet-STaR started from, if it is known.
-        base_vocab_size: how many tokens that checkpoint had, if it is known.
+            thought will gain for the next token. 0: the model has no such head. Only the head learns from this error,
+            but its gradients count where gradients are clipped by their common norm.
+        anchors_per_text: how many positions of a text think in training. Default: all.
+        anchor_choice: which positions these are: ``"random"`` ones, those where the prediction without a thought has
+            the most ``"entropy"``, or those ``"given"`` as ``anchors`` in the batch.
+        learned_thought_end: whether a thought may end before it has k tokens. The end token may then be drawn from the
+            second token on.
+        embedding_scale: factor on the two thought embeddings when they are used, which multiplies their step size.
+        start_thought_token_id: vocabulary id of the token in front of a thought. The model never generates this token
+            or the end token, neither inside a thought nor in text.
+        end_thought_token_id: vocabulary id of the token after a thought.
+        think: default of ``generate``'s ``think``, used if neither the call nor the ``generation_config`` sets it.
+        gain_threshold: likewise for ``gain_threshold``: the gain in nats to expect with ``think="learned"``.
+        draft_length: likewise for ``draft_length``.
+        base_model_name_or_path: the checkpoint that the model was created from, if known.
+        base_vocab_size: how many tokens that checkpoint had, if known.
     """
 
     model_type = "quietstar"
@@ -142,13 +143,13 @@ class QuietStarConfig(PreTrainedConfig):
         elif isinstance(text, dict):
             text = AutoConfig.for_model(**text)
         else:
-            text = copy.deepcopy(text)  # that of another model would get our attention
+            text = copy.deepcopy(text)  # else another model that shares it would get our attention
         self.text_config = text
         super().__post_init__(**kwargs)
         self.check()
 
     def __getattr__(self, name: str) -> Any:
-        """What is not said here is asked of the decoder's configuration."""
+        """Look up other attributes in the decoder's configuration."""
         text = None if name.startswith("_") else self.__dict__.get("text_config")
         try:
             return getattr(text, name)
@@ -162,16 +163,17 @@ class QuietStarConfig(PreTrainedConfig):
         text = self.__dict__.get("text_config")
         own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         of_text = isinstance(text, PreTrainedConfig) and hasattr(text, name)
-        if of_text and (not own or name == "dtype"):  # which transformers asks either for
+        if of_text and (not own or name == "dtype"):  # transformers reads the dtype from either configuration
             setattr(text, name, value)
         if own or not of_text:
             super().__setattr__(name, value)
 
     def check(self) -> None:
-        """Look at the fields again: whoever sets them later, as ``AutoConfig.from_pretrained`` does, goes unchecked.
+        """Check the fields again. Assignments after construction, as in ``AutoConfig.from_pretrained``, are unchecked.
 
         Raises:
-            TypeError, ValueError: a field of another type or out of range, named; fields that contradict each other.
+            TypeError, ValueError: a field has the wrong type or is out of range (the message names it), or fields
+                contradict each other.
         """
         for name, interval in INTERVALS.items():
             interval.check(name, getattr(self, name))
@@ -192,7 +194,7 @@ class QuietStarConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout must be 0 (thought attention has none), got {dropout}")
 
     def _check_together(self) -> None:
-        """Fields that are right alone may contradict each other."""
+        """Check that fields do not contradict each other."""
         contradictions = (
             ("advantage", self.advantage == "leave_one_out", "num_thoughts", self.num_thoughts == 1, "at least 2"),
             ("reward", self.reward == "log_mean", "num_thoughts", self.num_thoughts == 1, "at least 2"),
@@ -210,27 +212,27 @@ class QuietStarConfig(PreTrainedConfig):
                 )
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs):
-        """As in transformers, and what lets the folder load where nobody imports quietstar (``trust_remote_code``)."""
+        """Save as transformers does, plus code that loads the folder without importing quietstar (remote code)."""
         self.auto_map = dict(folder.AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         folder.write_code(save_directory)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: a folder names the installed package and holds no copy of the class."""
+        """Do nothing: a saved folder refers to the installed package and holds no copy of the class."""
 
     @property
     def text_loss_weights(self) -> tuple[float, float]:
-        """Factors of the losses of the predictions without and after a thought."""
+        """The factors of the losses of the predictions without and after a thought."""
         talk = 1 - self.base_loss_weight if self.talk_loss_weight is None else self.talk_loss_weight
         return self.base_loss_weight, talk
 
     @property
     def thought_token_ids(self) -> tuple[int, int]:
-        """The ids of the start and the end token, checked.
+        """The checked ids of the start and the end token.
 
         Raises:
-            ValueError: an id is missing, not in the vocabulary, or both are the same.
+            ValueError: an id is missing or not in the vocabulary, or both are the same.
         """
         ids, vocab_size = (self.start_thought_token_id, self.end_thought_token_id), self.text_config.vocab_size
         for name, token in zip(("start_thought_token_id", "end_thought_token_id"), ids, strict=True):

@@ -1,4 +1,4 @@
-"""Thoughts that should not help: whoever gains from these does not gain from what was thought."""
+"""Control thoughts, which should not help: gains from these are not due to the content of thoughts."""
 
 from collections.abc import Collection, Sequence
 
@@ -11,12 +11,12 @@ from quietstar.ops._checks import check_integer, check_range
 
 
 def shuffle_thoughts(thoughts: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Thoughts exchanged between positions: none stays, unless a single position is chosen.
+    """Exchange thoughts between positions so that none keeps its own, unless a single position is chosen.
 
     Args:
         thoughts: int [windows, N, L, k]; the N thoughts of a position stay together.
-        chosen: bool [windows, L]: exchange among these positions only, the others keep theirs. Among positions of
-            one kind it is what the thoughts say that is taken away, not how they look. Default all.
+        chosen: bool [windows, L]: exchange only among these positions; the others keep theirs. Exchanging among
+            positions of one kind removes what the thoughts say but not what they look like. Default: all positions.
     """
     by_position = thoughts.transpose(1, 2)  # [windows, L, N, k]
     chosen = torch.ones(by_position.shape[:2], dtype=torch.bool, device=thoughts.device) if chosen is None else chosen
@@ -30,13 +30,13 @@ def shuffle_thoughts(thoughts: Tensor, chosen: Tensor | None = None) -> Tensor:
 
 
 def random_thoughts(shape: Sequence[int], vocabulary: int, left_out: Collection[int] = ()) -> Tensor:
-    """Tokens drawn evenly from ``range(vocabulary)`` without those ``left_out``, int64 of a shape, on the CPU."""
+    """Draw int64 tokens of a shape uniformly from ``range(vocabulary)`` without those ``left_out``, on the CPU."""
     tokens = torch.tensor([token for token in range(vocabulary) if token not in left_out])
     return tokens[torch.randint(len(tokens), tuple(shape))]
 
 
 def random_like(thoughts: Tensor, config: QuietStarConfig) -> Tensor:
-    """Random thoughts of the same lengths as some thoughts, int64 [..., k], −1 behind the ends of these."""
+    """Draw random thoughts of the same lengths as the given ones, int64 [..., k], −1 after the end of each."""
     drawn = random_thoughts(thoughts.shape, config.vocab_size, config.thought_token_ids)
     return drawn.to(thoughts.device).masked_fill(thoughts < 0, -1)
 
@@ -44,15 +44,15 @@ def random_like(thoughts: Tensor, config: QuietStarConfig) -> Tensor:
 def thoughts_of_call(
     thoughts: str | Tensor, batch: int, returned: int, new_tokens: int, config: QuietStarConfig
 ) -> Tensor | None:
-    """What ``generate`` thinks where it does not think for itself, int64 [B, n, k], n = 1 or ``new_tokens``; else None.
+    """Return the thoughts to use in a call of ``generate``, int64 [B, n, k], n = 1 or ``new_tokens``; None if sampled.
 
     Args:
         thoughts: the option of ``generate``.
-        batch: B, rows of the text, ``returned`` of every prompt.
-        new_tokens: most tokens that will be generated.
+        batch: B, rows of the text, with ``returned`` rows for every prompt.
+        new_tokens: the largest number of tokens that will be generated.
 
     Raises:
-        ValueError: given thoughts of another shape or out of range; shuffled ones of a single prompt.
+        ValueError: given thoughts have the wrong shape or are out of range, or ``"shuffled"`` has a single prompt.
     """
     prompts = batch // returned
     if isinstance(thoughts, str):

@@ -1,4 +1,4 @@
-"""The decoder of any family, run by its own forward over rows that a layout describes."""
+"""The decoder of any family, run by its own forward on rows that a layout describes."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,20 +18,20 @@ from quietstar.ops._dtensor import gathered, is_dtensor, is_fsdp_unit
 
 @dataclass
 class HiddenStates:
-    """Collects the hidden states [B, L, H] of a text in front of each layer and at the end."""
+    """Collects the hidden states [B, L, H] of a text before each layer and at the end."""
 
     length: int
     states: list[Tensor] = field(default_factory=list)
 
     def take(self, hidden: Tensor) -> Tensor:
-        """Keep the first L of ``hidden`` [B, rows, H]; what is handed on is made of it, so that it gets a gradient."""
+        """Store the first L of ``hidden`` [B, rows, H], and return rows computed from them, so they get a gradient."""
         text, thoughts = hidden.tensor_split([self.length], dim=1)
         self.states.append(text)
         return torch.cat([text, thoughts], dim=1)
 
     @contextmanager
     def in_front_of(self, layers: nn.ModuleList) -> Iterator[None]:
-        """Take what each of the layers is given, while this lasts."""
+        """Collect the input of each layer inside the context."""
         hooks = [layer.register_forward_pre_hook(lambda _, rows: (self.take(rows[0]), *rows[1:])) for layer in layers]
         try:
             yield
@@ -42,11 +42,11 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Everything peculiar to a family (rotary embeddings, multipliers, norms, kinds of layers) is its own.
+    """Runs a family's decoder, which keeps its own rotary embeddings, multipliers, norms and kinds of layers.
 
     Attributes:
         module: the decoder, without a head.
-        positions: how many there may be, see ``positions_of_short_texts``.
+        positions: the largest number of positions, see ``positions_of_short_texts``.
     """
 
     module: PreTrainedModel
@@ -63,19 +63,20 @@ class Decoder:
     def __call__(
         self, rows: Tensor, position_ids: Tensor, layout: Layout, collect: HiddenStates | None = None
     ) -> Tensor:  # fmt: skip
-        """Final hidden states [B, rows, H].
+        """Compute the final hidden states [B, rows, H].
 
-        The layout keeps keys and values, so the decoder has no cache, and it is the mask: one of 4 dimensions is what
-        transformers leaves alone. It fits no attention, so that a family that drops the layout fails.
+        The layout keeps keys and values, so the decoder gets no cache. It also defines the mask, so the decoder gets a
+        dummy mask of 4 dimensions, which transformers passes on unchanged. It fits no attention, so that a family that
+        drops the layout fails.
 
         Args:
             rows: embeddings [B, rows, H].
             position_ids: int64 [B, rows].
-            layout: of the rows.
-            collect: takes the hidden states of the text.
+            layout: the layout of the rows.
+            collect: collects the hidden states of the text.
 
         Raises:
-            ValueError: there are more positions than rotary embeddings stay the same for.
+            ValueError: there are so many positions that the rotary embeddings would change.
         """
         if self.positions is not None and int(position_ids.max()) >= self.positions:
             raise ValueError(
@@ -91,10 +92,10 @@ class Decoder:
 
 
 def _forward_of(decoder: PreTrainedModel) -> Callable[..., ModelOutput]:
-    """The decoder's forward as its family wrote it, unless somebody has put something around it.
+    """Return the decoder's forward without transformers' decorators, unless something else wraps it.
 
-    Transformers' decorators fill in defaults from the configuration and capture outputs. Neither is wanted here, and in
-    generation of small models they take a tenth of the time.
+    These decorators fill in defaults from the configuration and capture outputs. Neither is needed here, and when a
+    small model generates, they take a tenth of the time.
     """
     hooks = decoder._forward_hooks or decoder._forward_pre_hooks or decoder._backward_hooks
     if hooks or decoder._compiled_call_impl is not None or "forward" in vars(decoder):

@@ -1,4 +1,4 @@
-"""The decoding loop behind the options of ``generate``: drafting, thinking where it is wanted, rows of unequal pace."""
+"""The decoding loop for the options of ``generate``: drafting, selective thinking, rows that grow at unequal pace."""
 
 import torch
 from torch import Tensor
@@ -30,19 +30,19 @@ def decode(
     position_ids: Tensor | None = None,
     **others,
 ) -> Tensor | QuietStarGenerateOutput:
-    """What transformers calls in place of its own loop, with the arguments it prepares for that.
+    """Generate text in place of transformers' own loop, with the arguments that transformers prepares for it.
 
     Raises:
-        ValueError: something this loop does not do is asked for.
+        ValueError: an option is set that this loop does not support.
     """
     thinking.refuse_others(generation_config, synced_gpus=synced_gpus, **others)
     if isinstance(streamer, ThoughtStreamer) and len(input_ids) > 1:
         raise ValueError(f"streamer must be given one sequence, got {len(input_ids)}")
-    with torch.inference_mode():  # calls cost less in it
+    with torch.inference_mode():  # calls are faster in it
         loop = _Loop(model, input_ids, attention_mask, position_ids, generation_config, thinking)
         loop.rules, loop.streamer = TextRules(logits_processor, stopping_criteria), streamer
         output = loop.run()
-    # Copies, which may be trained on.
+    # Copies, so that the result can be used in training.
     output = type(output)(**{key: x.clone() if isinstance(x, Tensor) else x for key, x in output.items()})
     if streamer is not None:
         streamer.end()
@@ -52,10 +52,10 @@ def decode(
 class _Loop:
     """The state of one call. Column j of ``ids`` and key j of the cache belong together.
 
-    With drafts rows grow at their own pace: ``lengths`` holds how far each is, on the host. What stands behind is left
-    over from rejected drafts and never read. Rows that have stopped are computed on but grow no more. Without drafts,
-    where the rules of the text have a state, or where rows think for each other, all rows are in step, and those that
-    have stopped grow by padding. ``ends`` holds where the texts end, without that padding.
+    With drafts, each row grows at its own pace, and ``lengths`` (on the host) holds the length of each. Columns after a
+    row's length are left over from rejected drafts and never read. Rows that have stopped are still computed but no
+    longer grow. Without drafts, with logits processors that keep a state, or with shuffled thoughts, all rows grow in
+    step, and rows that have stopped grow by padding. ``ends`` holds the lengths of the texts without that padding.
     """
 
     rules: TextRules
@@ -84,7 +84,7 @@ class _Loop:
         pad = pad_token_id(generation_config)
         self.pad = 0 if pad is None else pad
 
-        capacity = self.max_length + self.draft_length.longest + 1  # stopped rows are computed on
+        capacity = self.max_length + self.draft_length.longest + 1  # stopped rows are still computed
         self.ids = torch.full((batch, capacity), self.pad, device=device)
         self.ids[:, :prompt] = input_ids
         if position_ids is None:
@@ -104,7 +104,7 @@ class _Loop:
         self.asked_to_stop = self._where_stopped()
         self.streamed = prompt
 
-        # Of every new token. Only what is asked for is kept.
+        # Details of every new token, stored only if requested.
         new = batch, capacity - prompt
         self.thinks = torch.zeros(new, dtype=torch.bool, device=device)
         self.details: list[Tensor] = []
@@ -113,7 +113,7 @@ class _Loop:
             self.details = [thoughts, *torch.zeros(3, *new, device=device).unbind()]
 
     def run(self) -> QuietStarGenerateOutput:
-        """Rounds of drafting and thinking until every row has stopped."""
+        """Run rounds of drafting and thinking until every row has stopped."""
         while True:
             left = self.max_length - min(n for n, done in zip(self.lengths, self.stopped, strict=True) if not done)
             self._round(min(self.draft_length(), left - 1))
@@ -122,7 +122,7 @@ class _Loop:
                 return self._output()
 
     def _round(self, count: int) -> None:
-        """Draft ``count`` tokens, 0 or more, behind every row, think behind all of them, keep what is agreed on."""
+        """Draft ``count`` ≥ 0 tokens after every row, think after all of them, and keep the accepted ones."""
         states, logits, draft_scores, drafts = [], [], [], []
         thinks = ~self._where_stopped()[:, None].expand(-1, count + 1)
         if self.given is not None:
@@ -157,9 +157,9 @@ class _Loop:
         self._remember(before, thinks, base_logits, logits, thoughts)
 
     def _read(self, ahead: int, thinker: Thinker | None) -> Tensor:
-        """Hidden state [B, H] of the base model behind the token ``ahead`` columns from the last of each row.
+        """Read the token ``ahead`` columns after the last of each row (in the first call, the whole prompt).
 
-        Reads that token, at first the whole prompt. A ``thinker`` starts its thoughts in the same pass.
+        Returns the base model's hidden state [B, H] there. A ``thinker`` starts its thoughts in the same pass.
         """
         if not self.cache.keys:
             columns, end = torch.arange(self.prompt_length, device=self.ids.device)[None], self.prompt_length
@@ -176,9 +176,9 @@ class _Loop:
         return thinker.read(text, positions)[:, -1]
 
     def _thinker(self, thinks: Tensor, most: int) -> Thinker:
-        """A thinker behind those positions of the round that ``thinks`` [B, P] names, ``most`` in a row.
+        """Create a thinker for the round's positions selected by ``thinks`` [B, P], at most ``most`` per row.
 
-        The chosen positions of each row are moved to the front; rows that have fewer are filled up with inactive ones.
+        The selected positions of each row are moved to the front; rows with fewer are padded with inactive anchors.
         """
         chosen = self._chosen(thinks, most)
         ahead = chosen.masked_fill(self._where_stopped()[:, None], 0)
@@ -192,15 +192,15 @@ class _Loop:
         return self._thinking_behind(thinks).logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
 
     def _thinking_behind(self, thinks: Tensor) -> Tensor:
-        """Behind which positions thoughts stand if those that ``thinks`` names want one, both bool [B, P].
+        """Return the positions that actually think, given those that want a thought; both bool [B, P].
 
-        Where rows think for each other, every row thinks where any row wants a thought, and at the end of its text if
-        it has stopped.
+        With shuffled thoughts, every row thinks where any row wants a thought; a row that has stopped thinks at the
+        end of its text.
         """
         return thinks.any(dim=0).expand_as(thinks) if self.shuffled else thinks
 
     def _given(self, ahead: Tensor) -> Tensor:
-        """Given thoughts [B, P, k] behind the tokens ``ahead`` [P] or [B, P] columns from the last of each row."""
+        """Return the given thoughts [B, P, k] for the tokens ``ahead`` [P] or [B, P] columns after each row's last."""
         new = self._column(self.lengths) - self.prompt_length + ahead
         row = torch.arange(len(new), device=new.device)[:, None]
         return self.given[row, new.clamp_max(self.given.shape[1] - 1)]
@@ -208,17 +208,17 @@ class _Loop:
     def _think(
         self, thinker: Thinker, thinks: Tensor, hidden: Tensor, base_logits: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Think, and predict with it.
+        """Think, and compute the predictions after the thoughts.
 
         Args:
             thinker: from ``_thinker``.
-            thinks: bool [B, P], the positions it thinks behind.
-            hidden: [B, P, H], the base model behind the last token of each row and behind its drafts.
-            base_logits: [B, P, V], its predictions.
+            thinks: bool [B, P], the positions that think.
+            hidden: [B, P, H], hidden states of the base model at the last token of each row and at its drafts.
+            base_logits: [B, P, V], the base model's predictions.
 
         Returns:
-            The predictions [B, P, V], those of the base model where it did not think; the thoughts [B, P, k] and their
-            weights [B, P], −1 and 0 where it did not. (−1 also behind the end of a thought.)
+            The predictions [B, P, V], which are the base model's at positions that do not think; and the thoughts
+            [B, P, k] and their weights [B, P], −1 and 0 at such positions. (Thoughts are −1 also after their end.)
         """
         config, most = self.config, thinker.positions.shape[1]
         chosen = self._chosen(thinks, most)
@@ -228,7 +228,7 @@ class _Loop:
             tokens = self._given(chosen)
             if not config.learned_thought_end:
                 tokens = tokens.clamp_min(0)
-        if self.shuffled:  # the thinker has read the thought of its own row
+        if self.shuffled:  # the first thinker's cache holds each row's own thought
             tokens, thinker = tokens.roll(-self.returned, dims=0), self._thinker(thinks, most)
         thought_hidden = thinker.finish(tokens)
         row = torch.arange(len(thinks), device=thinks.device)[:, None]
@@ -245,14 +245,14 @@ class _Loop:
         return logits, (thoughts, weights)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in float32 as transformers' loops take them."""
+        """Compute logits [..., V] in float32, as transformers' loops do."""
         return self.predictor.text_logits(hidden).float()
 
     def _process(self, processors: list, logits: Tensor, ahead: int) -> Tensor:
-        """Logits [B, V] of the tokens ``ahead`` columns behind the end of each row, through logits processors.
+        """Apply logits processors to logits [B, V] of the tokens ``ahead`` columns after the end of each row.
 
-        Processors take a batch of one length: they are called for every length there is, with all rows, since some of
-        them go by the row's number.
+        Processors expect rows of equal length. So they are called once for every length that occurs, always with all
+        rows, since some of them depend on the row's index.
         """
         lengths = set(self.lengths) if processors else {0}
         processed = {n: self.rules.process(processors, self.ids[:, : n + ahead], logits) for n in lengths}
@@ -261,17 +261,17 @@ class _Loop:
         return torch.stack([processed[length][b] for b, length in enumerate(self.lengths)])
 
     def _draw(self, scores: Tensor) -> Tensor:
-        """A token [B, 1] from scores [B, V]."""
+        """Draw a token [B, 1] from scores [B, V]."""
         if self.do_sample:
             return torch.multinomial(scores.softmax(dim=-1), 1)
         return scores.argmax(dim=-1, keepdim=True)
 
     def _keep(self, drafts: list[Tensor], draft_scores: list[Tensor], logits: Tensor) -> None:
-        """Every row takes in the drafts [B, 1] it accepts and one token more.
+        """Append to every row the drafts [B, 1] it accepts and one more token.
 
         Args:
-            drafts: from ``draft_scores`` [B, V], one after the other.
-            logits: [B, n + 1, V], the predictions that drafts are judged by, before processors.
+            drafts: the drafted tokens, each drawn from its ``draft_scores`` [B, V].
+            logits: [B, n + 1, V], the predictions that drafts are compared with, before processors.
         """
         count = len(drafts)
         scores = torch.stack([self._process(self.rules.processors, x, i) for i, x in enumerate(logits.unbind(1))], 1)
@@ -284,9 +284,9 @@ class _Loop:
         self._grow(accepted)
 
     def _keep_in_step(self, drafts: list[Tensor], draft_scores: list[Tensor], logits: Tensor) -> None:
-        """All rows take in as many tokens as all accept; arguments as for ``_keep``.
+        """Append to all rows as many tokens as all rows accept; the arguments are those of ``_keep``.
 
-        Processors and criteria are called as in transformers' own loop: in turn, and once for every token that is kept.
+        Processors and criteria are called as in transformers' own loop: in order, once for every token that is kept.
         """
         for i, predicted in enumerate(logits.unbind(1)):
             scores = self._process(self.rules.processors, predicted, 0)
@@ -301,13 +301,13 @@ class _Loop:
             else:
                 token = self._draw(scores)[:, 0]
             self._append(token)
-            # What a row that has just stopped lent to others behind its drafts, it thought behind text it has not.
+            # Later thoughts that a row lends to others follow its drafts, which are not its text if it just stopped.
             lent = self.shuffled and self.stopped.count(False) < sum(growing)
             if not goes_on or lent or all(self.stopped):
                 return
 
     def _append(self, token: Tensor) -> None:
-        """All rows, in step, grow by a token [B]; stopped ones by padding."""
+        """Append a token [B] to all rows in step; padding to those that have stopped."""
         length = self.lengths[0] + 1
         self.ids[:, length - 1] = token.masked_fill(self._where_stopped(), self.pad)
         self.lengths = [length] * len(token)
@@ -317,7 +317,7 @@ class _Loop:
         self.stopped = stop.tolist()
 
     def _grow(self, accepted: list[int]) -> None:
-        """Take in the accepted drafts and one token more, up to where a stopping criterion holds."""
+        """Grow rows by their accepted drafts and one more token, up to where a stopping criterion holds."""
         lengths, stopped = list(self.lengths), list(self.stopped)
         target = [n if done else n + m + 1 for n, m, done in zip(lengths, accepted, stopped, strict=True)]
         for length in range(min(lengths) + 1, max(target) + 1):
@@ -336,7 +336,7 @@ class _Loop:
         logits: Tensor,
         thoughts: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Keep what is known of the tokens that rows grew by since ``before``; tensors are of the round's positions."""
+        """Store the details of the tokens that rows gained since ``before``; tensors are those of the round."""
         grown = [
             (b, i, start + i)
             for b, (start, end) in enumerate(zip(before, self.ends, strict=True))
@@ -355,7 +355,7 @@ class _Loop:
             kept[row, new] = predictions[row, ahead].log_softmax(dim=-1).gather(-1, token)[:, 0]
 
     def _stream(self) -> None:
-        """Hand on the columns that are certain in every row."""
+        """Pass the columns that are final in every row to the streamer."""
         if self.streamer is None:
             return
         growing = [n for n, done in zip(self.lengths, self.stopped, strict=True) if not done]
@@ -371,7 +371,7 @@ class _Loop:
         self.streamed = certain
 
     def _text(self, width: int) -> Tensor:
-        """The first columns of all rows, int64 [B, width], padded behind the end of rows that have stopped."""
+        """Return the first columns of all rows, int64 [B, width], padded after the end of rows that have stopped."""
         behind = torch.arange(width, device=self.ids.device) >= self._column(self.ends)
         return self.ids[:, :width].masked_fill(behind, self.pad)
 
@@ -388,9 +388,9 @@ class _Loop:
         )
 
     def _where_stopped(self) -> Tensor:
-        """Bool [B]."""
+        """Return which rows have stopped, bool [B]."""
         return torch.tensor(self.stopped, device=self.ids.device)
 
     def _column(self, numbers: list[int]) -> Tensor:
-        """Numbers of the rows as int64 [B, 1] on the device."""
+        """Convert one number per row to int64 [B, 1] on the device."""
         return torch.tensor(numbers, device=self.ids.device)[:, None]

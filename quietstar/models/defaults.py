@@ -1,7 +1,7 @@
-"""When to think and how much to draft: which values there are, and which holds where a call does not say.
+"""When to think and how much to draft: the valid values, and the defaults for calls that do not set them.
 
-Pipelines, servers and evaluation harnesses cannot hand every argument on to ``generate``, so a model may say it itself:
-in ``model.generation_config``, or in the fields ``think``, ``gain_threshold`` and ``draft_length`` of its
+Pipelines, servers and evaluation harnesses cannot pass every argument on to ``generate``, so a model can set its own
+defaults: in ``model.generation_config``, or in the fields ``think``, ``gain_threshold`` and ``draft_length`` of its
 configuration.
 """
 
@@ -18,7 +18,7 @@ def check_think(value: object) -> None:
     """Check a value of ``think``.
 
     Raises:
-        TypeError, ValueError: neither of the words nor a number of nats.
+        TypeError, ValueError: it is neither one of the words nor a number of nats.
     """
     if value in ("always", "never", "learned"):
         return
@@ -33,7 +33,7 @@ def check_gain_threshold(value: object) -> None:
     """Check a value of ``gain_threshold``.
 
     Raises:
-        TypeError, ValueError: no finite number.
+        TypeError, ValueError: it is not a finite number.
     """
     wanted = "gain_threshold must be a finite number of nats"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -46,7 +46,7 @@ def check_draft_length(value: object) -> None:
     """Check a value of ``draft_length``.
 
     Raises:
-        TypeError, ValueError: neither None nor "auto" nor a number of tokens.
+        TypeError, ValueError: it is neither None nor "auto" nor a number of tokens.
     """
     if value in (None, "auto"):
         return
@@ -65,10 +65,10 @@ CHECKS: dict[str, Callable[[object], None]] = {
 
 
 def check_defaults(source: object) -> None:
-    """Check what a configuration says of these; most say nothing.
+    """Check the values of these options that a configuration sets, if any.
 
     Raises:
-        TypeError, ValueError: a value that ``generate`` does not take.
+        TypeError, ValueError: ``generate`` does not accept a value.
     """
     for name, check in CHECKS.items():
         if hasattr(source, name):
@@ -76,7 +76,7 @@ def check_defaults(source: object) -> None:
 
 
 def choose(name: str, given: Any, *sources: object) -> Any:
-    """``given``, unless it is "default": then what the first of the sources says that has an attribute of the name."""
+    """Return ``given`` unless it is "default"; then the attribute ``name`` of the first of the sources that has it."""
     if given != DEFAULT:
         return given
     return next(getattr(source, name) for source in sources if hasattr(source, name))

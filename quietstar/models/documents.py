@@ -1,7 +1,7 @@
-"""Where documents begin: what an attention mask says about padding, and position ids about packed documents.
+"""Where documents begin, derived from the attention mask (padding) and the position ids (packed documents).
 
-``starts`` is, wherever it is handed on, int64 [B] (the first column of each row that is not left padding), int64 [B, L]
-(packed rows: the first column of each token's document), or None (every row is one document from column 0 on).
+Everywhere, ``starts`` is int64 [B] (the first column of each row that is not left padding), int64 [B, L] (packed rows:
+the first column of each token's document), or None (every row is one document that begins at column 0).
 """
 
 import torch
@@ -11,20 +11,20 @@ IGNORE_INDEX = -100
 
 
 def first_key(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """The first position of each sequence that is not left padding, or None where nothing is padded on the left.
+    """Find the first position of each sequence that is not left padding; None if there is no left padding.
 
-    Right padding needs no mask: causal attention never looks at it.
+    Right padding needs no mask, since causal attention never looks at it.
 
     Args:
-        attention_mask: [B, L], 1 for tokens and 0 for padding; or these positions themselves, [B], which ``generate``
-            makes of it for compileable caches; or None.
+        attention_mask: [B, L], 1 for tokens and 0 for padding; or the resulting positions themselves, [B], into which
+            ``generate`` converts a mask for compileable caches; or None.
         shape: the expected (B, L).
 
     Returns:
         int64 [B], or None.
 
     Raises:
-        ValueError: another shape, or padding between tokens.
+        ValueError: the shape is wrong, or there is padding between tokens.
     """
     if attention_mask is None or attention_mask.dim() == 1:
         return attention_mask
@@ -41,17 +41,17 @@ def first_key(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor |
 def document_starts(
     attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]
 ) -> Tensor | None:
-    """``starts`` of whole rows. Reads values: a GPU is waited for where a mask or positions are given.
+    """Compute ``starts`` of whole rows. Given a mask or positions, this reads their values, which waits for a GPU.
 
-    A document begins wherever a position is not one more than the one before it, as for Mistral in transformers.
+    A document begins wherever a position is not one more than the previous one, as for Mistral in transformers.
 
     Args:
         attention_mask: [B, L] or None.
-        position_ids: int [B, L] or [1, L] as the caller gave them, or None: one document.
+        position_ids: int [B, L] or [1, L] as given by the caller, or None for one document.
         shape: the expected (B, L).
 
     Raises:
-        ValueError: a mask of another shape, or with padding between tokens.
+        ValueError: the mask has the wrong shape or padding between tokens.
     """
     padding = first_key(attention_mask, shape)
     if position_ids is None or not bool(_begins(attention_mask, position_ids).any()):
@@ -60,7 +60,7 @@ def document_starts(
 
 
 def token_starts(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """As ``document_starts``, but always [B, L] where a mask or positions are given, without reading values."""
+    """Like ``document_starts``, but without reading values: always [B, L] if a mask or positions are given."""
     starts = None
     if position_ids is not None:
         column = torch.arange(1, shape[1], device=position_ids.device)
@@ -73,7 +73,7 @@ def token_starts(attention_mask: Tensor | None, position_ids: Tensor | None, sha
 
 
 def _begins(attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
-    """Which tokens but the first of each row begin a document, bool [B, L−1]; the positions of padding mean nothing."""
+    """Which tokens after the first of each row begin a document, bool [B, L−1]; positions of padding are ignored."""
     begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if attention_mask is not None:
         begins = begins & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
@@ -81,14 +81,14 @@ def _begins(attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
 
 
 def at_anchors(starts: Tensor | None, anchors: Tensor) -> Tensor | None:
-    """``starts`` as the ``key_start`` of thoughts behind ``anchors`` [P] or [B, P]: int64 [B] or [B, P]."""
+    """Return ``starts`` as the ``key_start`` of thoughts after ``anchors`` [P] or [B, P]: int64 [B] or [B, P]."""
     if starts is None or starts.dim() == 1:
         return starts
     return starts.gather(1, anchors.clamp_min(0).expand(len(starts), -1))
 
 
 def text_labels(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> Tensor:
-    """Labels int [B, L] of a text: −100 in padding and for the first token of each document, which nothing predicts."""
+    """Return labels int [B, L], −100 in padding and for the first token of each document, which is not predicted."""
     if attention_mask is not None:
         labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
     if starts is None:
@@ -98,9 +98,9 @@ def text_labels(labels: Tensor, attention_mask: Tensor | None, starts: Tensor | 
 
 
 def look_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
-    """Labels of the predictions after a thought, int [B, L−1, M]: token i+1+m for look-ahead m of the thought behind i.
+    """Return labels of the predictions after thoughts, int [B, L−1, M]: token i+1+m for look-ahead m at position i.
 
-    −100 behind the end of the row, in the documents after the thought's own, and for thoughts behind padding.
+    They are −100 beyond the end of the row or of the thought's document, and for thoughts after padding.
 
     Args:
         labels: int [B, L], from ``text_labels``.
@@ -120,9 +120,9 @@ def look_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
 
 
 def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | None:
-    """Which of the first L−1−M thoughts look no further than their document, bool [B, L−1−M]: those are rewarded.
+    """Which of the first L−1−M thoughts are rewarded, bool [B, L−1−M]: those that look no further than their document.
 
-    None is all of them. Arguments as of ``look_ahead``.
+    None means all of them. The arguments are those of ``look_ahead``.
     """
     if starts is None or starts.dim() == 1:
         return None
@@ -130,9 +130,9 @@ def rewarded(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor | 
 
 
 def sees_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
-    """From which positions but the last all M tokens ahead are in the same document, bool [1 or B, L−1].
+    """Which positions except the last have all M tokens ahead in their document, bool [1 or B, L−1].
 
-    Arguments as of ``look_ahead``.
+    The arguments are those of ``look_ahead``.
     """
     last = labels.shape[1] - 1
     position = torch.arange(last, device=labels.device)[None]
@@ -146,5 +146,5 @@ def sees_ahead(labels: Tensor, lookahead: int, starts: Tensor | None) -> Tensor:
 
 
 def _of_tokens(starts: Tensor, labels: Tensor) -> Tensor:
-    """``starts`` as [B, L]."""
+    """Expand ``starts`` to [B, L]."""
     return starts if starts.dim() == 2 else starts[:, None].expand(labels.shape)

@@ -1,6 +1,6 @@
-"""Thoughts that end themselves: from the second token on the end token may be drawn, and nothing more is thought then.
+"""Thoughts of learned length: from the second token on, the end token may be drawn, which ends the thought.
 
-One of k tokens ends there without having drawn its end. How they are written down: ``quietstar.models.lengths``.
+A thought of k tokens ends without drawing the end token. ``quietstar.models.lengths`` describes their representation.
 """
 
 import torch
@@ -12,14 +12,14 @@ from quietstar.models.thoughts import Thinker
 
 
 class EndingThinker(Thinker):
-    """A thinker whose thoughts end themselves. Those that have ended are dropped from its batch of anchors.
+    """A thinker for thoughts of learned length. Thoughts that have ended are dropped from its batch of anchors.
 
-    The end of a thought is run beside the next tokens of the others. What is left of the batch is numbered anew for the
-    noise of sampling: with a given seed a thought depends on how many in front of it have ended before. A compiled pass
-    drops nothing.
+    The end token of a thought runs in the same pass as the next tokens of the others. The rest of the batch is
+    renumbered for the sampling noise, so with a given seed a thought depends on how many of those before it in the
+    batch have ended. A compiled pass drops nothing.
     """
 
-    _ends: Tensor | None = None  # [B, P, H], the states that ``finish`` gives
+    _ends: Tensor | None = None  # [B, P, H], the states that ``finish`` returns
 
     def read(
         self,
@@ -28,19 +28,19 @@ class EndingThinker(Thinker):
         tokens: Tensor | None = None,
         collect: HiddenStates | None = None,
     ) -> Tensor:
-        """As of ``Thinker``."""
+        """See ``Thinker``."""
         self.lengths = None if tokens is None else lengths_of(tokens) + 2
         return super().read(text, position_ids, tokens, collect)
 
     def sample(
         self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None, finishes: bool = True
     ) -> Tensor:  # fmt: skip
-        """Sampled thought tokens, int64 [B, P, k], −1 behind their ends and where anchors are inactive."""
+        """Sample thought tokens, int64 [B, P, k], −1 after the end of a thought and for inactive anchors."""
         anchors, k = self.cache.anchors, self.thought_length
         seeds, (start_token, end_token) = self._seeds(generator), suppress
         tokens = torch.full((*anchors.shape, k), -1, device=anchors.device)
-        # Of the thoughts that are still in the batch, [B, P']: where they were at first, what they drew last, whether
-        # they go on, and whether they have just ended.
+        # For the thoughts that are still in the batch, [B, P']: their original places, the tokens drawn last, whether
+        # they continue, and whether they have just ended.
         places = torch.arange(anchors.shape[1], device=anchors.device).expand(anchors.shape)
         drawn, running = torch.full_like(places, -1), anchors >= 0
         ending = torch.zeros_like(running)
@@ -62,7 +62,7 @@ class EndingThinker(Thinker):
         return tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """As of ``Thinker``, of thoughts −1 behind their ends."""
+        """See ``Thinker``; ``tokens`` are −1 after the end of a thought."""
         if self._ends is not None:
             return self._ends
         super().finish(tokens)
@@ -73,7 +73,7 @@ class EndingThinker(Thinker):
         return slots_of(tokens, self.start, self.decoder.embed(tokens.clamp_min(0)), self.end)
 
     def _needed(self, needed: Tensor, *of_thoughts: Tensor) -> list[Tensor]:
-        """Drop thoughts that are not ``needed``, bool [B, P], from the batch and from tensors [B, P]."""
+        """Drop the thoughts that are not ``needed``, bool [B, P], from the batch and from tensors [B, P]."""
         if torch.compiler.is_compiling():
             return list(of_thoughts)
         most = int(needed.sum(dim=1).max())
@@ -85,13 +85,13 @@ class EndingThinker(Thinker):
         return [x.gather(1, chosen) for x in of_thoughts]
 
     def _step(self, drawn: Tensor, ending: Tensor, last: bool) -> Tensor:
-        """Embeddings [B, P, 1, H] of tokens [B, P] or the end; behind the ``last`` ones [B, P, 2, H] the end of all."""
+        """Embed tokens [B, P] or the end: [B, P, 1, H]; if they are the ``last``, [B, P, 2, H] with the end of all."""
         end = self.end[:, : drawn.shape[1]]
         step = torch.where(ending[..., None, None], end, self.decoder.embed(drawn.clamp_min(0))[:, :, None])
         return torch.cat([step, end], dim=2) if last else step
 
     def _draw(self, running: Tensor, temperature: float, suppress: tuple[int, ...], seed: Tensor) -> Tensor:
-        """The next token of the thoughts that go on, int64 [B, P], −1 for the others."""
+        """Draw the next token of the thoughts that continue, int64 [B, P]; −1 for the others."""
         options = {"temperature": temperature, "suppress": suppress, "seed": seed}
         if torch.compiler.is_compiling():
             drawn = self.head.draw(self.hidden.flatten(0, 1), **options).view(running.shape)
@@ -101,7 +101,7 @@ class EndingThinker(Thinker):
         return drawn.clamp_min(0).masked_fill(~running, -1)  # any token for NaN, as in ``Thinker``
 
     def _keep_ends(self, places: Tensor, ending: Tensor, running: Tensor | None) -> None:
-        """Keep the states at the ends that were just run: of those ``ending`` and, in the last pass, ``running``."""
+        """Store the states at the end tokens just run: those of ``ending`` and, in the last pass, ``running`` ones."""
         hidden = self.states[:, :, 0]
         if running is not None:
             hidden, ending = torch.where(running[..., None], self.hidden, hidden), ending | running

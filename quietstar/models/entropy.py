@@ -1,4 +1,4 @@
-"""How sure a model is of its thoughts, measured while it trains."""
+"""The entropy of thought tokens, measured during training."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from quietstar.models.head import Head
 from quietstar.models.lengths import lengths_of
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
-# Thought tokens that are looked at: a few of each pass are enough for a mean over many, and cost about one per cent.
+# Thought tokens measured per pass: a few are enough for a mean over many passes, and cost about one per cent.
 TOKENS = 64
 
 
@@ -16,27 +16,27 @@ TOKENS = 64
 def thought_entropy(
     hidden: Tensor, head: Head, counted: Tensor, config: QuietStarConfig, tokens: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """Mean entropy of the distributions that thought tokens are drawn from, in nats: a scalar, NaN without any.
+    """Compute the mean entropy, in nats, of the distributions that thought tokens are drawn from (a scalar).
 
-    That is at ``thought_temperature`` and without the thought tokens that must not be drawn, also where
-    ``policy_temperature`` is another. Of some thoughts, evenly spread, it is computed exactly from the logits of their
-    tokens; of all of them if they have no more than ``TOKENS``. Nothing waits for the device.
+    The distributions are those at ``thought_temperature``, without the special tokens that must not be drawn, even if
+    ``policy_temperature`` differs. The entropy is exact for an evenly spread sample of thought tokens, or for all if
+    there are at most ``TOKENS``; NaN if there are none. Nothing waits for the device.
 
     Args:
         hidden: [B, P, N, k, H], the states that thought tokens are drawn from.
-        head: makes predictions of them.
-        counted: bool [B, P], behind which positions thoughts count.
-        config: of the model.
-        tokens: int [B, P, N, k], the thoughts, if they end themselves: what was not drawn does not count, and what drew
-            an end does.
+        head: computes predictions from them.
+        counted: bool [B, P], the positions whose thoughts count.
+        config: the model's configuration.
+        tokens: int [B, P, N, k], the thoughts, if they have learned lengths: draws of an end token count, places where
+            nothing was drawn do not.
     """
     batch, positions, num_thoughts, k, _ = hidden.shape
     thoughts = batch * positions * num_thoughts
     up_to = counted[:, :, None].expand(batch, positions, num_thoughts).flatten().cumsum(0)
     total = up_to[-1]
     ranks = torch.arange(min(thoughts, max(1, TOKENS // max(k, 1))), device=hidden.device)
-    ranks = ranks * total // len(ranks)  # of the thoughts looked at, among those that count
-    first = ranks.diff(prepend=ranks[:1] - 1) > 0  # with few that count, some come up more than once
+    ranks = ranks * total // len(ranks)  # of the sampled thought tokens, among those that count
+    first = ranks.diff(prepend=ranks[:1] - 1) > 0  # if few count, some are sampled more than once
     chosen = torch.searchsorted(up_to, ranks, right=True).clamp_max(thoughts - 1)
     rows = hidden.flatten(0, 2)[chosen].flatten(0, 1)
     parts = slices(len(rows), rows_within(BLOCK_BYTES, 4 * len(head.weight), rows.device))
@@ -53,7 +53,7 @@ def thought_entropy(
 
 
 def _entropy(hidden: Tensor, may_end: Tensor, head: Head, config: QuietStarConfig) -> Tensor:
-    """Of one distribution each, float32 [rows]."""
+    """Compute the entropy of each row's distribution, float32 [rows]."""
     if config.thought_temperature == 0:  # greedy thoughts
         return torch.zeros(len(hidden), device=hidden.device)
     logits = head.logits(hidden).float() / config.thought_temperature

@@ -1,4 +1,4 @@
-"""The base model alone, as a plain checkpoint of its family, for programs that know nothing of thoughts."""
+"""Export of the base model alone, as a plain checkpoint of its family, for programs that do not support thoughts."""
 
 import json
 from os import PathLike
@@ -24,26 +24,26 @@ _CARD = """\
 # The base model of {name}
 
 A plain model of type `{family}`, written by `quietstar export`: it predicts what {name} predicts with `think="never"`.
-The thoughts stayed behind, with the two thought tokens, the mixing head and all that they gain.
+It has no thoughts, and so neither the two thought tokens nor the mixing head nor what thoughts gain.
 """
 
 
 def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | PathLike) -> int:
-    """Write the model without thoughts, as ``AutoModelForCausalLM`` and other engines load it, and its tokenizer.
+    """Write the model without thoughts, for ``AutoModelForCausalLM`` and other engines, and its tokenizer.
 
-    Its logits are those of the base prediction. The thought tokens leave both vocabularies if they are the last there;
-    else they are never generated.
+    Its logits are those of the base prediction. The thought tokens are removed from both vocabularies if they are the
+    last tokens; otherwise they stay but are never generated.
 
     Args:
-        model: a ``QuietStarForCausalLM``, of no use afterwards: its parts are taken and cut.
-        tokenizer: the model's; None if it has none.
-        folder: new or empty.
+        model: a ``QuietStarForCausalLM``. It cannot be used afterwards, since its parts are moved and cut.
+        tokenizer: the model's tokenizer; None if it has none.
+        folder: a new or empty folder.
 
     Returns:
-        The number of tokens that the base model has.
+        The number of tokens of the base model.
 
     Raises:
-        ValueError: a folder that holds something, a quantised model.
+        ValueError: the folder is not empty, or the model is quantised.
     """
     folder = check_new("folder", folder)
     if getattr(model, "is_quantized", False):
@@ -55,7 +55,7 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
     base = family_of(model)
     base.resize_token_embeddings(size)
     base.generation_config = _generation_config(model, [token for token in thoughts if token < size])
-    if hasattr(base.config, "auto_map"):  # names files of the checkpoint that Quiet-STaR started from
+    if hasattr(base.config, "auto_map"):  # it names files of the original checkpoint
         del base.config.auto_map
     base.save_pretrained(folder)
     if tokenizer is not None:
@@ -65,10 +65,10 @@ def export_base(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def check_new(name: str, folder: str | PathLike) -> Path:
-    """A folder that is to be written, called ``name`` in the message.
+    """Check that an output folder, called ``name`` in the message, is new or empty.
 
     Raises:
-        ValueError: there is something already.
+        ValueError: it exists and is not empty.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -78,10 +78,10 @@ def check_new(name: str, folder: str | PathLike) -> Path:
 
 
 def base_vocab_size(config: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """How many tokens the base model had: as many as are known, but no fewer than the tokenizer has beside thoughts."""
+    """Return the base model's number of tokens: the recorded one, but no fewer than the tokenizer's ordinary tokens."""
     thoughts = config.thought_token_ids
     size = config.base_vocab_size
-    if size is None:  # of a folder of version 0.1, or of the authors
+    if size is None:  # a folder of version 0.1, or in the authors' layout
         size = config.vocab_size
         while size - 1 in thoughts:
             size -= 1
@@ -91,7 +91,7 @@ def base_vocab_size(config: QuietStarConfig, tokenizer: PreTrainedTokenizerBase 
 
 
 def _generation_config(model: ThinkingModel, thought_tokens: list[int]) -> GenerationConfig:
-    """The model's, without what is ours; thought tokens that are still in the vocabulary are never generated."""
+    """Return the model's generation config without our fields; remaining thought tokens are never generated."""
     saved = {name: value for name, value in model.generation_config.to_dict().items() if name not in CHECKS}
     if thought_tokens:
         saved["suppress_tokens"] = sorted({*(saved.get("suppress_tokens") or ()), *thought_tokens})
@@ -99,9 +99,9 @@ def _generation_config(model: ThinkingModel, thought_tokens: list[int]) -> Gener
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer without the thought tokens, if they are its last: those behind them would get other numbers.
+    """Save a tokenizer without the thought tokens if they are its last tokens; else other tokens' ids would change.
 
-    No call removes tokens, but the files are JSON.
+    Tokenizers have no method that removes tokens, so their JSON files are edited.
     """
     vocabulary = tokenizer.get_vocab()
     rest = {text: token for text, token in vocabulary.items() if text not in _THOUGHT_TOKENS}
@@ -119,7 +119,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _without(content: Any, tokens: set[str]) -> Any:
-    """JSON without the entries of some tokens: by name, or as objects with their ``content``."""
+    """Remove the entries of some tokens from JSON data: keys or strings, or objects with this ``content``."""
 
     def kept(value: Any) -> bool:
         text = value.get("content") if isinstance(value, dict) else value

@@ -1,10 +1,10 @@
-"""Which decoders can think, and what keeps another from it."""
+"""Which decoders can think, and why others cannot."""
 
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-# Model types that the tests hold to their own forward, thought by thought. Any other whose attention goes through
-# transformers' AttentionInterface may think too: ``from_base`` compares it with itself first.
+# Model types that the tests compare with their own forward, thought by thought. Any other type whose attention goes
+# through transformers' AttentionInterface may work too: ``from_base`` first compares it with its own predictions.
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "glm", "granite", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3",
     "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
@@ -12,7 +12,7 @@ FAMILIES = (
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# Fields of a configuration that say, unless they are None, False or 0, that thoughts would be silently wrong, and why.
+# Configuration fields which, unless None, False or 0, mean that thoughts would be silently wrong, and the reason.
 _REASONS = {
     "is_encoder_decoder": "an encoder-decoder reads its text otherwise than it writes",
     "is_heterogeneous": "layers have configurations of their own",
@@ -26,7 +26,7 @@ _REASONS = {
 
 
 class UnsupportedFamilyError(ValueError):
-    """A decoder that cannot think; the message says why, and which can."""
+    """Raised for a decoder that cannot think; the message says why, and lists those that can."""
 
     def __init__(self, name: str, config: PreTrainedConfig, reason: str):
         super().__init__(
@@ -36,7 +36,7 @@ class UnsupportedFamilyError(ValueError):
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
-    """Why a decoder of this configuration cannot think; None if nothing is known."""
+    """Return why a decoder with this configuration cannot think; None if no reason is known."""
     if config.model_type == "quietstar":
         return "it thinks already, and from_pretrained loads it"
     if config.get_text_config() is not config:
@@ -55,10 +55,10 @@ def unsupported(config: PreTrainedConfig) -> str | None:
 
 
 def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """The decoder of a configuration without a head, with random weights.
+    """Create the decoder of a configuration, without a head and with random weights.
 
     Raises:
-        UnsupportedFamilyError: it cannot think.
+        UnsupportedFamilyError: the decoder cannot think.
     """
     if (reason := unsupported(config)) is not None:
         raise UnsupportedFamilyError("text_config", config, reason)
@@ -69,9 +69,9 @@ def new_decoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class _Layers(nn.ModuleList):
-    """Layers of which a decoder takes the first so many, all of them, in every pass: that makes no new list here.
+    """A list of layers whose full slice, which a decoder takes in every pass, is the list itself instead of a copy.
 
-    It saves a twentieth of a pass of a small model.
+    This saves a twentieth of a small model's pass.
     """
 
     def __getitem__(self, which: int | slice) -> nn.Module:
@@ -79,13 +79,13 @@ class _Layers(nn.ModuleList):
 
 
 def refuse_sinks(name: str, model: PreTrainedModel) -> None:
-    """Attention to a learned key that is no token; ``name`` is of the argument that the model came from."""
+    """Refuse attention sinks (learned keys that are not tokens); ``name`` is the argument that named the model."""
     if sinks := [parameter for parameter, _ in model.named_parameters() if parameter.endswith("sinks")]:
         raise UnsupportedFamilyError(name, model.config, f"its attention has sinks ({sinks[0]})")
 
 
 def positions_of_short_texts(config: PreTrainedConfig) -> int | None:
-    """How many positions a text may have before rotary embeddings of all its tokens change; None: they never do."""
+    """Return how long a text may be before the rotary embeddings of all its tokens change; None if they never do."""
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):
         if parameters.get("rope_type") in ("dynamic", "longrope"):

@@ -1,4 +1,4 @@
-"""Whether a decoder can think: what it is made of, and whether its predictions stay those of its family."""
+"""Checks whether a decoder can think, by its configuration and by comparing its predictions with its family's."""
 
 import math
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ from quietstar.models.layouts import BaseAndThoughts, BaseStates, TextRows, Thou
 from quietstar.models.modeling import ThinkingModel
 
 _TEXT, _STEPS = 4, 2  # tokens of the text, and of each thought
-_ANCHORS = (1, 3)  # between them they tell a layout from plain causal attention
+_ANCHORS = (1, 3)  # with two anchors, a thought layout differs from plain causal attention
 
-# The most that logits may differ by, relative to their size: rounding, and less than any multiplier that matters.
+# Largest relative difference of logits: it covers rounding, but no multiplier that matters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_OF_HALVES = 0.05
 
 
 def check_decoder(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a decoder that cannot think, as far as its configuration tells.
+    """Refuse a decoder that cannot think according to its configuration.
 
     Args:
-        name: of the argument that the configuration came from.
-        config: of the decoder.
+        name: name of the argument that the configuration came from.
+        config: the decoder's configuration.
 
     Raises:
-        UnsupportedFamilyError: the reason, and which can.
+        UnsupportedFamilyError: the decoder cannot think; the message says why, and lists those that can.
     """
     if (reason := unsupported(config)) is not None:
         raise UnsupportedFamilyError(name, config, reason)
@@ -45,14 +45,13 @@ def check_decoder(name: str, config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def check_family(name: str, model: ThinkingModel) -> None:
-    """Compare a model with its family on a few tokens, among them a thought.
+    """Compare a model's predictions with those of its family's own code on a few tokens, including a thought.
 
-    What a family does with its hidden states (multipliers, soft caps) and its layers is looked at from the outside, so
-    that one which is not known is not silently wrong.
+    This tests multipliers, soft caps and layers from the outside, so that an unknown family is not silently wrong.
 
     Args:
-        name: of the argument that the model came from.
-        model: in evaluation mode; attention of the family's own runs while this lasts.
+        name: name of the argument that the model came from.
+        model: the model, in evaluation mode. During the check the family's own attention runs.
 
     Raises:
         UnsupportedFamilyError: the predictions or the tensors differ.
@@ -67,7 +66,7 @@ def check_family(name: str, model: ThinkingModel) -> None:
         parts = _in_one_pass(decoder, text, thought, anchors), _step_by_step(decoder, text, thought, anchors)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:  # masks that fit nothing, keywords that are not handed on
+    except (RuntimeError, ValueError) as error:  # the dummy mask was used, or the layout was not passed on
         raise UnsupportedFamilyError(name, config, str(error)) from error
     family = family_of(model).eval()
     with _own_attention(config):
@@ -86,7 +85,7 @@ def check_family(name: str, model: ThinkingModel) -> None:
 
 
 def _in_one_pass(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tensor) -> Tensor:
-    """Hidden states [rows, H] of the text and of the thought behind each anchor, as in training."""
+    """Compute hidden states [rows, H] of the text and of the thought after each anchor in one pass, as in training."""
     columns, steps = (torch.arange(count, device=anchors.device) for count in (_TEXT, _STEPS))
     rows = torch.cat([text, *[thought] * len(anchors)], dim=1)
     positions = torch.cat([columns, (anchors[:, None] + 1 + steps).flatten()])[None]
@@ -94,7 +93,7 @@ def _in_one_pass(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tenso
 
 
 def _step_by_step(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tensor) -> Tensor:
-    """The same, the first steps with the text and the others behind it, as where thoughts are sampled."""
+    """Compute the same with the first steps in the text's pass and the others later, as when thoughts are sampled."""
     columns = torch.arange(_TEXT, device=anchors.device)
     base = BaseStates(TextRows(columns[None]))
     cache = ThoughtCache(base, anchors, _STEPS)
@@ -110,21 +109,21 @@ def _step_by_step(decoder: Decoder, text: Tensor, thought: Tensor, anchors: Tens
 
 
 def family_of(model: ThinkingModel) -> PreTrainedModel:
-    """The family's own model, made of the decoder and the head of ``model``; attention stays ours."""
+    """Create the family's own model from the decoder and the head of ``model``; the attention stays ours."""
     family = _without_weights(model.config.text_config)
     family.model, family.lm_head = model.model, model.lm_head
     return family
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The family's own model."""
+    """Create the family's own model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 @contextmanager
 def _own_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """The attention that a family wrote down, on a decoder that has ours."""
+    """Use the family's own attention, inside the context, on a decoder that has ours."""
     ours, config._attn_implementation = config._attn_implementation, "eager"
     try:
         yield
@@ -133,9 +132,9 @@ def _own_attention(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """The difference of logits [rows, V] relative to their size; 0 where theirs are not finite, with bad weights.
+    """Return the relative difference of logits [rows, V]; 0 if theirs are not finite because of bad weights.
 
-    Of median rows: where rounding sends one to other experts it may differ by more.
+    It is that of a median row, since rounding may send single rows to other experts, which changes them more.
     """
     if not bool(theirs.isfinite().all()):
         return 0.0

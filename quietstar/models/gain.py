@@ -1,4 +1,4 @@
-"""Where to think is learned too: how the head that predicts what a thought will gain is trained."""
+"""Training of the gain head, which predicts what a thought will gain and so learns where to think."""
 
 from torch import Tensor, nn
 
@@ -7,10 +7,10 @@ from quietstar.models.documents import IGNORE_INDEX
 
 
 def require_gain_head(head: nn.Module | None, config: QuietStarConfig) -> nn.Module:
-    """The gain head of a model.
+    """Return the gain head of a model.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the model has none.
     """
     if head is None:
         raise ValueError(
@@ -23,14 +23,14 @@ def require_gain_head(head: nn.Module | None, config: QuietStarConfig) -> nn.Mod
 def gain_loss(
     predicted: Tensor, base_nll: Tensor, talk_nll: Tensor, labels: Tensor, anchors: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """Mean squared error of predicted gains: the mean of what is measured is then the best that can be said.
+    """Compute the mean squared error of predicted gains. It is minimised by predicting the expected gain.
 
     Args:
-        predicted: [B, L−1], by the head, behind every position that has a next token.
+        predicted: [B, L−1], the head's predictions at every position that has a next token.
         base_nll: [B, L−1], of the next token without a thought.
         talk_nll: [B, N, L−1 or A, M], after each of N thoughts; the first of the M tokens counts.
         labels: int [B, L], −100 is ignored; from ``text_labels``.
-        anchors: int64 [B, A], the positions that thought, −1 for none; None is all of them.
+        anchors: int64 [B, A], the positions that thought, −1 for none; None means all of them.
 
     Returns:
         A scalar in nats², 0 where no thought was measured; its gradient is that of ``predicted`` alone.
@@ -41,5 +41,5 @@ def gain_loss(
         measured = measured.gather(1, here) & (anchors == here)
         predicted, base_nll = predicted.gather(1, here), base_nll.gather(1, here)
     gain = (base_nll - talk_nll[..., 0].mean(dim=1)).detach()
-    error = (predicted - gain).square().masked_fill(~measured, 0)  # in the dtype of the nll, which is the wider
+    error = (predicted - gain).square().masked_fill(~measured, 0)  # in the wider dtype, that of the nll
     return error.sum() / measured.sum().clamp_min(1)

@@ -1,8 +1,8 @@
-"""``generate`` of a Quiet-STaR model: transformers' own, and beyond it drafts, when to think, and visible thoughts.
+"""The model with ``generate``: transformers' own, plus options for drafts, when to think, and visible thoughts.
 
 Plain thinking runs in transformers' loops, where every forward pass thinks once. The options run in the loop of
-``decoding.py``, inside the same ``generate``: transformers prepares prompts, logits processors, stopping criteria and
-streamers either way.
+``decoding.py``, inside the same ``generate``: in both cases transformers prepares prompts, logits processors, stopping
+criteria and streamers.
 """
 
 import inspect
@@ -41,12 +41,12 @@ from quietstar.models.transformers_names import (
     register,
 )  # fmt: skip
 
-# Arguments of transformers' ``generate`` with which somebody may keep a cache or what else is made in the call.
+# Arguments of transformers' ``generate`` with which a caller may keep a cache or other tensors created in the call.
 _MAY_KEEP_A_CACHE = (
     CACHE, "assistant_model", "cache_implementation", "custom_generate", "generation_config", "return_dict_in_generate",
 )  # fmt: skip
 
-# Arguments of ``forward`` and of the methods below that mean nothing in ``generate``.
+# Arguments of ``forward`` and of the methods below that have no meaning in ``generate``.
 _NOT_OF_GENERATE = (
     "labels", "output_thought_entropy", "output_thought_logprobs", "suppress_thought_tokens", "thinking",
     "thought_states", "thought_tokens",
@@ -54,22 +54,22 @@ _NOT_OF_GENERATE = (
 
 
 class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard, ThinkingModel, GenerationMixin):
-    """A decoder with Quiet-STaR (arXiv 2403.09629): hidden thoughts behind every token.
+    """A causal language model with Quiet-STaR (arXiv 2403.09629): it thinks, hidden, after every token.
 
     Any decoder whose attention goes through transformers' AttentionInterface can think;
-    :data:`~quietstar.models.families.FAMILIES` names those that are tested.
+    :data:`~quietstar.models.families.FAMILIES` lists those that are tested.
 
     >>> model = QuietStarForCausalLM.from_base("a checkpoint", tokenizer=tokenizer)
     >>> model(input_ids, labels=input_ids).loss.backward()   # train
     >>> model.generate(input_ids, max_new_tokens=20)         # generate, thinking before every token
-    >>> model.generate(input_ids, draft_length=8)            # text of the same distribution, faster
+    >>> model.generate(input_ids, draft_length=8)            # same distribution of texts, faster
     """
 
     from_base = classmethod(checkpoint.from_base)
     from_pretrained = classmethod(checkpoint.from_pretrained)
 
     def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
-        """As in transformers, with a model card, ``README.md``, unless somebody wrote one."""
+        """Save as transformers does, with a model card, ``README.md``, unless somebody wrote one."""
         keep_own_fields(self.generation_config)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():  # else it holds an adapter
@@ -80,7 +80,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing: a folder names the installed package and holds no copy of the class."""
+        """Do nothing: a saved folder refers to the installed package and holds no copy of the class."""
 
     @torch.no_grad()
     def generate(
@@ -98,36 +98,35 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
 
         Args:
             inputs: int64 [B, L], the prompts (or ``input_ids``), padded on the left.
-            draft_length: the base model drafts so many tokens, the model thinks behind all of them at once and keeps
-                those it agrees with (speculative sampling, arXiv 2211.17192, with the model as its own drafter). The
-                text is distributed as without drafts, greedy text is the same. ``"auto"`` chooses the length from how
-                many drafts were accepted so far; None drafts nothing.
-            think: ``"always"``; ``"never"`` for the base model alone; a threshold in nats: think only in front of
-                tokens whose base prediction has more entropy; or ``"learned"``: only where the model's gain head
+            draft_length: number of tokens that the base model drafts. The model then thinks after all of them at once
+                and keeps those it agrees with (speculative sampling, arXiv 2211.17192, with the model as its own
+                drafter). Drafts change neither greedy text nor the distribution of sampled text. ``"auto"`` adapts the
+                length to how many drafts were accepted so far; None turns drafting off.
+            think: ``"always"``; ``"never"``, for the base model alone; a threshold in nats, to think only before tokens
+                whose base prediction has more entropy; or ``"learned"``, to think only where the model's gain head
                 (trained with a ``gain_weight``) expects a thought to gain more than ``gain_threshold``. ``"default"``,
-                as for ``draft_length``: what the generation config of the call or the model's own says, or else the
-                model's configuration: ``"always"`` and None where nobody has set it.
-            gain_threshold: in nats, with ``think="learned"``; ``"default"`` as for ``think``: 0.1 where nobody has
-                set it. At 0 a head that is right but for noise thinks at half of the places where nothing is gained.
-            return_thoughts: return a ``QuietStarGenerateOutput`` with every thought. So does
-                ``return_dict_in_generate`` with one of the other options, without the thoughts.
-            thoughts: what is thought in front of the tokens. ``"own"``: what the model thinks. Given ones: int64
-                [B, k], the same in front of every token, or [B, n, k], one in front of each of at most n new tokens, −1
-                for none (and behind the end of a thought, if they end themselves), so that ``thought_tokens`` of an
-                earlier call give its greedy text again; all returned sequences of a prompt are given the same.
-                Controls: ``"shuffled"``: every prompt is given what the next one in the batch thinks at the same step,
-                the last what the first does (a text that has ended goes on thinking behind its last token);
-                ``"random"``: tokens drawn evenly from the vocabulary, anew in front of
-                every token.
+                also for ``draft_length``, takes the value of the call's or the model's generation config, or else of
+                the model's configuration; if none sets it, ``"always"`` (for ``draft_length`` None).
+            gain_threshold: in nats, with ``think="learned"``. ``"default"`` works as for ``think``; if nothing sets it,
+                0.1. At 0, a head that is right up to noise thinks at half of the positions where nothing is gained.
+            return_thoughts: whether to return a ``QuietStarGenerateOutput`` with every thought. With one of the other
+                options, ``return_dict_in_generate`` returns one too, without the thoughts.
+            thoughts: the thoughts before the new tokens. ``"own"``: the model's own. A tensor of given thoughts: int64
+                [B, k], the same before every token, or [B, n, k], one before each of at most n new tokens; −1 for no
+                thought (and after the end of a thought of learned length). ``thought_tokens`` of an earlier call thus
+                reproduce its greedy text. All returned sequences of a prompt get the same thoughts.
+                As a control, ``"shuffled"``: every prompt gets the thoughts of the next prompt in the batch at the same
+                step, and the last prompt those of the first. (A text that has ended goes on thinking after its last
+                token.) As another, ``"random"``: tokens drawn uniformly from the vocabulary, anew before every token.
 
-        Logits processors and stopping criteria may keep a state, as engines for grammars do: each is called once per
-        token, in order. Drafts go only through those of transformers that keep none.
+        Logits processors and stopping criteria may keep a state, as grammar engines do: each is called once per token,
+        in order. To drafts, only those of transformers' processors that keep no state are applied.
 
         Raises:
-            TypeError, ValueError: a bad option or an unknown argument; a prompt that is empty, longer than the model's
-                positions or padded on the right; ``output_attentions`` and ``assistant_early_exit``; with one of the
-                four options also beam search, assistants, a cache, ``custom_generate``, ``guidance_scale``,
-                ``synced_gpus`` and scores, logits or hidden states in the output.
+            TypeError, ValueError: an option is invalid or an argument unknown; a prompt is empty, longer than the
+                model's positions or padded on the right; ``output_attentions`` or ``assistant_early_exit`` is set; one
+                of the four options is combined with beam search, assistants, a cache, ``custom_generate``,
+                ``guidance_scale``, ``synced_gpus``, or scores, logits or hidden states in the output.
         """
         if args:
             kwargs |= inspect.signature(super().generate).bind_partial(inputs, *args).arguments
@@ -145,7 +144,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
             kwargs[CACHE] = cache
         self._check_arguments(kwargs, thinking)
         if thinking.plain:
-            # Calls cost less in inference mode, but a cache made in it could not be used outside of it.
+            # Calls are faster in inference mode, but a cache created in it could not be used outside.
             kept = any(
                 kwargs.get(name) is not None or getattr(self.generation_config, name, None)
                 for name in _MAY_KEEP_A_CACHE
@@ -156,13 +155,13 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
         return super().generate(inputs, thinking=thinking, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, thinking: Thinking | None = None, **kwargs):
-        """As in transformers, which looks for ``inputs_embeds`` here; the thought tokens are never generated."""
-        kwargs.pop("tokenizer", None)  # of ``stop_strings``; transformers leaves it among the arguments of forward
+        """Prepare inputs as transformers does (it looks for ``inputs_embeds`` here) and suppress thought tokens."""
+        kwargs.pop("tokenizer", None)  # for ``stop_strings``; transformers leaves it among the arguments of forward
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         return inputs | {"suppress_thought_tokens": True}
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **_) -> Tensor | None:
-        """For compileable caches: where each prompt begins, [B], which keeps its shape while the text grows."""
+        """Return, for compileable caches, where each prompt begins: [B], a shape that does not grow with the text."""
         return None if attention_mask is None else attention_mask.bool().to(torch.int64).argmax(dim=1)
 
     def on_new_cache(self, cache: Cache) -> None:
@@ -193,7 +192,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
             raise ValueError(f"{demand} with {thinking.options}, got {mode}")
 
     def _check_arguments(self, arguments: dict, thinking: Thinking) -> None:
-        """Refuse what would be left unheard, or break in the middle."""
+        """Refuse arguments that would be ignored or fail in the middle of generation."""
 
         def asked(name: str):
             sources = arguments.get("generation_config"), self.generation_config
@@ -219,10 +218,10 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
 
     @staticmethod
     def _new_states(input_ids: Tensor, attention_mask: Tensor | None) -> ThoughtStates:
-        """States that know where the prompts begin, also if they are read in pieces, the first of which is padding.
+        """Create states that know where prompts begin, even if prompts are read in pieces that begin with padding.
 
         Raises:
-            ValueError: right padding. Text goes on behind the last column, and the padding would become a part of it.
+            ValueError: there is right padding. New text follows the last column, so padding would become part of it.
         """
         states = ThoughtStates()
         if attention_mask is None or attention_mask.dim() > 2:
@@ -238,7 +237,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
 
     def _check_prompt(self, prompt: object, attention_mask: Tensor | None) -> None:
         if not isinstance(prompt, Tensor) or prompt.dim() != 2:
-            return  # transformers says what is wrong with it
+            return  # transformers raises the error
         if prompt.shape[1] == 0:
             raise ValueError(f"input_ids must hold at least one token per prompt, got shape {list(prompt.shape)}")
         check_tokens("input_ids", prompt, self.config.vocab_size)

@@ -1,4 +1,4 @@
-"""From hidden states to predictions, as the decoder's family makes them: divided and soft-capped logits."""
+"""The head, which turns hidden states into logits as the decoder's family does, with its divisor and soft cap."""
 
 from typing import NamedTuple
 
@@ -17,27 +17,27 @@ from quietstar.ops.linear_sample import draw
 class Head(NamedTuple):
     """logits = cap(weight · hidden / divisor), cap(x) = softcap · tanh(x / softcap).
 
-    The losses are those of the ops of the same names; made anew from the model's parameters for every pass.
+    Its methods call the ops of the same names. A new head is created from the model's parameters for every pass.
     """
 
-    weight: Tensor  # [V, H]; under autocast it is cast once for all ops of the pass
+    weight: Tensor  # [V, H]; under autocast cast once for all ops of the pass
     divisor: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, lm_head: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> "Head":
-        """The head of a decoder with this matrix and configuration.
+        """Create the head of a decoder from its output layer and configuration.
 
-        A matrix that FSDP has sharded as a unit of its own is gathered here, in the precision of the pass: nobody calls
-        that unit, which would do it.
+        A matrix that FSDP has sharded as a unit of its own is gathered here, in the precision of the pass, because that
+        unit is never called.
 
         Args:
-            lm_head: linear, without a bias.
-            config: of the decoder.
-            dtype: of hidden states.
+            lm_head: linear layer without a bias.
+            config: the decoder's configuration.
+            dtype: dtype of hidden states.
 
         Raises:
-            ValueError: ``lm_head`` does more than to multiply with a matrix.
+            ValueError: ``lm_head`` does more than multiply by a matrix.
         """
         weight = weight_of("lm_head", lm_head)
         if is_dtensor(weight):
@@ -47,11 +47,11 @@ class Head(NamedTuple):
         return cls(weight, divisor, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and 3
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]."""
+        """Compute logits [..., V] of hidden states [..., H]."""
         return self.shaped(F.linear(hidden, self.weight))
 
     def shaped(self, logits: Tensor) -> Tensor:
-        """Logits of what the matrix alone gives."""
+        """Apply divisor and cap to the product with the matrix."""
         logits = logits if self.divisor == 1 else logits / self.divisor
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -65,15 +65,15 @@ class Head(NamedTuple):
 
     @torch.no_grad()
     def entropy(self, hidden: Tensor) -> Tensor:
-        """Entropy [rows] of the predictions of hidden states [rows, H], in nats."""
+        """Compute the entropy [rows], in nats, of the predictions from hidden states [rows, H]."""
         target = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         return self.cross_entropy(hidden, target, reduction="none", return_entropy=True)[1]
 
     def draw(self, hidden: Tensor, *, temperature: float, suppress: tuple[int, ...], seed: Tensor) -> Tensor:
-        """Tokens int64 [rows], as of ``linear_sample``; −1 where there is none."""
+        """Draw tokens int64 [rows] as ``linear_sample`` does; −1 where none can be drawn."""
         return draw(hidden, self.weight, suppress=suppress, seed=seed, **self._scaled(temperature))
 
     def _scaled(self, temperature: float) -> dict[str, float | None]:
-        """Temperature and cap of ops, which cap before they divide."""
+        """Convert divisor, temperature and cap to the arguments of ops, which cap before they divide."""
         cap = None if self.softcap is None else self.softcap * self.divisor
         return {"temperature": temperature * self.divisor, "softcap": cap}

@@ -1,4 +1,4 @@
-"""The model: a decoder of any family that thinks behind every position, for transformers."""
+"""The transformers model: a decoder of any family that thinks after every position."""
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from quietstar.models.transformers_names import CACHE, LeftByQuantisers, only_ca
 
 
 class ThinkingModel(LeftByQuantisers, PreTrainedModel):
-    """A decoder with Quiet-STaR; ``QuietStarForCausalLM`` generates too.
+    """A decoder with Quiet-STaR; the subclass ``QuietStarForCausalLM`` adds ``generate``.
 
-    The decoder is a part of it, ``model``, whatever its family; its tensors keep their names.
+    Whatever its family, the decoder is the submodule ``model``, and its tensors keep their names.
     """
 
     config_class = QuietStarConfig
@@ -35,7 +35,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # The loss is a sum of means over different sets of tokens: gradient accumulation averages the micro-batches.
+    # The loss is a sum of means over different sets of tokens, so gradient accumulation averages the micro-batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: QuietStarConfig):
@@ -61,13 +61,13 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / module.scale)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Only our own attention lays out thoughts; any other request is an error."""
+        """Return our own attention, the only one that supports thoughts; any other request is an error."""
         if requested_attention not in (None, ATTENTION_NAME):
             raise ValueError(f"attn_implementation must be None or {ATTENTION_NAME!r}, got {requested_attention!r}")
         return ATTENTION_NAME
 
     def predictor(self) -> Predictor:
-        """The parts of the model as they are now, for one pass, or for several while no parameter changes."""
+        """Return the current parts of the model, for one pass or for several as long as no parameter changes."""
         decoder = Decoder(self.model, self._positions)
         return Predictor(
             self.config, decoder, self.lm_head, self.start_embedding, self.end_embedding, self.mixing_head,
@@ -75,7 +75,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         )  # fmt: skip
 
     def _predictor_of(self, states: ThoughtStates | None) -> Predictor:
-        """The same for all tokens of a call of ``generate``."""
+        """Return a predictor that is created once for all tokens of a call of ``generate``."""
         if states is None or torch.compiler.is_compiling():
             return self.predictor()
         if states.parts is None:
@@ -108,51 +108,50 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         old_logprobs: Tensor | None = None,
         thought_lengths: Tensor | None = None,
     ) -> QuietStarOutput | tuple:
-        """Think behind every position and predict.
+        """Think after every position and predict.
 
         Args:
             input_ids: int64 [B, L].
             attention_mask: [B, L] ([B, cached + L] with a cache), 1 for tokens, 0 for left or right padding.
-            position_ids: int64 [B, L] or [1, L]; default 0..L−1 behind the cache. Where a position is not one more
-                than the one before it a new document begins, which sees nothing of those in front of it.
-            past_key_values, cache: base cache, under its old and its new name; inference only.
-            labels: int64 [B, L], usually ``input_ids``; −100 and padding are ignored, and so is the first token of
-                every document. With labels the output holds the loss and its parts and no logits; without, the mixed
-                logits.
-            use_cache: return the base cache; inference only.
-            logits_to_keep: inference only: think and predict at the last so many positions (0: all), or at the
-                positions a 1-D tensor names.
-            thought_tokens: int64 [B, N, L, k] ([B·N, L, k] is taken too; [B, 1, K, k] without labels, K kept
-                positions): use these thoughts instead of sampling them. If thoughts end themselves, −1 behind their
-                ends.
-            output_thought_logprobs: with labels: give ``thought_logprobs``; a training step is a few per cent faster
-                without, because thoughts that did not help then need no logits.
-            suppress_thought_tokens: give the start and end token logit −inf, as ``generate`` does.
-            thought_states: inference only: what ``generate`` keeps from one thought to the next.
+            position_ids: int64 [B, L] or [1, L]; default 0..L−1, continuing after the cache. Where a position is not
+                one more than the previous one, a new document begins, which does not see earlier documents.
+            past_key_values, cache: the base cache, under its old and its new name; inference only.
+            labels: int64 [B, L], usually ``input_ids``; −100, padding and the first token of every document are
+                ignored. With labels, the output holds the loss and its parts but no logits; without, the mixed logits.
+            use_cache: whether to return the base cache; inference only.
+            logits_to_keep: inference only: think and predict only at the last ``logits_to_keep`` positions (0: all), or
+                at the positions listed in a 1-D tensor.
+            thought_tokens: int64 [B, N, L, k] (or [B·N, L, k]; without labels [B, 1, K, k] for K kept positions):
+                thoughts to use instead of sampling them. Thoughts of learned length are −1 after their end.
+            output_thought_logprobs: with labels: whether to return ``thought_logprobs``. Without them a training step
+                is a few per cent faster, because thoughts that did not help need no logits.
+            suppress_thought_tokens: whether the start and end token get logit −inf, as in ``generate``.
+            thought_states: inference only: state that ``generate`` keeps from one thought to the next.
             inputs_embeds: [B, L, H], embeddings of the text instead of ``input_ids``.
-            output_hidden_states: give the hidden states of the base pass, [B, L, H] behind the embedding and behind
-                each layer, the last one normed; a list names those wanted, None stands for the others.
-            output_attentions: must be left out: no attention probabilities are kept.
-            output_thought_entropy: with labels: give ``thought_entropy``, which costs about one per cent of a step.
+            output_hidden_states: whether to return the hidden states of the base pass: [B, L, H] after the embedding
+                and after each layer, the last one normalised. A list selects some of them; the others are None.
+            output_attentions: must be left out, since no attention probabilities are kept.
+            output_thought_entropy: with labels: whether to return ``thought_entropy``; costs about one per cent of a
+                step.
             anchors: int64 [B, A], with labels: the positions that think, −1 for none; thoughts are then [B, N, A, k].
-                Default as ``anchors_per_text`` and ``anchor_choice`` of the configuration say.
-            baseline_nll: float [B, L−1], with labels and the baseline "teacher": what ``base_nll`` of it gives.
+                Default: chosen by ``anchors_per_text`` and ``anchor_choice`` of the configuration.
+            baseline_nll: float [B, L−1], with labels and the baseline "teacher": the result of its ``base_nll``.
             teacher_logprobs: float [B, N, A, k], with labels and a ``kl_weight``: the teacher's ``thought_logprobs`` of
                 the same thoughts.
-            old_logprobs: the same of the model that drew the thoughts, with labels and a ``clip_ratio``; default those
-                of this pass.
-            thought_lengths: int64 [B, N, L] or like the ``thought_tokens`` they come with, without the last dimension:
-                1 to k tokens of each thought, 0 behind no anchor, instead of −1 behind their ends.
-            return_dict: False returns the values that are there as a tuple.
+            old_logprobs: likewise for the model that sampled the thoughts, with labels and a ``clip_ratio``. Default:
+                those of this pass.
+            thought_lengths: int64 [B, N, L], or the shape of the accompanying ``thought_tokens`` without its last
+                dimension: the number of tokens of each thought, 1 to k, or 0 for no anchor. Replaces −1 after the end.
+            return_dict: False returns a tuple of the values that are not None.
 
         Raises:
-            TypeError, ValueError: a bad argument, named.
+            TypeError, ValueError: an argument is invalid; the message names it.
         """
         cache = only_cache(past_key_values, cache)
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions must be False: attention probabilities are never held as a whole")
         text = Text.of(input_ids, inputs_embeds, attention_mask, position_ids)
-        if thought_states is None and input_ids is not None:  # ``generate`` has looked at its prompt
+        if thought_states is None and input_ids is not None:  # ``generate`` has already checked its prompt
             check_tokens("input_ids", input_ids, self.config.vocab_size)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -194,7 +193,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """What the model predicts without thoughts: ``baseline_nll`` for another that has it as its teacher.
+        """Compute the nll of the text without thoughts. A teacher's result is a student's ``baseline_nll``.
 
         Args:
             input_ids, labels, attention_mask, position_ids, inputs_embeds: as in ``forward``.
@@ -214,7 +213,7 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | None:
-        """The positions that think in training, as the configuration says, int64 [B, A]; None is all of them.
+        """Choose the positions that think in training, according to the configuration: int64 [B, A], or None for all.
 
         Args:
             input_ids, labels, attention_mask, position_ids, inputs_embeds: as in ``forward``.
@@ -232,17 +231,17 @@ class ThinkingModel(LeftByQuantisers, PreTrainedModel):
         temperature: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sample thoughts behind positions of a text.
+        """Sample thoughts after positions of a text.
 
         Args:
             input_ids, attention_mask, position_ids: as in ``forward``.
-            anchors: int [P] or [B, P]: think behind these positions, once each; −1 is inactive. Default: behind every
-                position, ``config.num_thoughts`` times.
-            temperature: default ``config.thought_temperature``; 0 is greedy.
-            generator: source of the seeds, on the device of the model; default torch's global one.
+            anchors: int [P] or [B, P], the positions that think, once each; −1 is inactive. Default: every position
+                thinks ``config.num_thoughts`` times.
+            temperature: sampling temperature; 0 is greedy. Default: ``config.thought_temperature``.
+            generator: source of the seeds, on the model's device. Default: torch's global generator.
 
         Returns:
-            int64 [B, N, L, k], or [B, P, k] for given anchors (−1 in inactive ones); −1 behind the end of a thought.
+            int64 [B, N, L, k], or [B, P, k] for given anchors (−1 for inactive ones); −1 after the end of a thought.
         """
         text = Text.of(input_ids, None, attention_mask, position_ids)
         check_tokens("input_ids", input_ids, self.config.vocab_size)

@@ -1,8 +1,8 @@
-"""The training objective: what thoughts add to the likelihood of text, and the policy gradient that rewards it.
+"""The training objective: losses of the text without and after thoughts, and the policy gradient for thoughts.
 
-Quiet-STaR's (arXiv 2403.09629, section 4.4) are the defaults of the configuration; RLP, LaTRO, JEPO, VeriFree and
-others are other values of its fields, see docs/methods.md. From hidden states and labels; no logits of size rows × V
-are kept: every term is one fused linear cross-entropy.
+The configuration's defaults give the objective of Quiet-STaR (arXiv 2403.09629, section 4.4); other values give RLP,
+LaTRO, JEPO, VeriFree and others, see docs/methods.md. Terms are computed from hidden states and labels, each by one
+fused linear cross-entropy, so that no logits [rows, V] are stored.
 """
 
 import math
@@ -22,38 +22,38 @@ from quietstar.models.lengths import drawn_tokens
 
 
 class Objective(NamedTuple):
-    """The loss and what it is made of. i is a base position, n a thought, m a look-ahead step, j a thought token.
+    """The loss and its parts. i is a base position, n a thought, m a look-ahead step, j a thought token.
 
-    A anchors are L−1, every position with something to predict, and R of them L−1−M, unless others were chosen.
+    Unless anchors were chosen, A = L−1 (every position with something to predict), of which R = L−1−M are rewarded.
     """
 
     loss: Tensor  # scalar, differentiable
     base_nll: Tensor  # [B, L−1], −log p of token i+1 without a thought; 0 where there is no label
-    talk_nll: Tensor  # [B, N, A, M], −log p of token i+1+m after the thought behind i; 0 where there is no label
-    reward: Tensor  # [B, N, R], what the thought behind i was worth: see ``_rewards``
-    advantage: Tensor  # [B, N, R], what the policy term multiplies log p of the thought by
+    talk_nll: Tensor  # [B, N, A, M], −log p of token i+1+m after the thought at i; 0 where there is no label
+    reward: Tensor  # [B, N, R], reward of the thought at i: see ``_rewards``
+    advantage: Tensor  # [B, N, R], factor of the thought's log p in the policy term
     policy_loss: Tensor  # scalar, before its weight
     thought_logprobs: Tensor | None  # [B, N, A, k], log p of the thought tokens at policy_temperature
-    thought_entropy: Tensor | None  # scalar, mean entropy of what a thought token is drawn from, in nats
+    thought_entropy: Tensor | None  # scalar, mean entropy of the distributions of thought tokens, in nats
 
 
 class Given(NamedTuple):
-    """What the objective compares with, from outside the pass."""
+    """Tensors from outside the pass that the objective compares with."""
 
-    baseline_nll: Tensor | None = None  # [B, L−1], of a teacher
-    teacher_logprobs: Tensor | None = None  # [B, N, A, k], of the thought tokens
-    old_logprobs: Tensor | None = None  # the same when they were drawn
+    baseline_nll: Tensor | None = None  # [B, L−1], a teacher's
+    teacher_logprobs: Tensor | None = None  # [B, N, A, k], a teacher's, of the thought tokens
+    old_logprobs: Tensor | None = None  # [B, N, A, k], those at the time of sampling
 
     def check(self, config: QuietStarConfig, text: tuple[int, int], thoughts: tuple[int, ...]) -> None:
-        """What a configuration needs is there, in the right shape, and nothing else.
+        """Check that exactly the tensors that the configuration needs are given, in the right shapes.
 
         Args:
-            config: of the model.
+            config: the model's configuration.
             text: B and L.
             thoughts: B, N, A and k.
 
         Raises:
-            TypeError, ValueError: too much, too little, or of another shape.
+            TypeError, ValueError: a tensor is missing or not needed, or has the wrong shape.
         """
         wanted = {
             "baseline_nll": (config.baseline == "teacher", "baseline 'teacher'", (text[0], text[1] - 1)),
@@ -62,7 +62,7 @@ class Given(NamedTuple):
         }
         for name, (needed, switch, shape) in wanted.items():
             value = getattr(self, name)
-            if value is None and (not needed or name == "old_logprobs"):  # of the first update
+            if value is None and (not needed or name == "old_logprobs"):  # the first update has no old ones
                 continue
             if (value is not None) != needed:
                 raise ValueError(
@@ -92,21 +92,22 @@ def likelihood_objective(
     output_thought_logprobs: bool = True,
     output_thought_entropy: bool = False,
 ) -> Objective:
-    """Losses of the text without and after thoughts, and the policy term, of one batch.
+    """Compute the losses of the text without and after thoughts, and the policy term, for one batch.
 
     Args:
         base_hidden: [B, L, H], final hidden states of the text.
-        drawn_from: [B, A, N, k, H], final hidden states of the thought slots start and all tokens but the last.
-        thought_hidden: [B, A, N, M, H], of the slots end and M−1 real.
-        mixing_weight: [B, A, N, M], weight of the thought prediction.
-        head: makes predictions of hidden states.
+        drawn_from: [B, A, N, k, H], final hidden states that thought tokens are drawn from: at the start token and at
+            all thought tokens except the last.
+        thought_hidden: [B, A, N, M, H], final hidden states at the end token and at M−1 real tokens.
+        mixing_weight: [B, A, N, M], weight of the thought's prediction.
+        head: computes predictions from hidden states.
         labels: int [B, L], −100 is ignored; from ``text_labels``.
         thought_tokens: int [B, A, N, k], −1 for none.
         starts: where documents begin, see ``quietstar.models.documents``.
-        anchors: int64 [B, A], positions that think, −1 for none; None is every position but the last.
-        given: what the configuration's ``baseline``, ``kl_weight`` and ``clip_ratio`` need.
-        output_thought_logprobs: without them, thoughts of no advantage need no logits.
-        output_thought_entropy: measure it, on a sample of the thoughts that have something to predict.
+        anchors: int64 [B, A], positions that think, −1 for none; None means every position except the last.
+        given: the tensors that the configuration's ``baseline``, ``kl_weight`` and ``clip_ratio`` need.
+        output_thought_logprobs: whether to return them; if not, thoughts without advantage need no logits.
+        output_thought_entropy: whether to measure it, on a sample of the thoughts that have something to predict.
     """
     k = config.thought_length
     ahead = predicted_from(labels, config.lookahead, starts, anchors)
@@ -149,9 +150,9 @@ def likelihood_objective(
 
 
 def _base_loss(base_hidden: Tensor, head: Head, labels: Tensor, config: QuietStarConfig) -> tuple[Tensor, Tensor]:
-    """The weighted loss of the text without thoughts, and its nll [B, L−1].
+    """Return the weighted loss of the text without thoughts, and its nll [B, L−1].
 
-    Here and below, every term comes out with its weight, so that the gradients made with it need no scaling.
+    Here and below, terms are computed with their weights, so that their gradients need no scaling later.
     """
     next_tokens = labels[:, 1:].flatten()
     weight = config.text_loss_weights[0]
@@ -169,7 +170,7 @@ def _base_loss(base_hidden: Tensor, head: Head, labels: Tensor, config: QuietSta
 
 @torch.no_grad()
 def _without_loss(cross_entropy: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """A loss of 0 and the nll of its rows: one product with the head where gradients take three."""
+    """Return a loss of 0 and the nll of its rows. This takes one product with the head; gradients would take three."""
     nll = cross_entropy(reduction="none")
     return nll.new_zeros(()), nll
 
@@ -178,10 +179,10 @@ def _talk_loss(
     base_hidden: Tensor, hidden: Tensor, mixing_weight: Tensor, head: Head, ahead: Ahead,
     config: QuietStarConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The weighted loss of the text after thoughts, and its nll [B, A, N, M].
+    """Return the weighted loss of the text after thoughts, and its nll [B, A, N, M].
 
     Args:
-        hidden: [B, A, N, M, H], behind the end token and the real tokens after it.
+        hidden: [B, A, N, M, H], hidden states at the end token and the real tokens after it.
     """
     lookahead, num_thoughts = config.lookahead, config.num_thoughts
     batch, length = base_hidden.shape[:2]
@@ -192,7 +193,7 @@ def _talk_loss(
     rows = ahead.target[:, :, None].expand(per_thought).flatten()
     if config.prediction == "thought":
         cross_entropy = partial(head.cross_entropy, hidden.flatten(0, 3), rows, ignore_index=IGNORE_INDEX)
-        if weight == 0:  # a mixing head has gradients of 0, as processes that train together expect
+        if weight == 0:  # the mixing head still gets gradients (0), which distributed training expects
             loss, nll = _without_loss(cross_entropy)
             return loss, nll.view(per_thought)
     else:
@@ -203,7 +204,7 @@ def _talk_loss(
             base_index=index, ignore_index=IGNORE_INDEX,
         )  # fmt: skip
 
-    if config.reward != "log_likelihood":  # the gradient of a likelihood weighs with it
+    if config.reward != "log_likelihood":  # the gradient of a likelihood has the likelihood as a factor
         with torch.no_grad():
             score = -cross_entropy(reduction="none").view(per_thought).sum(dim=-1)
         share = score.exp() if config.reward == "likelihood" else score.softmax(dim=-1) * num_thoughts
@@ -213,10 +214,10 @@ def _talk_loss(
 
 
 def _rewards(baseline_nll: Tensor | None, talk_nll: Tensor, ahead: Ahead, config: QuietStarConfig) -> Tensor:
-    """What the thoughts behind the first R anchors were worth, [B, R, N].
+    """Compute the rewards of the thoughts at the first R anchors, [B, R, N].
 
-    The sum over m of baseline_nll[i+m] − talk_nll[i, m], where ``reward`` is "likelihood" the difference of their
-    exponentials. Where ``baseline`` is "none", its nll counts as 0, and its likelihood too.
+    A reward is the sum over m of baseline_nll[i+m] − talk_nll[i, m] or, if ``reward`` is "likelihood", the difference
+    of the likelihoods. If ``baseline`` is "none", its nll, or its likelihood, is 0.
     """
     gain = -talk_nll
     if config.baseline != "none":
@@ -234,7 +235,7 @@ def _rewards(baseline_nll: Tensor | None, talk_nll: Tensor, ahead: Ahead, config
 def _advantages(
     reward: Tensor, cost: Tensor | None, rewarded: Tensor | None, config: QuietStarConfig
 ) -> Tensor:  # fmt: skip
-    """What the policy term multiplies log p of thoughts by, [B, R, N], from their rewards and what they cost."""
+    """Compute the advantages of thoughts, [B, R, N], from their rewards and their KL costs."""
     if config.reward == "log_mean":
         advantage = _of_log_mean(reward, config.advantage)
         if cost is not None:
@@ -252,7 +253,7 @@ def _advantages(
 
 
 def _centred(reward: Tensor, how: str) -> Tensor:
-    """Rewards [..., N] against those of the same position."""
+    """Subtract from rewards [..., N] those of the same position, as ``how`` says."""
     num_thoughts = reward.shape[-1]
     if how == "none" or num_thoughts == 1:
         return reward
@@ -261,7 +262,7 @@ def _centred(reward: Tensor, how: str) -> Tensor:
 
 
 def _of_log_mean(reward: Tensor, how: str) -> Tensor:
-    """The logarithm of the mean of N likelihoods, as it is or minus that of the others (JEPO)."""
+    """Compute the logarithm of the mean of N likelihoods, unchanged or minus that of the other thoughts (JEPO)."""
     num_thoughts = reward.shape[-1]
     whole = reward.logsumexp(dim=-1, keepdim=True) - math.log(num_thoughts)
     if how == "none":
@@ -272,13 +273,13 @@ def _of_log_mean(reward: Tensor, how: str) -> Tensor:
 
 
 class _Policy:
-    """What thoughts were drawn with.
+    """The policy that thoughts were drawn from.
 
     Args:
         hidden: [B, A, N, k, H], the states that thought tokens are drawn from.
         tokens: int [B, A, N, k]; negative where there is none.
-        head: makes predictions of hidden states.
-        config: of the model.
+        head: computes predictions from hidden states.
+        config: the model's configuration.
     """
 
     def __init__(self, hidden: Tensor, tokens: Tensor, head: Head, config: QuietStarConfig):
@@ -290,27 +291,30 @@ class _Policy:
         self._known: Tensor | None = None
 
     def nll(self) -> Tensor:
-        """[B, A, N, k], of each token; no gradient."""
+        """Compute the nll of each token, [B, A, N, k], without gradient."""
         if self._known is None:
             with torch.no_grad():
                 self._known = self._cross_entropy(reduction="none")
         return self._known
 
     def cost(self, teacher_logprobs: Tensor) -> Tensor:
-        """kl_weight · Σ_j (log p − log p of the teacher), [B, A, N]."""
+        """Compute kl_weight · Σ_j (log p − log p of the teacher), [B, A, N]."""
         return self.config.kl_weight * (-self.nll() - teacher_logprobs.transpose(1, 2)).sum(dim=-1)
 
     def term(
         self, advantage: Tensor, ahead: Ahead, count: int | Tensor, old_logprobs: Tensor | None, return_nll: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The weighted term, if it has any weight; the term as it is reported; the nll of all tokens if asked for.
+        """Return the weighted term (None for weight 0), the unweighted one to report, and, if requested, token nll.
 
         Args:
             advantage: [B, R, N].
-            count: of rewarded thoughts.
+            ahead: what is predicted from the anchors.
+            count: number of rewarded thoughts.
+            old_logprobs: see ``Given``.
+            return_nll: whether to return the nll of all tokens.
         """
         config, k = self.config, self.config.thought_length
-        weight = config.policy_weight or 1.0  # a term without weight is reported all the same
+        weight = config.policy_weight or 1.0  # a term of weight 0 is still reported
         row_weight = torch.zeros(self.tokens.shape, dtype=advantage.dtype, device=advantage.device)
         rewarded = row_weight[:, : ahead.count]
         rewarded[:] = advantage[..., None] * (weight / (k * count))
@@ -334,12 +338,12 @@ class _Policy:
         return term, (row_weight * nll).sum() / weight, nll
 
     def _cross_entropy(self, **options):
-        """As of the head, of all tokens; row_weight, entropy_weight and nll are [B, A, N, k]."""
+        """The head's cross-entropy of all tokens; row_weight, entropy_weight and nll are [B, A, N, k]."""
         suppress = self.config.thought_token_ids
         if not self.config.learned_thought_end:
             return self._of_tokens(slice(None), suppress, **options)
         first = self._of_tokens(slice(0, 1), suppress, **options)
-        others = self._of_tokens(slice(1, None), suppress[:1], **options)  # the end may be among them
+        others = self._of_tokens(slice(1, None), suppress[:1], **options)  # the end token may be drawn there
         if options["reduction"] == "none":
             return torch.cat([first, others], dim=3)
         if not options.get("return_nll"):

@@ -1,4 +1,4 @@
-"""Trainers that go around the model's forward pass would train it without thoughts: they are told so.
+"""Errors for trainers that bypass the model's forward pass and would train it without thoughts.
 
 TRL's trainers, Liger's kernels and others that compute the loss in chunks call the decoder and the head themselves.
 """
@@ -9,13 +9,13 @@ _USE_OURS = "use quietstar.QuietStarTrainer or the command `quietstar train`"
 
 
 class RefusesOtherTrainers:
-    """A mixin of models: TRL's trainers, which all put their tag on the model they are made for, cannot be made."""
+    """Mixin for models that makes TRL's trainers fail on construction, when they add their tag to the model."""
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """As of every transformers model.
+        """Add tags as every transformers model does.
 
         Raises:
-            ValueError: the tag of a TRL trainer.
+            ValueError: a tag is that of a TRL trainer.
         """
         if "trl" in ([tags] if isinstance(tags, str) else tags):
             raise ValueError(
@@ -26,16 +26,16 @@ class RefusesOtherTrainers:
 
 
 def check_thinks(module: nn.Module, query: Tensor) -> None:
-    """An attention layer that is not given a layout of thoughts is not being trained.
+    """Refuse to train an attention layer that is called without a layout of thoughts.
 
-    In evaluation, and where nothing of the decoder is trained, the decoder may be used alone.
+    In evaluation, or if no parameter of the decoder is trained, the decoder may be used alone.
 
     Args:
         module: the attention layer.
-        query: what it is to attend with.
+        query: its queries.
 
     Raises:
-        ValueError: it is.
+        ValueError: the layer is being trained.
     """
     if module.training and query.requires_grad:
         raise ValueError(

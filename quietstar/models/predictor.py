@@ -1,4 +1,4 @@
-"""Passes over a text and the thoughts behind it: what is thought, what is predicted, what is learned from."""
+"""Passes over a text and its thoughts: sampling thoughts, prediction and training."""
 
 from contextlib import nullcontext
 
@@ -25,14 +25,14 @@ from quietstar.models.transformers_names import CACHE
 
 
 class Predictor:
-    """The parts of a model, as they are while a pass lasts.
+    """The parts of a model during a pass.
 
     Args:
-        config: of the model.
-        decoder: without a head.
-        lm_head: [V, H], the matrix of the head.
-        start_embedding, end_embedding: of the thought tokens.
-        mixing_head: weighs the predictions after a thought.
+        config: the model's configuration.
+        decoder: the decoder without a head.
+        lm_head: the layer whose weight [V, H] is the head's matrix.
+        start_embedding, end_embedding: embeddings of the thought tokens.
+        mixing_head: predicts the weight of the prediction after a thought.
         gain_head: predicts what a thought will gain, if the model has one.
     """
 
@@ -54,26 +54,26 @@ class Predictor:
 
     @property
     def thought_token_ids(self) -> tuple[int, int]:
-        """As of the configuration, which checks them every time."""
-        if self._thought_token_ids is None:  # no cached_property: Dynamo knows no locks
+        """The configuration's ids, cached since the configuration checks them on every access."""
+        if self._thought_token_ids is None:  # not a cached_property, whose lock Dynamo does not support
             self._thought_token_ids = self.config.thought_token_ids
         return self._thought_token_ids
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H]."""
+        """Compute logits [..., V] of hidden states [..., H]."""
         return self.head.shaped(self.lm_head(hidden))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V]; −inf for the thought tokens, which are never text."""
+        """Compute logits [..., V] with −inf for the thought tokens, which are never text."""
         logits = self.logits(hidden)
         for token in self.thought_token_ids:
             logits[..., token] = -torch.inf
         return logits
 
     def worth_a_thought(self, hidden: Tensor, logits: Tensor, think: Think, gain_threshold: float) -> Tensor:
-        """Behind which base states [..., H], which predict ``logits`` [..., V], to think, bool [...].
+        """Decide after which base states [..., H], with predictions ``logits`` [..., V], to think: bool [...].
 
-        ``think`` and ``gain_threshold`` as of ``generate``.
+        ``think`` and ``gain_threshold`` are those of ``generate``.
         """
         if think in ("always", "never"):
             return torch.full(hidden.shape[:-1], think == "always", device=hidden.device)
@@ -90,7 +90,7 @@ class Predictor:
         states: ThoughtStates | None = None,
         thought_length: int | None = None,
     ) -> Thinker:
-        """A thinker behind ``anchors`` [B, P], columns of the text, at ``anchor_positions`` [B, P]."""
+        """Create a thinker at ``anchors`` [B, P], columns of the text, with ``anchor_positions`` [B, P]."""
         thought_length = self.config.thought_length if thought_length is None else thought_length
         kind = EndingThinker if self.config.learned_thought_end else Thinker
         return kind(
@@ -103,7 +103,7 @@ class Predictor:
         self, text: Text, starts: Tensor | None, anchors: Tensor, temperature: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Sampled thoughts int64 [B, P, k] behind ``anchors`` [B, P]."""
+        """Sample thoughts int64 [B, P, k] after ``anchors`` [B, P]."""
         position_ids = text.positions()
         base = BaseStates(TextRows(torch.arange(text.shape[1], device=text.device)[None], starts))
         thinker = self.thinker(
@@ -114,7 +114,7 @@ class Predictor:
         return thinker.sample(temperature, self.thought_token_ids, generator, finishes=False)
 
     def thoughts_at(self, text: Text, starts: Tensor | None, anchors: Tensor | None) -> Tensor:
-        """N sampled thoughts behind ``anchors`` [B, A] or every position, int64 [B, N, A or L, k]; −1 for none."""
+        """Sample N thoughts after ``anchors`` [B, A] or every position, int64 [B, N, A or L, k]; −1 for none."""
         if anchors is None:
             return self.thoughts_everywhere(text, starts)
         count = self.config.num_thoughts
@@ -125,14 +125,14 @@ class Predictor:
         self, text: Text, starts: Tensor | None, temperature: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """N sampled thoughts behind every position, int64 [B, N, L, k]."""
+        """Sample N thoughts after every position, int64 [B, N, L, k]."""
         batch, length = text.shape
         anchors = torch.arange(length, device=text.device).repeat_interleave(self.config.num_thoughts)
         tokens = self.thoughts_behind(text, starts, anchors.expand(batch, -1), temperature, generator)
         return tokens.unflatten(1, (length, -1)).transpose(1, 2)
 
     def _labels(self, text: Text, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Checked labels, −100 where nothing is predicted, and where documents begin."""
+        """Check labels, and return them with −100 where nothing is predicted, and where documents begin."""
         batch, length = text.shape
         if labels.shape != text.shape:
             raise ValueError(f"labels must have the shape of input_ids, {[batch, length]}, got {list(labels.shape)}")
@@ -145,18 +145,18 @@ class Predictor:
         return labels, starts
 
     def base_nll(self, text: Text, labels: Tensor) -> Tensor:
-        """Of the prediction without thoughts, [B, L−1]."""
+        """Compute the nll of the prediction without thoughts, [B, L−1]."""
         labels, starts = self._labels(text, labels)
         hidden = self._base_pass(text, starts)
         rows = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return self.head.cross_entropy(*rows, ignore_index=IGNORE_INDEX, reduction="none").view(len(labels), -1)
 
     def chosen_anchors(self, text: Text, labels: Tensor) -> Tensor | None:
-        """Positions that think in training, int64 [B, A], chosen as the configuration says; None is all of them."""
+        """Choose the positions that think in training, as the configuration says: int64 [B, A], or None for all."""
         return self._anchors(text, *self._labels(text, labels), None)
 
     def _anchors(self, text: Text, labels: Tensor, starts: Tensor | None, given: Tensor | None) -> Tensor | None:
-        """``given`` ones, checked, or those that the configuration chooses."""
+        """Return the ``given`` anchors, checked, or those that the configuration chooses."""
         if given is not None:
             return check_anchors(given, text.shape)
         choice, count = self.config.anchor_choice, self.config.anchors_per_text
@@ -172,7 +172,7 @@ class Predictor:
 
     @torch.no_grad()
     def _base_pass(self, text: Text, starts: Tensor | None) -> Tensor:
-        """Hidden states [B, L, H] of the text alone."""
+        """Compute the hidden states [B, L, H] of the text alone."""
         rows = TextRows(torch.arange(text.shape[1], device=text.device)[None], starts)
         return self.decoder(text.embedded(self.decoder.embed), text.positions(), BaseStates(rows))
 
@@ -180,7 +180,7 @@ class Predictor:
         self, text: Text, labels: Tensor, thought_tokens: Tensor | None, anchors: Tensor | None, given: Given,
         output_thought_logprobs: bool, output_thought_entropy: bool, collect: HiddenStates | None,
     ) -> QuietStarOutput:  # fmt: skip
-        """One pass over base text and thoughts (the thought tree), and the objective."""
+        """Run one pass over base text and thoughts (the thought tree), and compute the objective."""
         config = self.config
         k, lookahead, num_thoughts = config.thought_length, config.lookahead, config.num_thoughts
         batch, length = text.shape
@@ -225,7 +225,7 @@ class Predictor:
     def _tree(
         self, text: Text, starts: Tensor | None, thoughts: Tensor, anchors: Tensor, collect: HiddenStates | None
     ) -> Tensor:
-        """Hidden states [B, L + P·S, H] of one pass over the text and the slots behind anchors.
+        """Run one pass over the text and the slots after anchors; returns hidden states [B, L + P·S, H].
 
         Args:
             text: B texts of L tokens.
@@ -247,12 +247,12 @@ class Predictor:
         )
 
     def _tree_embeddings(self, text: Text, thoughts: Tensor, anchors: Tensor) -> Tensor:
-        """Embeddings [B, L + P·S, H] of the text and of the slots: start, k thought tokens, end, M−1 real tokens.
+        """Embed the text and the slots (start, k thought tokens, end, M−1 real tokens): [B, L + P·S, H].
 
         Args:
             text: B texts of L tokens.
             thoughts: int64 [B, P, k].
-            anchors: int64 [P] or [B, P], the positions they stand behind.
+            anchors: int64 [P] or [B, P], the positions of the thoughts.
         """
         batch, length = text.shape
         embedded, inside = text.embedded_with(thoughts.clamp_min(0).flatten(1), self.decoder.embed)
@@ -268,13 +268,13 @@ class Predictor:
         thought_tokens: Tensor | None, suppress_thought_tokens: bool, thought_states: ThoughtStates | None,
         collect: HiddenStates | None, recomputed: bool,
     ) -> QuietStarOutput:  # fmt: skip
-        """A base pass, a thought behind each kept position, and the mixed logits there.
+        """Run a base pass, think after each kept position, and compute the mixed logits there.
 
-        Arguments as of the model's ``forward``; ``recomputed`` says that layers are run again in the backward.
+        Arguments are those of the model's ``forward``; ``recomputed`` says that the backward runs layers again.
         """
         config, (batch, length) = self.config, text.shape
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, Tensor):  # a static cache counts on its device, in place
+        if isinstance(past, Tensor):  # a static cache updates its count in place, on its device
             past = past.clone()
         starts = text.starts(past, use_cache if cache is None else True, thought_states)
         packed = starts is not None and starts.dim() == 2
@@ -285,11 +285,11 @@ class Predictor:
         if cache is None and wants_cache and not packed and not recomputed:
             cache = DynamicCache(config=config.text_config)
         columns = torch.arange(length, device=text.device) + past
-        filled = cache is None or isinstance(cache, DynamicCache)  # a static one has room behind
+        filled = cache is None or isinstance(cache, DynamicCache)  # a static one has unused room at its end
         base = BaseStates(TextRows(columns[None], starts, filled), cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         anchors = columns[kept]
-        if recomputed and thought_tokens is None:  # a pass that is run again must know its thoughts before
+        if recomputed and thought_tokens is None:  # a pass that is run again must use the same thoughts
             thought_tokens = self.thoughts_behind(text, starts, anchors.expand(batch, -1))[:, None]
         if thought_tokens is not None:
             shape = batch, 1, len(anchors), config.thought_length
@@ -299,7 +299,7 @@ class Predictor:
         )
         embeddings = text.embedded(self.decoder.embed)
         base_hidden = thinker.read(embeddings, position_ids, thought_tokens, collect)[:, kept]
-        # Calls cost less in inference mode; what is made there must not reach those who may train on it.
+        # Calls are faster in inference mode, but its tensors must not be returned to callers that may train on them.
         quick = thought_states is not None and not torch.compiler.is_compiling()
         with torch.inference_mode() if quick else nullcontext():
             if thought_tokens is None:
@@ -318,7 +318,7 @@ class Predictor:
     def _given_thoughts(
         self, thought_tokens: Tensor, shape: tuple[int, int, int, int], may_lack: bool = False
     ) -> Tensor:
-        """Checked thought tokens [B, N, positions, k], of which some may be −1, for none."""
+        """Check given thought tokens and return them as [B, N, positions, k]; if ``may_lack``, −1 stands for none."""
         flat = shape[0] * shape[1], *shape[2:]
         if tuple(thought_tokens.shape) not in (shape, flat):
             raise ValueError(f"thought_tokens must have shape {list(shape)}, got {list(thought_tokens.shape)}")

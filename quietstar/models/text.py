@@ -1,4 +1,4 @@
-"""The text that a call is about: tokens or their embeddings, with mask and positions."""
+"""The input text of a call: tokens or their embeddings, with mask and positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from quietstar.ops._checks import Dims, check_integer, check_range, check_tensor
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignore: int | None = None) -> None:
-    """Token ids of a vocabulary; ``ignore`` may stand among them.
+    """Check that values are token ids of the vocabulary, or ``ignore``.
 
     Raises:
-        TypeError, ValueError: no integers, or out of range.
+        TypeError, ValueError: values are not integers or are out of range.
     """
     check_tensor(name, tokens)
     check_integer(name, tokens)
@@ -24,7 +24,7 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int, ignore: int | None 
 
 
 def check_left_out(why: str, **arguments: object) -> None:
-    """Arguments that mean nothing here.
+    """Check that arguments which have no meaning here are None.
 
     Raises:
         ValueError: one of them is not None.
@@ -36,11 +36,11 @@ def check_left_out(why: str, **arguments: object) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """B texts of L tokens, as the caller gave them.
+    """B texts of L tokens, as given by the caller.
 
     Attributes:
-        input_ids: int64 [B, L]; None where embeddings were given.
-        inputs_embeds: [B, L, H]; None where tokens were given.
+        input_ids: int64 [B, L]; None if embeddings were given.
+        inputs_embeds: [B, L, H]; None if tokens were given.
         attention_mask, position_ids: as in ``QuietStarForCausalLM.forward``.
     """
 
@@ -57,10 +57,10 @@ class Text:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> "Text":
-        """A text whose shapes fit together.
+        """Create a text whose shapes are checked.
 
         Raises:
-            TypeError, ValueError: none or both of tokens and embeddings, or another shape.
+            TypeError, ValueError: neither or both of tokens and embeddings are given, or a shape is wrong.
         """
         if (input_ids is None) == (inputs_embeds is None):
             came = "neither" if input_ids is None else "both"
@@ -91,19 +91,19 @@ class Text:
         return self.inputs_embeds if self.input_ids is None else self.input_ids
 
     def positions(self, past: int | Tensor = 0) -> Tensor:
-        """Position ids [B, L], by default those behind ``past`` tokens."""
+        """Return position ids [B, L]; by default they follow ``past`` tokens."""
         positions = self.position_ids
         if positions is None:
             positions = torch.arange(self.shape[1], device=self.device)[None] + past
         return positions.expand(self.shape)
 
     def starts(self, past: int | Tensor, cached: bool | None, states: ThoughtStates | None) -> Tensor | None:
-        """Where documents begin among ``past`` tokens and these, see ``quietstar.models.documents``.
+        """Find where documents begin in ``past`` tokens and this text, see ``quietstar.models.documents``.
 
         Args:
-            past: how many a cache holds.
+            past: number of tokens in the cache.
             cached: whether there is or will be a cache.
-            states: of ``generate``, which have looked at the mask before.
+            states: states of ``generate``, which have already read the mask.
         """
         find = first_key if states is None else states.first_key
         padding = find(self.attention_mask, (self.shape[0], past + self.shape[1]))
@@ -121,13 +121,13 @@ class Text:
         return packed
 
     def embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Embeddings [B, L, H]."""
+        """Return embeddings [B, L, H]."""
         return embed(self.input_ids) if self.inputs_embeds is None else self.inputs_embeds
 
     def embedded_with(self, others: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, H] of the text and [B, n, H] of ``others`` int64 [B, n].
+        """Embed the text [B, L, H] and ``others``, int64 [B, n]: [B, n, H].
 
-        In one call where both are tokens, as each makes a gradient of the size of the vocabulary.
+        If both are tokens this is one call, since each call creates a gradient of the size of the vocabulary.
         """
         if self.input_ids is None:
             return self.inputs_embeds, embed(others)

@@ -1,11 +1,11 @@
-"""Logits processors and stopping criteria: which of them may be asked twice about the same text."""
+"""Logits processors and stopping criteria, and which of them may be called twice on the same text."""
 
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
-# What they say depends on the text alone. All others may keep a state, which goes forward with every call: engines for
-# grammars take the last token as accepted. ``PrefixConstrainedLogitsProcessor`` calls a function of the user's.
+# Their results depend only on the text. Any other may keep a state that advances with every call: grammar engines take
+# the last token as accepted, and ``PrefixConstrainedLogitsProcessor`` calls a function of the user.
 _STATELESS_PROCESSORS = (
     logits_process.EncoderNoRepeatNGramLogitsProcessor,
     logits_process.EncoderRepetitionPenaltyLogitsProcessor,
@@ -40,14 +40,15 @@ _STATELESS_CRITERIA = (
 
 
 class TextRules:
-    """What a call of ``generate`` makes of predictions, and when its texts end.
+    """The logits processors and stopping criteria of a call of ``generate``.
 
     Attributes:
-        stateless: whether all of it may be asked several times about a text, and about texts of rows that go at their
-            own pace. Else each processor and criterion is to be called once per token, in order, with all rows.
-        pads: whether rows that have stopped are padded, as transformers does where there is an end of text. Else they
-            go on until all have stopped.
-        for_drafts: the processors that drafts go through: drafts may come from any distribution, but fit the better.
+        stateless: whether all of them may be called several times on a text, and on rows of different lengths. If not,
+            each must be called once per token, in order, with all rows.
+        pads: whether rows that have stopped are padded, as in transformers if there is an end-of-text token. If not,
+            they continue until all have stopped.
+        for_drafts: the processors applied to drafts. Drafts may come from any distribution, but more are accepted this
+            way.
     """
 
     def __init__(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList):
@@ -55,14 +56,14 @@ class TextRules:
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.for_drafts = [x for x in processors if type(x) in _STATELESS_PROCESSORS]
         known = _STATELESS_CRITERIA
-        if self.pads:  # rows that say the string end alone
+        if self.pads:  # each row ends where it contains the string
             known += (stopping_criteria.StopStringCriteria,)
         self.stateless = len(self.for_drafts) == len(processors) and all(type(x) in known for x in criteria)
 
     @staticmethod
     def process(processors: list, text: Tensor, logits: Tensor) -> Tensor:
-        """Scores [B, V] of the next token behind ``text`` [B, L]; ``logits`` stay as they are."""
+        """Compute scores [B, V] of the next token after ``text`` [B, L]; ``logits`` are not changed."""
         scores = logits.clone() if processors else logits
-        for processor in processors:  # calling the list would look at their signatures every time
+        for processor in processors:  # calling the list would inspect their signatures every time
             scores = processor(text, scores)
         return scores

@@ -1,4 +1,4 @@
-"""Thinking: running the decoder over thought steps, and sampling thoughts behind a finished base pass."""
+"""Thinking: runs the decoder on thought steps and samples thoughts after a base pass."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,20 @@ from quietstar.models.layouts import BaseAndThoughts, BaseStates, TextCache, Tho
 
 
 class Thinker:
-    """Thinks behind anchors of a base pass: samples thoughts and gives the hidden state at their end.
+    """Thinks after anchors of a base pass: samples thoughts and computes the hidden state at their end.
 
-    The base pass is either finished, or is run by ``read`` together with the first steps of the thoughts.
+    The base pass is either finished, or ``read`` runs it together with the first steps of the thoughts.
 
     Args:
-        decoder: it runs the steps.
-        head: thoughts are drawn from its predictions.
-        base: the kept states of the base pass.
-        anchors: int [B, P], columns of the text, −1 inactive.
+        decoder: runs the steps.
+        head: gives the predictions that thought tokens are drawn from.
+        base: keys and values of the base pass.
+        anchors: int [B, P], columns of the text; −1 is inactive.
         anchor_positions: int [B, P], position ids of the anchors.
         start, end: embeddings [H] of the thought tokens.
         thought_length: k.
-        key_start: int [B] or [B, P], first column of each anchor's text; None where it is 0.
-        states: room for the thoughts' keys and values, to be reused; default new.
+        key_start: int [B] or [B, P], first column of each anchor's text; None if it is 0 for all.
+        states: memory for the thoughts' keys and values, to be reused. Default: new.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Thinker:
         self.cache = ThoughtCache(base, anchors, max_steps, key_start, states)
         steps = torch.arange(1, max_steps + 1, device=anchors.device)
         self.positions = anchor_positions[:, :, None] + steps  # [B, P, T]
-        self.states: Tensor | None = None  # [B, P, S, H], behind the steps of the last pass
-        self.lengths: Tensor | None = None  # int [B, P], steps of each thought where they are known to differ
+        self.states: Tensor | None = None  # [B, P, S, H], hidden states of the last pass's steps
+        self.lengths: Tensor | None = None  # int [B, P], steps of each thought if they are known to differ
 
     @property
     def hidden(self) -> Tensor:
-        """[B, P, H], behind the last step so far."""
+        """The hidden states [B, P, H] of the last step so far."""
         return self.states[:, :, -1]
 
     def read(
@@ -59,29 +59,29 @@ class Thinker:
         tokens: Tensor | None = None,
         collect: HiddenStates | None = None,
     ) -> Tensor:
-        """Run the base pass, and in it the steps of the thoughts that are known: the start tokens at least.
+        """Run the base pass together with those thought steps that are already known, at least the start tokens.
 
         Args:
             text: embeddings [B, L, H].
             position_ids: int [B, L].
-            tokens: the thoughts [B, P, k], if they are not to be sampled.
-            collect: takes the hidden states of the text.
+            tokens: given thoughts [B, P, k], if they are not to be sampled.
+            collect: collects the hidden states of the text.
 
         Returns:
-            Hidden states [B, L, H] behind the text.
+            Hidden states [B, L, H] of the text.
         """
         return self._advance(self.start if tokens is None else self._steps(tokens), text, position_ids, collect)
 
     def sample(
         self, temperature: float, suppress: tuple[int, int], generator: torch.Generator | None, finishes: bool = True
     ) -> Tensor:  # fmt: skip
-        """Sampled thought tokens, int64 [B, P, k].
+        """Sample thought tokens, int64 [B, P, k].
 
         Args:
-            temperature: 0 is greedy.
-            suppress: the start and the end token.
-            generator: of the seeds.
-            finishes: whether ``finish`` will be called.
+            temperature: sampling temperature; 0 is greedy.
+            suppress: ids of the start and the end token.
+            generator: source of the seeds.
+            finishes: whether ``finish`` will be called afterwards.
         """
         anchors, seeds = self.cache.anchors.shape, self._seeds(generator)
         tokens: list[Tensor] = []
@@ -91,28 +91,28 @@ class Thinker:
             drawn = self.head.draw(
                 self.hidden.flatten(0, 1), temperature=temperature, suppress=suppress, seed=seeds[j]
             )  # fmt: skip
-            # Where there is none (-1) the state is NaN, and so are loss and logits, which say so: any token will do.
+            # No token (-1) means that the state is NaN. Loss and logits will be NaN too, so any token will do.
             tokens.append(drawn.view(*anchors, 1).clamp_min(0))
         return torch.cat(tokens, dim=2) if tokens else seeds.new_empty(*anchors, 0)
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """Hidden state [B, P, H] at the end token behind thoughts [B, P, k].
+        """Compute the hidden states [B, P, H] at the end tokens of thoughts [B, P, k].
 
-        Runs the steps that are still missing: only the last token and the end token if the thoughts were sampled
-        here, none if ``read`` was given them.
+        Runs the steps that are still missing: only the last token and the end token if the thoughts were sampled here,
+        none if they were passed to ``read``.
         """
         if self.cache.steps < self.cache.max_steps:
             self._advance(self._steps(tokens)[:, :, self.cache.steps :])
         return self.hidden
 
     def _seeds(self, generator: torch.Generator | None) -> Tensor:
-        """Of the noise of each token, int64 [k]."""
-        # generator=None is left out: with it, torch.compile has no randint of a symbolic length.
+        """Draw a seed for the noise of each token, int64 [k]."""
+        # generator=None is not passed: with it, torch.compile supports no randint of symbolic length.
         options = {} if generator is None else {"generator": generator}
         return torch.randint(2**62, (self.thought_length,), device=self.cache.anchors.device, **options)
 
     def _steps(self, tokens: Tensor) -> Tensor:
-        """Embeddings [B, P, k + 2, H] of whole thoughts."""
+        """Embed whole thoughts, [B, P, k + 2, H]."""
         return torch.cat([self.start, self.decoder.embed(tokens), self.end], dim=2)
 
     def _advance(
@@ -122,10 +122,10 @@ class Thinker:
         position_ids: Tensor | None = None,
         collect: HiddenStates | None = None,
     ) -> Tensor:
-        """Run the next steps [B, P, S, H], in one pass with base ``text`` if there is one.
+        """Run the next steps [B, P, S, H], in one pass with the base ``text`` if given.
 
         Returns:
-            Hidden states [B, L, H] behind the text, L = 0 without.
+            Hidden states [B, L, H] of the text; L = 0 without text.
         """
         count = steps.shape[2]
         positions = self.positions[:, :, self.cache.steps : self.cache.steps + count].flatten(1)
@@ -140,7 +140,7 @@ class Thinker:
         return hidden[:, :length]
 
     def _layout(self, length: int, whole: bool) -> BaseAndThoughts | ThoughtTree:
-        """Of a pass over a text and the first steps of its thoughts; if these are ``whole``, nothing need be kept."""
+        """Return the layout of a pass over a text and the first steps of its thoughts; ``whole`` ones need no cache."""
         base = self.cache.base
         if whole and isinstance(base, BaseStates) and base.cache is None:
             return ThoughtTree(base.rows, self.cache.anchors, self.cache.key_start, self.lengths)

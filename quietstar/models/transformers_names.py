@@ -1,4 +1,4 @@
-"""Everything of transformers that is private, was renamed, or differs between the versions we run on (5.15 to 5.24)."""
+"""All uses of transformers names that are private, were renamed, or differ between versions (5.15 to 5.24)."""
 
 import inspect
 from os import PathLike
@@ -29,23 +29,23 @@ __all__ = [
     "sdpa_mask",
 ]  # fmt: skip
 
-# The cache among arguments and in outputs; the old name is taken until 5.40.
+# The name of the cache in arguments and outputs; the old name is accepted until 5.40.
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# 5.15 keeps in the cache of an assistant model what it drafted in vain, and fails some rounds later.
+# 5.15 keeps rejected drafts in the cache of an assistant model, and fails some rounds later.
 ASSISTANTS_WORK = not transformers.__version__.startswith("5.15.")
 
 
-# Of the card with nothing in it that transformers writes where a repository has none.
+# A line of the empty card that transformers writes if a repository has none.
 _TEMPLATE = "This model card has been automatically generated."
 
 
 def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, given under either of its names.
+    """Return the cache, which may be given under either of its names.
 
     Raises:
-        ValueError: under both.
+        ValueError: it is given under both.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("cache must be None beside past_key_values, which is its old name, got both")
@@ -53,48 +53,48 @@ def only_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int | None:
-    """The padding token that transformers prepared for a call of ``generate``: without one the end of text."""
+    """Return the padding token that transformers prepared for a call of ``generate`` (by default the end of text)."""
     token: Tensor | None = generation_config._pad_token_tensor
     return None if token is None else int(token)
 
 
 def keep_own_fields(generation_config: GenerationConfig) -> None:
-    """Loading passes over fields that transformers does not know if they might come from a model's configuration."""
+    """Make loading keep our fields; transformers drops unknown ones that might come from a model's configuration."""
     generation_config._from_model_config = False
 
 
 def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
-    """Tell transformers of a causal language model, by the type and by the class that its folders name."""
+    """Register a causal language model with transformers, by its model type and by the class that its folders name."""
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
-    # ``transformers serve`` looks it up in the package, of which there may be several module objects of one class.
+    # ``transformers serve`` looks the class up in the package, which may exist as several module objects.
     setattr(type(transformers), model.__name__, model)
 
 
 class GenerationHooks:
-    """Mixin in front of a transformers model: the places of ``generate`` where a model of its own kind steps in.
+    """Mixin, listed before a transformers model, with the hooks of ``generate`` that a model may override.
 
-    Each may be overridden; what they do here is what transformers does.
+    By default they do what transformers does.
     """
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
-        """The loop of greedy and sampled text."""
+        """Run the loop for greedy decoding and sampling."""
         return super()._sample(*args, **kwargs)
 
     def beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        """The loop of beam search."""
+        """Run the loop for beam search."""
         return super()._beam_search(*args, **kwargs)
 
     def assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """The loop of assistant models and prompt lookup."""
+        """Run the loop for assistant models and prompt lookup."""
         return super()._assisted_decoding(*args, **kwargs)
 
     def for_assistant(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Those of the arguments of ``forward`` that are handed on to an assistant model."""
+        """Return those arguments of ``forward`` that are passed on to an assistant model."""
         return arguments
 
     def on_new_cache(self, cache: Cache) -> None:
-        """Called with the empty cache that ``generate`` makes where it was given none."""
+        """Receive the empty cache that ``generate`` creates if it was given none."""
 
     def _sample(self, *args, **kwargs):
         return self.sample(*args, **kwargs)
@@ -116,7 +116,7 @@ class GenerationHooks:
 
 
 class UploadsOwnCard:
-    """Mixin in front of a transformers model: to the hub goes its own model card, where a repository has none yet."""
+    """Mixin, listed before a transformers model, that uploads the model's own card if a repository has none yet."""
 
     def write_card(self, folder: str | PathLike, tags: list[str]) -> None:
         """Write ``README.md`` into a folder."""
@@ -131,10 +131,10 @@ class UploadsOwnCard:
 
 
 class LeftByQuantisers:
-    """Mixin in front of a transformers model: quantisers leave its heads alone, which ops read by their weights."""
+    """Mixin, listed before a transformers model, that keeps quantisers from its heads, whose weights ops read."""
 
     _keep_in_fp32_modules = ["lm_head", "mixing_head", "gain_head"]
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Which modules have another dtype than the model: none; the list above is for quantisers only."""
+        """Return the modules whose dtype differs from the model's: none. The list above is for quantisers only."""
         return {}

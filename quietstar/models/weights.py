@@ -1,4 +1,4 @@
-"""The matrix of a linear layer, for ops that multiply with it themselves."""
+"""The weight matrix of a linear layer, for ops that multiply by it themselves."""
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -7,17 +7,17 @@ from quietstar.ops._dtensor import is_dtensor
 
 
 def weight_of(name: str, layer: nn.Module) -> Tensor:
-    """What ``layer`` multiplies with: [out, in], with the gradient's way to the layer's parameters.
+    """Return the matrix that ``layer`` multiplies by, [out, in], differentiable in the layer's parameters.
 
-    A module that adapters have wrapped counts with its adapters: LoRA (PEFT, without dropout in training), and modules
-    that are trained whole (``modules_to_save``). A weight that FSDP has sharded is a DTensor.
+    For a layer wrapped by PEFT it includes the adapter: LoRA (without dropout in training), or a module that is trained
+    as a whole (``modules_to_save``). A weight sharded by FSDP is a DTensor.
 
     Args:
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
         layer: a linear layer without a bias.
 
     Raises:
-        ValueError: a layer that does more than to multiply with a matrix, so that its weight alone would be wrong.
+        ValueError: the layer does more than multiply by a matrix, so using only its weight would be wrong.
     """
     if _is_matrix(layer):
         return layer.weight
@@ -35,12 +35,12 @@ def weight_of(name: str, layer: nn.Module) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer's weight says all: a linear layer that is neither wrapped nor quantised nor sharded."""
+    """Whether the layer is an ordinary linear layer: neither wrapped, nor quantised, nor sharded."""
     return _is_matrix(layer) and not is_dtensor(layer.weight)
 
 
 def _is_matrix(layer: nn.Module) -> bool:
-    """As ``is_plain``, but possibly sharded."""
+    """Like ``is_plain``, but the layer may be sharded."""
     return (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
@@ -55,7 +55,7 @@ def _weight(layer: nn.Module) -> Tensor | None:
 
 def _with_lora(name: str, layer: nn.Module) -> Tensor:
     if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its forward does
+        layer.unmerge()  # as the layer's forward does
     weight = layer.get_base_layer().weight
     if layer.disable_adapters or layer.merged:
         return weight

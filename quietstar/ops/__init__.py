@@ -1,8 +1,9 @@
-"""Autograd ops of Quiet-STaR, usable by any trainer: only torch is needed.
+"""Differentiable ops of Quiet-STaR. They need only torch, so any trainer can use them.
 
-Every op takes ``backend``: None or "auto" is the fastest that can run on the inputs, a name insists on one and raises
-a ValueError that says what is missing. Of a list, "cuda,triton,torch", the first that can run is taken; it may end in
-"auto". The environment variable ``QUIETSTAR_BACKEND``, of the same form, sets the default.
+Every op has an argument ``backend``. None or "auto" picks the fastest backend that can run on the inputs. A name
+requires that backend; if it cannot run, a ValueError says what is missing. From a list such as "cuda,triton,torch", the
+first backend that can run is used; a list may end in "auto". The environment variable ``QUIETSTAR_BACKEND`` takes the
+same values and sets the default.
 
 =========== ============================== ==============================================================
 name        runs on                        what it is
@@ -14,12 +15,12 @@ cuda        CUDA, not float64              kernels of the compiled module; thoug
 cpu         CPU, float32 and bfloat16      C++ kernels of the compiled module
 =========== ============================== ==============================================================
 
-NVIDIA's GPUs have what the kernels of triton and cuda need from compute capability 8.0 on (bfloat16 products, copies in
-the background); those of cuda must have been compiled for the GPU. It is the device of the tensors that counts. AMD's
-GPUs are not tested: triton is not refused there, cuda is.
+The triton and cuda backends need an NVIDIA GPU of compute capability 8.0 or newer (bfloat16 matrix products,
+asynchronous copies), and cuda must have been compiled for that GPU. The device of the input tensors decides. AMD GPUs
+are not tested: triton may be tried there, cuda is refused.
 
-Values of index tensors (token ids, anchors) are checked on the CPU. On CUDA that would wait for the device: there they
-are checked only with ``QUIETSTAR_CHECK_VALUES=1``, to debug.
+Values of index tensors (token ids, anchors) are checked on the CPU. On CUDA a check would wait for the device, so they
+are checked there only with ``QUIETSTAR_CHECK_VALUES=1``, for debugging.
 """
 
 from quietstar.ops.linear_cross_entropy import linear_cross_entropy, mixed_linear_cross_entropy

@@ -1,6 +1,6 @@
-"""Whether kernels can run here: Triton's at all, and compiled code on a GPU, by its compute capability.
+"""Whether Triton kernels can run here at all, and on which GPUs, by compute capability, compiled code can run.
 
-Nothing here imports triton: that waits for the first kernel.
+Nothing here imports triton; this is postponed until a kernel is first needed.
 """
 
 import functools
@@ -11,24 +11,26 @@ import re
 import torch
 from torch import Tensor
 
+from quietstar.ops._compiled import constant_when_compiled
+
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 Capability = tuple[int, int]
 """Major and minor number, as PyTorch reports them."""
 
-# All Triton supports, and what csrc/cuda is written in: products of bfloat16 by m16n8k16, and cp.async.
+# The oldest that Triton supports; csrc/cuda needs it too, for bfloat16 products (m16n8k16) and cp.async.
 _LEAST = 8, 0
-# GPUs beside a CPU on one chip. Machine code is exchanged neither with the others of their generation nor among them.
+# GPUs on one chip with a CPU. Their machine code runs neither on others of their generation nor on each other.
 _INTEGRATED = {(8, 7), (10, 1), (11, 0)}
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device. It is for tests: correct, and very slow."""
+    """Whether Triton's interpreter runs the kernels, on any device: correct but very slow, meant for tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def triton_unavailable(tensor: Tensor) -> str | None:
-    """Why Triton kernels cannot run on ``tensor``, in one clause; None if they can."""
+    """Return why Triton kernels cannot run on ``tensor``, in one clause; None if they can."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if tensor.dtype == torch.float64:
@@ -40,10 +42,11 @@ def triton_unavailable(tensor: Tensor) -> str | None:
     return too_old(tensor.device)
 
 
+@constant_when_compiled
 def too_old(device: torch.device) -> str | None:
-    """Why kernels cannot run on this GPU, in one clause; None if they can, or nothing is known of it.
+    """Return why kernels cannot run on this GPU, in one clause; None if they can, or if its capability is unknown.
 
-    AMD's numbers mean something else: nothing is said of them.
+    Also None for AMD GPUs, whose capability numbers mean something else.
     """
     found = None if torch.version.hip else capability(device)
     if found is None or found >= _LEAST:
@@ -51,8 +54,9 @@ def too_old(device: torch.device) -> str | None:
     return f"needs compute capability {_dotted(_LEAST)} or newer, got {_dotted(found)} on {device}"
 
 
+@constant_when_compiled
 def not_built_for(device: torch.device, architectures: tuple[str, ...]) -> str | None:
-    """Why kernels compiled for ``architectures`` cannot run on this GPU; see ``too_old``."""
+    """Return why kernels compiled for ``architectures`` cannot run on this GPU; see ``too_old``."""
     found = capability(device)
     if found is None or runs_on(architectures, found):
         return None
@@ -64,7 +68,7 @@ def not_built_for(device: torch.device, architectures: tuple[str, ...]) -> str |
 
 
 def capability(device: torch.device) -> Capability | None:
-    """Compute capability of a device; None for that of a fake tensor, which may not be there."""
+    """Return the compute capability of a device; None if the device, that of a fake tensor, does not exist here."""
     try:
         return torch.cuda.get_device_capability(device)
     except (AssertionError, RuntimeError):  # PyTorch without CUDA, no driver, no such device
@@ -75,11 +79,11 @@ def capability(device: torch.device) -> Capability | None:
 def runs_on(architectures: tuple[str, ...], capability: Capability) -> bool:
     """Whether code for ``architectures``, in the notation of CMAKE_CUDA_ARCHITECTURES, runs on a capability.
 
-    - ``80-real``: machine code, for the same major and a minor that is not smaller;
-    - ``80-virtual``: PTX, which the driver compiles for all that is not older;
+    - ``80-real``: machine code, runs on the same major number with an equal or larger minor number;
+    - ``80-virtual``: PTX, which the driver compiles for any equal or newer capability;
     - ``80``: both;
-    - ``90a...``: with features of one architecture, for that one only;
-    - ``100f...``: with features of a family: as machine code.
+    - ``90a...``: uses features of one architecture, runs only on that one;
+    - ``100f...``: uses features of a family, runs where machine code would.
     """
     return any(_runs(architecture, capability) for architecture in architectures)
 
@@ -101,9 +105,3 @@ def _runs(architecture: str, capability: Capability) -> bool:
 
 def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
-
-
-# torch.compile traces the choice of a backend, but not these. What torch.compiler.assume_constant_result does, without
-# importing Dynamo, and with it Triton, first.
-for _question in (too_old, not_built_for):
-    _question._dynamo_marked_constant = True

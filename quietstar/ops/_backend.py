@@ -1,4 +1,4 @@
-"""Which backend runs an op: one resolver for all of them. The table of an op is in its ``backends.py``."""
+"""The choice of the backend that runs an op, the same for all ops. The backends of an op are in its ``backends.py``."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 ENVIRONMENT_VARIABLE = "QUIETSTAR_BACKEND"
 AUTO = "auto"
 
-# Why a backend cannot run the given inputs, in one clause; None if it can.
+# Returns why a backend cannot run the given inputs, in one clause; None if it can.
 Availability = Callable[..., str | None]
 
 
@@ -23,16 +23,16 @@ class Backend(NamedTuple):
 
     unavailable: Availability
     load: Callable[[], Any]
-    """Imports the code and returns it, when it is first used: triton may be missing, and takes its time."""
+    """Imports and returns the backend's code, on first use: triton may be missing and takes long to import."""
 
 
 def always_available(*_: object) -> None:
-    """The availability of a backend that runs anywhere torch does."""
+    """The availability check of a backend that runs wherever torch does."""
     return None
 
 
 def usual_backends(**load: Callable[[], Any]) -> dict[str, Backend]:
-    """Backends that can run wherever their kernels can, in order of preference; asked of the first tensor of an op."""
+    """Create backends, in order of preference, that can run if their kernels can run on the op's first tensor."""
     unavailable = {"triton": triton_unavailable, "cuda": cuda_unavailable, "cpu": cpu_unavailable}
     return {name: Backend(unavailable.get(name, always_available), load[name]) for name in load}
 
@@ -45,16 +45,16 @@ def select_backend(
     Args:
         op: name of the op, for messages.
         requested: the caller's ``backend`` argument: a name, or several separated by commas, of which the first that
-            can run is taken; the last may be ``"auto"``, whichever can. ``None`` defers to the environment variable
-            ``QUIETSTAR_BACKEND`` (of the same form) and, when that is unset or empty too, to ``"auto"``.
+            can run is used; the last may be ``"auto"`` for any. ``None`` defers to the environment variable
+            ``QUIETSTAR_BACKEND`` (of the same form) and, if that is unset or empty, to ``"auto"``.
         candidates: the op's backends in order of preference. ``"auto"`` takes the first that can run, but
             never Triton's interpreter.
-        inputs: handed to the availability checks.
-        tensors: what the log of calls shows, by the names of the op's arguments.
+        inputs: passed to the availability checks.
+        tensors: the tensors that the log of calls shows, by the names of the op's arguments.
 
     Raises:
         TypeError: ``requested`` is neither None nor a string.
-        ValueError: a name is not a backend or comes twice, or none of those named can run these inputs.
+        ValueError: a name is not a backend or occurs twice, or none of the named backends can run these inputs.
     """
     requested, source = _with_default(requested)
     names = _parse(requested, source)
@@ -78,10 +78,10 @@ def select_backend(
 
 
 def request_behind(requested: str | None, name: str) -> str:
-    """The request for what the backend ``name``, that ``requested`` has led to, cannot do itself.
+    """Return the request for a pass that the backend ``name``, chosen from ``requested``, does not implement.
 
     Returns:
-        What follows ``name`` in the list, and then whichever can.
+        The rest of the list after ``name``, followed by "auto".
     """
     names = _parse(*_with_default(requested))
     rest = names[names.index(name) + 1 :] if name in names else []
@@ -89,7 +89,7 @@ def request_behind(requested: str | None, name: str) -> str:
 
 
 def _with_default(requested: str | None) -> tuple[str, str]:
-    """The request and what it is called."""
+    """Return the request with the default filled in, and the name of its source."""
     if requested is not None:
         return requested, "backend"
     requested = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -99,7 +99,7 @@ def _with_default(requested: str | None) -> tuple[str, str]:
 
 
 def _parse(requested: str, source: str) -> list[str]:
-    """The names in ``requested``, in order."""
+    """Return the names in ``requested``, in order."""
     if not isinstance(requested, str):
         raise TypeError(f"{source} must be None or a string, got {type(requested).__name__}")
     names = [name.strip() for name in requested.split(",")]

@@ -1,4 +1,4 @@
-"""Argument checks shared by all ops. Every message names the argument, what it must be and what came."""
+"""Argument checks shared by all ops. Every message says which argument it is about, what it must be and what it was."""
 
 import os
 
@@ -10,13 +10,13 @@ from quietstar.ops._dtensor import is_dtensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
-# Reading a value on CUDA waits for the device, so values are read there only when this variable is on (to debug).
+# Reading a value on CUDA waits for the device, so values are read there only if this variable is set (for debugging).
 CHECK_VALUES_VARIABLE = "QUIETSTAR_CHECK_VALUES"
 _OFF = ("", "0", "false", "no", "off")
 
 
 class Dims:
-    """Sizes shared between arguments, bound to letters by the first tensor that mentions them.
+    """Sizes shared between arguments; each letter is bound by the first tensor that has it.
 
     >>> dims = Dims()
     >>> dims.bind("key", key, "B Hkv L D")
@@ -32,7 +32,7 @@ class Dims:
         return self._sizes[letter]
 
     def bind(self, name: str, tensor: Tensor, *specs: str) -> None:
-        """The shape has to be one of ``specs``, which differ in their number of letters."""
+        """Require the shape to match one of ``specs``, which differ in their number of letters."""
         check_tensor(name, tensor)
         shapes = [spec.split() for spec in specs]
         wanted = " or ".join(f"[{', '.join(letters)}]" for letters in shapes)
@@ -67,7 +67,7 @@ def check_integer(name: str, tensor: Tensor) -> None:
 
 
 def check_same_dtype(**tensors: Tensor) -> None:
-    """All of one dtype; the first named sets it."""
+    """Require all tensors to have the dtype of the first."""
     (first, reference), *others = tensors.items()
     for name, tensor in others:
         if tensor.dtype != reference.dtype:
@@ -75,7 +75,7 @@ def check_same_dtype(**tensors: Tensor) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """All on one device; the first named sets it. None is passed over."""
+    """Require all tensors to be on the device of the first. None is skipped."""
     (first, reference), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
         if tensor.device != reference.device:
@@ -88,7 +88,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: on the CPU, or on any device with ``QUIETSTAR_CHECK_VALUES`` on.
+    """Whether a check may read the values: on the CPU, or on any device if ``QUIETSTAR_CHECK_VALUES`` is set.
 
     Never inside ``torch.compile``, where values do not exist yet.
     """
@@ -98,7 +98,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    """All values in [low, high]; passed over where values cannot be read (``can_read_values``)."""
+    """Require all values to be in [low, high]; skipped where values cannot be read (``can_read_values``)."""
     if tensor.numel() == 0 or not can_read_values(tensor):
         return
     smallest, largest = (int(x) for x in torch.aminmax(tensor))

@@ -1,11 +1,11 @@
-"""Weights that lie in parts on several processes: sharded by FSDP or tensor parallelism, or replicated."""
+"""Weights that are distributed over several processes: sharded by FSDP or tensor parallelism, or replicated."""
 
 import torch
 from torch import Tensor
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is a tensor of several processes; there is none, and nothing to import, before they have a group."""
+    """Whether a value is a DTensor. Without a process group there are none, and nothing is imported."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -14,17 +14,17 @@ def is_dtensor(value: object) -> bool:
 
 
 def is_fsdp_unit(module: torch.nn.Module) -> bool:
-    """Whether FSDP gathers the weights of the module when it is called."""
+    """Whether FSDP gathers the module's weights when the module is called."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
 
 
 def gathered(name: str, weight: Tensor) -> Tensor:
-    """The whole of the weight on every process, as the layer that it is of would gather it; others as they are.
+    """Gather a DTensor weight on every process, as calling its layer would; return other tensors unchanged.
 
-    Its gradient goes back to where the weight lies, as the mean over processes of what each has made of its rows: what
-    FSDP does, and tensor parallelism where all have the same rows.
+    The gradient is distributed like the weight. It is the mean over processes of the gradients from their rows, as in
+    FSDP, and in tensor parallelism if all processes have the same rows.
     """
     if not is_dtensor(weight):
         return weight

@@ -1,8 +1,8 @@
 """The three matmuls of a vocabulary head, with float32 results whatever the dtype of hidden states and weight.
 
-On CUDA the matrix units multiply half-precision operands into float32. On a CPU half-precision operands are widened,
-the weight in blocks: float32 matmuls are both exact in the products and, without bf16 instructions, about ten times
-faster than the library's half-precision ones.
+On CUDA, tensor cores multiply half-precision operands with float32 results. On a CPU, half-precision operands are
+widened, the weight in blocks: float32 products of them are exact, and without bf16 instructions about ten times faster
+than the library's half-precision ones.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import slices
 
-# Rows of the weight widened at a time on a CPU: at hidden size 4096 this is 16 MiB.
+# Rows of the weight widened at a time on a CPU: 16 MiB at hidden size 4096.
 _WIDENED_ROWS = 1024
 
 
@@ -31,7 +31,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 
 def hidden_gradient(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """d_logits @ weight, [rows, H] in float32 (float64 for float64)."""
+    """Compute d_logits @ weight, [rows, H] in float32 (float64 for float64)."""
     if d_logits.dtype == weight.dtype and d_logits.dtype.itemsize < 4:
         return torch.mm(d_logits, weight, out_dtype=torch.float32)
     first, *others = _vocabulary_blocks(weight, d_logits.dtype)
@@ -42,19 +42,19 @@ def hidden_gradient(d_logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient_dtype(weight: Tensor) -> torch.dtype:
-    """In which d weight is handed out: on a GPU bfloat16 for a weight of it, else float32 (float64 for float64).
+    """The dtype in which d weight is returned: bfloat16 for a bfloat16 weight on a GPU, else float32 (or float64).
 
-    Of float16 the range would not do: sums over rows are scaled to size only when the incoming gradient is known. A CPU
-    makes the sums in float32 anyway.
+    The range of float16 is too small, since sums over rows are scaled only once the incoming gradient is known. A CPU
+    computes the sums in float32 anyway.
     """
     return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else compute_dtype(weight.dtype)
 
 
 def add_weight_gradient(total: Tensor | None, d_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total`` plus d_logits^T @ hidden, [V, H], in place unless total is None.
+    """Return ``total`` + d_logits^T @ hidden, [V, H], added in place unless ``total`` is None.
 
-    ``dtype`` is float32 (float64 for float64) or, of a product that nothing is added to, that of d_logits: then the
-    matmul itself rounds its sums.
+    ``dtype`` is float32 (float64 for float64). If ``total`` is None it may also be that of d_logits; then the matmul
+    itself rounds its sums.
     """
     if d_logits.dtype == dtype:
         hidden = hidden.to(dtype)

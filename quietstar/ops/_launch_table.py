@@ -1,7 +1,7 @@
-"""What tables of launch parameters have in common: which GPU a row is for, and how it is found.
+"""Lookup in tables of launch parameters, shared by all kernels.
 
-A table's key is a kernel's name, an architecture, and whatever else its rows are made for. Nothing is tuned while a
-program runs: ``python -m quietstar.ops.tune`` times candidates on the GPU at hand and prints rows to put there.
+A table's key is a kernel's name, an architecture, and whatever else its rows depend on. Nothing is tuned while a
+program runs: ``python -m quietstar.ops.tune`` times candidates on the current GPU and prints rows for the tables.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from torch import Tensor
 from quietstar.ops._availability import interpreted
 
 HOPPER, BLACKWELL, AMPERE, COMPACT, INTERPRETER = "hopper", "blackwell", "ampere", "compact", "interpreter"
-# The architecture of rows that hold on every one without a row of its own.
+# The key of rows for all architectures that have no row of their own.
 ANY = "any"
 
 Row = TypeVar("Row")
 
 
 def architecture() -> str:
-    """The family of launch parameters for the current device."""
+    """Return the architecture of the current device, a key of the tables."""
     if interpreted():
         return INTERPRETER
     target = triton.runtime.driver.active.get_current_target()
@@ -31,12 +31,12 @@ def architecture() -> str:
 
 
 def row_key(kernel: str, tensor: Tensor, *more: int) -> tuple[str | int, ...]:
-    """The key of a kernel's row for the device of ``tensor``."""
+    """Return the key of a kernel's row for the device of ``tensor``."""
     with torch.cuda.device_of(tensor):
         return kernel, architecture(), *more
 
 
 def row_for(table: Mapping[tuple, Row], kernel: str, tensor: Tensor, *more: int) -> Row:
-    """A kernel's row for the device of ``tensor``."""
+    """Return a kernel's row for the device of ``tensor``."""
     key = row_key(kernel, tensor, *more)
     return table.get(key) or table[kernel, ANY, *more]

@@ -1,9 +1,9 @@
-"""The log of calls: with ``QUIETSTAR_LOG=1`` every op says once, on stderr, what it was given and what runs it.
+"""The log of calls: with ``QUIETSTAR_LOG=1`` every op prints once, to stderr, its inputs and the backend that runs it.
 
     quietstar: linear_sample(hidden [8, 64] float32, weight [1000, 64]) on cpu runs 'cpu'; 'triton' cannot: ...
 
-It goes through Python's ``logging``, logger ``quietstar.ops`` at level INFO, so a program with handlers of its own gets
-the lines there.
+The lines go through Python's ``logging`` (logger ``quietstar.ops``, level INFO), so a program with handlers of its own
+receives them there.
 """
 
 import logging
@@ -20,15 +20,15 @@ _said: set[str] = set()
 
 
 def log_call(op: str, backend: str, reasons: Sequence[tuple[str, str]], tensors: Mapping[str, Tensor | None]) -> None:
-    """Say what runs a call, the first time that one of such shapes, dtype and device does.
+    """Log which backend runs a call, once for each combination of shapes, dtype and device.
 
     Args:
-        reasons: (backend, why it cannot run the call, in one clause) of those that would have been better.
-        tensors: the inputs that matter, by the names of the op's arguments.
+        reasons: for each preferred backend that cannot run the call, its name and the reason, in one clause.
+        tensors: the relevant inputs, by the names of the op's arguments.
     """
     if os.environ.get(ENVIRONMENT_VARIABLE, "0").lower() in ("", "0", "false", "no", "off"):
         return
-    if torch.compiler.is_compiling():  # lengths are symbols, and tensors have no values: the choice is what counts
+    if torch.compiler.is_compiling():  # sizes are symbolic, so only the choice of the backend can be logged
         _say(f"{op}(), compiled, runs {backend!r}{_because(reasons)}")
         return
     first = next(x for x in tensors.values() if x is not None)
@@ -57,5 +57,5 @@ def _say(line: str) -> None:
     _logger.info(line)
 
 
-# torch.compile calls it while it traces, and does not look into it.
+# torch.compile calls it during tracing without tracing into it.
 _say._dynamo_marked_constant = True

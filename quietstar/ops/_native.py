@@ -1,8 +1,8 @@
-"""The compiled module ``quietstar._C``: whether it is there, how tensors are handed to it, and where it runs.
+"""The compiled module ``quietstar._C``: whether it is available, how tensors are passed to it, and where it runs.
 
-Its functions take addresses, sizes and strides as plain integers and know no torch, so that one build serves every
-version of torch. What the integers stand for is checked here and in the ops; the functions themselves refuse null,
-negative and misaligned ones.
+Its functions take addresses, sizes and strides as plain integers and do not depend on torch, so one build works with
+every version of torch. Their meaning is checked here and in the ops; the functions themselves only reject null,
+negative and misaligned values.
 """
 
 import functools
@@ -17,17 +17,17 @@ try:  # after torch: the module then shares torch's OpenMP threads instead of st
 except ImportError as error:
     _C, _MISSING = None, f"the compiled module is missing ({error}); `pip install .` builds it with GCC or Clang"
 
-# Asked once: torch.compile traces the choice of a backend, and cannot trace into the compiled module.
+# Evaluated once here: torch.compile traces the choice of a backend and cannot trace into the compiled module.
 _BUILD = {} if _C is None else _C.build_info()
-# What CUDA code was compiled for, as CMake names it; empty in builds without.
+# The architectures that CUDA code was compiled for, in CMake's notation; empty in builds without CUDA.
 _ARCHITECTURES = tuple((_BUILD.get("cuda_architectures") or "").split())
 
-# The numbers of csrc/include/quietstar/contract.h.
+# The codes of csrc/include/quietstar/contract.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def cpu_unavailable(tensor: Tensor) -> str | None:
-    """Why the ``cpu`` backend cannot run on ``tensor``, in one clause; None if it can."""
+    """Return why the ``cpu`` backend cannot run on ``tensor``, in one clause; None if it can."""
     if _C is None:
         return _MISSING
     if tensor.device.type != "cpu":
@@ -36,7 +36,7 @@ def cpu_unavailable(tensor: Tensor) -> str | None:
 
 
 def cuda_unavailable(tensor: Tensor) -> str | None:
-    """Why the ``cuda`` backend cannot run on ``tensor``, in one clause; None if it can."""
+    """Return why the ``cuda`` backend cannot run on ``tensor``, in one clause; None if it can."""
     if _C is None:
         return _MISSING
     if not _ARCHITECTURES:
@@ -59,26 +59,26 @@ def _unless_dtype(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the tensor's elements lie; 0 for a tensor that is absent."""
+    """Return the address of the tensor's elements; 0 if the tensor is None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def unit_columns(tensor: Tensor) -> Tensor:
-    """``tensor`` [..., n] with neighbouring elements in the last dimension; copied only if they are not."""
+    """Return ``tensor`` [..., n] with unit stride in the last dimension, copied only if necessary."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """``tensor`` [..., n] as [rows, n] with neighbouring elements in a row; copied only if its strides demand it."""
+    """Return ``tensor`` [..., n] as [rows, n] with unit stride in each row, copied only if necessary."""
     return unit_columns(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def launch_place(tensor: Tensor) -> tuple[int, int]:
-    """Number of the tensor's device, and the address of the CUDA stream that is current there."""
+    """Return the index of the tensor's device, and the address of its current CUDA stream."""
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
+    """Return the number of multiprocessors of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,6 +1,6 @@
-"""How ops are registered with PyTorch, so that ``torch.compile`` and ``opcheck`` see each as one opaque call.
+"""Registration of ops with PyTorch, so that ``torch.compile`` and ``opcheck`` see each as one opaque call.
 
-And how their gradients say that they have none of their own.
+``once_differentiable`` makes differentiating their gradients an error.
 """
 
 import functools
@@ -17,14 +17,14 @@ _LIBRARY = torch.library.Library("quietstar", "FRAGMENT")
 def register_op(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Register ``quietstar::<schema>`` and return the callable op.
 
-    Autograd stays outside, in an ``autograd.Function`` that calls the op. The implementation runs with autocast off:
-    an op chooses its dtypes itself, also when its backward happens to run inside an autocast region. It runs with the
-    device of the first tensor current, which is where Triton launches kernels.
+    Autograd is handled outside, by an ``autograd.Function`` that calls the op. The implementation runs with autocast
+    off, since ops choose their dtypes themselves, also if a backward happens to run inside an autocast region. The
+    device of the first tensor is the current device, on which Triton launches kernels.
 
     Args:
-        schema: name, arguments and results in the schema language of PyTorch; the first argument is a tensor.
-        implementation: what runs on real tensors of any device.
-        fake: allocates results of the same shapes, strides, dtypes and devices without computing anything.
+        schema: name, arguments and results in PyTorch's schema language; the first argument is a tensor.
+        implementation: function that runs on real tensors of any device.
+        fake: function that allocates results of the same shapes, strides, dtypes and devices without computing them.
     """
     name = schema.partition("(")[0]
 
@@ -39,10 +39,11 @@ def register_op(schema: str, implementation: Callable, fake: Callable) -> Callab
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """Mark the ``backward`` of an ``autograd.Function``: to differentiate its results is a RuntimeError.
+    """Decorate the ``backward`` of an ``autograd.Function`` so that differentiating its results is a RuntimeError.
 
-    PyTorch's decorator of that name sees to it only where the incoming gradient has a graph. That of ``sum()`` has
-    none, and the results of ``create_graph=True`` would have none either: a penalty on them would do nothing.
+    PyTorch's decorator of the same name raises only if the incoming gradient has a graph. The gradient of ``sum()`` has
+    none; then results under ``create_graph=True`` would have none either, and a penalty on them would silently do
+    nothing.
     """
 
     @functools.wraps(backward)
@@ -57,7 +58,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 class _Final(torch.autograd.Function):
-    """Hands on the first ``count`` tensors as if they came from all of them, and refuses to say how."""
+    """Return the first ``count`` tensors as if they depended on all of them; the backward raises an error."""
 
     @staticmethod
     def forward(ctx, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

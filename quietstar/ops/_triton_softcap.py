@@ -1,4 +1,4 @@
-"""The cap on logits, in Triton."""
+"""The soft cap on logits, in Triton."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ _BLOCK = 4096
 
 @triton.jit
 def capped(logits, cap):
-    """Cap · tanh(logit / cap), but infinities as they are; tanh by Cephes' polynomial (Moshier) near 0."""
+    """Compute cap · tanh(logit / cap), but keep infinities; near 0, tanh is Cephes' polynomial (Moshier)."""
     x = logits / cap
     square, size = x * x, tl.abs(x)
     near = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -24,13 +24,13 @@ def capped(logits, cap):
 
 @triton.jit
 def cap_kernel(logits, cap, size, BLOCK: tl.constexpr):
-    """In place. Grid: blocks of the ``size`` logits."""
+    """Cap logits in place. Grid: blocks of the ``size`` logits."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(logits + place, capped(tl.load(logits + place, mask=place < size), cap), mask=place < size)
 
 
 def cap_logits_(logits: Tensor, softcap: float) -> None:
-    """Cap contiguous logits in place: 8 bytes of memory each."""
+    """Cap contiguous logits in place; moves 8 bytes of memory per logit."""
     size = logits.numel()
-    # Rounded alike whatever Triton's default is.
+    # Fixed, so that results do not depend on Triton's default.
     cap_kernel[(triton.cdiv(size, _BLOCK),)](logits, softcap, size, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False)

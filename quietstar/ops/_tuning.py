@@ -1,8 +1,8 @@
-"""Which rows of tables of launch parameters are the fastest, within a time; :mod:`quietstar.ops.tune` is the command.
+"""The search for the fastest rows of launch-parameter tables within a time limit (command: :mod:`quietstar.ops.tune`).
 
-Compiling takes most of the time. So candidates are taken in waves, whose kernels compile at the same time, before each
-candidate is checked and timed by itself. A wave takes from the kernels in turn, so that all get on alike: of each the
-row that is nearest to its fastest so far.
+Most of the time goes into compiling. So candidates are processed in waves: the kernels of a wave are compiled in
+parallel, then each candidate is checked and timed by itself. A wave takes candidates from all subjects in turn, each
+time the row nearest to the subject's fastest so far.
 """
 
 import math
@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 Row = tuple[int, ...]
-"""A named tuple of positive numbers."""
+"""A row of launch parameters: a named tuple of positive numbers."""
 
-# Of two right results in half precision, generously: their relative difference, or the share of tokens that differ. A
-# wrong one is off by about 1.
+# Bound on the relative difference of two correct results in half precision, or on the share of tokens that differ. A
+# wrong result is off by about 1.
 _TOLERANCE = 0.02
-# Of the time, that a wave of candidates may compile: what takes longer is left out.
+# Share of the time for which a wave may compile; candidates that take longer are left out.
 _WAVE = 1 / 6
 
 
@@ -26,61 +26,61 @@ class Subject(NamedTuple):
     """A row of a table, and how to find a better one."""
 
     table: str
-    """What the table is called: its module and name."""
+    """Module and name of the table."""
     rows: dict
     """The table itself."""
     key: tuple[str | int, ...] | int
     kernel: str
     """The function whose launch parameters these are."""
     present: Row
-    """What stands there now, perhaps under a key for any architecture."""
+    """The row used now, perhaps under a key for any architecture."""
     candidates: Sequence[Row]
     run: Callable[[], Iterable[Tensor]]
-    """A typical call, which the kernel dominates, to be timed; returns what it computed."""
+    """The call to time, a typical one that the kernel dominates; returns its results."""
     flops: float = 0
-    """Of the call; 0 if memory bounds it."""
+    """FLOPs of the call; 0 if it is bound by memory."""
     moved: float = 0
     """Bytes that the call has to read and write."""
     checked: Callable[[], Iterable[Tensor]] | None = None
-    """Computes what ``run`` does, where that overwrites its own input."""
+    """Computes the same results as ``run``, for calls of ``run`` that overwrite their input."""
 
     def results(self) -> list[Tensor]:
-        """What the call computes."""
+        """Compute the results of the call."""
         return list((self.checked or self.run)())
 
 
 class Outcome(NamedTuple):
-    """Of a call that was run."""
+    """The outcome of a call that was run."""
 
     results: list[Tensor]
     spilled: int
-    """The most registers that a thread spills in a kernel of it."""
+    """The largest number of registers that a thread spills in any of its kernels."""
     kernels: set[str]
-    """The functions that it launched."""
+    """Names of the kernels that it launched."""
 
 
 class Machine(Protocol):
     """What runs the candidates."""
 
     together: int
-    """How many are compiled at the same time."""
+    """How many kernels are compiled at the same time."""
 
     def now(self) -> float:
         """Seconds on some clock."""
 
     def compile(self, wave: Sequence[tuple[Subject, Row]], seconds: float) -> list[bool]:
-        """Compile what the calls would launch; which of them are ready within the time."""
+        """Compile what the calls would launch, and return which of them are ready within the time."""
 
     def outcome(self, subject: Subject) -> Outcome:
-        """Of the subject's call; TritonError or RuntimeError if it fails."""
+        """Run the subject's call; raises TritonError or RuntimeError if it fails."""
 
     def milliseconds(self, subject: Subject) -> float:
-        """The median time of the call."""
+        """Measure the median time of the call."""
 
 
 @contextmanager
 def in_table(subject: Subject, row: Row) -> Iterator[None]:
-    """``row`` in the table for a while."""
+    """Put ``row`` into the table inside the context."""
     kept = subject.rows.get(subject.key)
     subject.rows[subject.key] = row
     try:
@@ -93,14 +93,14 @@ def in_table(subject: Subject, row: Row) -> Iterator[None]:
 
 
 class Trial:
-    """What is known of a subject's rows so far."""
+    """The state of the search for one subject: which rows were tried, and their times."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
         self.times: dict[Row, float] = {}
-        """Milliseconds of the rows that are right, the present one first."""
+        """Milliseconds of the rows that give correct results, the present row first."""
         self.failure: str | None = None
-        """Why the present row has no time."""
+        """Why the present row could not be timed."""
         self.tried = 0
         self._waiting = [subject.present, *(row for row in subject.candidates if row != subject.present)]
         self._expected: Outcome | None = None
@@ -112,11 +112,11 @@ class Trial:
 
     @property
     def waiting(self) -> int:
-        """How many rows were not tried yet; none where there is nothing to compare them with."""
+        """How many rows are left to try; 0 if the present row failed, since there is nothing to compare them with."""
         return 0 if self.failure else len(self._waiting)
 
     def next(self) -> Row:
-        """The row to try next: the present one, then the nearest to the fastest."""
+        """Return the row to try next: the present one first, then the one nearest to the fastest."""
         best = self.best
         row = min(self._waiting, key=lambda row: _distance(row, best))
         self._waiting.remove(row)
@@ -124,7 +124,7 @@ class Trial:
         return row
 
     def time(self, row: Row, machine: Machine) -> None:
-        """Time a row that is compiled, unless it fails, spills more than the present one or is wrong."""
+        """Time a compiled row, unless it fails, spills more than the present row or gives a wrong result."""
         from triton.errors import TritonError
 
         with in_table(self.subject, row):
@@ -132,7 +132,7 @@ class Trial:
                 outcome = machine.outcome(self.subject)
                 if row == self.subject.present:
                     self._expected = outcome
-                    if self.subject.kernel not in outcome.kernels:  # another one is better here
+                    if self.subject.kernel not in outcome.kernels:  # on this GPU the op uses another kernel
                         self.missed(row, f"a typical call does not launch {self.subject.kernel} here")
                         return
                 elif outcome.spilled > self._expected.spilled or not all(
@@ -140,19 +140,19 @@ class Trial:
                 ):
                     return
                 self.times[row] = machine.milliseconds(self.subject)
-            except (TritonError, RuntimeError) as error:  # the second: also out of memory
+            except (TritonError, RuntimeError) as error:  # RuntimeError includes out of memory
                 self.missed(row, str(error).partition("\n")[0])
 
     def missed(self, row: Row, reason: str) -> None:
-        """A row could not be timed."""
+        """Note that a row could not be timed."""
         if row == self.subject.present:
             self.failure = reason
 
     def line(self) -> str:
-        """The line of the table that sets the fastest row, with what was measured; a comment if nothing was."""
+        """The table's line for the fastest row, with its measurements; a comment if nothing was measured."""
         subject, best = self.subject, self.best
         key = str(subject.key)
-        if isinstance(subject.key, tuple):  # of names, which are constants, and numbers
+        if isinstance(subject.key, tuple):  # strings are printed as the names of their constants
             parts = (part.replace(" ", "_").upper() if isinstance(part, str) else str(part) for part in subject.key)
             key = f"({', '.join(parts)})"
         if not self.times:
@@ -169,15 +169,15 @@ class Trial:
 
 
 def search(subjects: Sequence[Subject], seconds: float, machine: Machine) -> list[Trial]:
-    """Try rows until there is none left, or no time; the tables are afterwards as they were.
+    """Try rows until none is left or the time is up. The tables are restored afterwards.
 
     Present rows come first. Rows that do not compile in time, do not fit the device, give another result or spill more
     registers than the present one are left out.
 
     Args:
         subjects: what to tune.
-        seconds: for all; the row that is timed when they end is the last.
-        machine: what runs the candidates.
+        seconds: total time limit; a row that is being timed when it ends is finished.
+        machine: runs the candidates.
     """
     end = machine.now() + seconds
     trials = [Trial(subject) for subject in subjects]
@@ -196,7 +196,7 @@ def search(subjects: Sequence[Subject], seconds: float, machine: Machine) -> lis
 
 
 def _wave(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, Row]]:
-    """The next rows, of those trials in which the fewest were tried."""
+    """Yield the next rows to try, each from the trial with the fewest tried so far."""
     for _ in range(size):
         waiting = [trial for trial in trials if trial.waiting and (trial.times or not trial.tried)]
         if not waiting:
@@ -206,12 +206,12 @@ def _wave(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, Row]]:
 
 
 def _distance(row: Row, other: Row) -> float:
-    """How many times some number is doubled or halved from one row to the other."""
+    """How many doublings and halvings of single numbers lead from one row to the other."""
     return sum(abs(math.log2(a / b)) for a, b in zip(row, other, strict=True))
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by rounding only."""
+    """Whether two results differ only by rounding."""
     if not expected.is_floating_point():
         return (actual != expected).float().mean().item() <= _TOLERANCE
     difference = (actual.float() - expected.float()).norm()

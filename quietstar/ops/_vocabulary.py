@@ -1,4 +1,4 @@
-"""Arguments that name tokens: which targets count, which tokens are suppressed, how a loss is reduced over rows."""
+"""Shared arguments of the vocabulary ops: targets, suppressed tokens, and the reduction of a loss over rows."""
 
 import math
 from collections.abc import Iterable
@@ -11,18 +11,19 @@ from quietstar.ops._checks import can_read_values, check_choice, check_integer, 
 from quietstar.ops._precision import compute_dtype
 from quietstar.ops._rows import BLOCK_BYTES, rows_within, slices
 
-# Kernels know targets as int64 tokens, and two marks: a row without a target (nll 0), and a row whose target is wrong
-# where raising would mean waiting for the device (nll NaN). Neither row has a gradient.
+# Marks in int64 targets, besides token ids: a row without a target (nll 0), and a row with an invalid target where
+# raising an error would wait for the device (nll NaN). Neither row has a gradient.
 IGNORED, INVALID = -1, -2
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Logits are divided in float32. Beyond these, quotients of ordinary logits, or 1 / temperature, are infinite or 0.
+# Logits are divided in float32. Outside these limits, ordinary logits / temperature, or 1 / temperature, are infinite
+# or 0.
 _DIVISORS = 1e-30, 1e30
 
 
 class Softmax(NamedTuple):
-    """How logits become probabilities: they are capped, divided by the temperature, and some left out."""
+    """How logits become probabilities: cap, division by the temperature, and suppressed tokens."""
 
     temperature: float
     softcap: float | None
@@ -30,7 +31,7 @@ class Softmax(NamedTuple):
 
 
 def check_head(vocabulary: int, hidden_size: int, hidden: str) -> None:
-    """A head has at least one token, and at least one column for the argument ``hidden`` to be multiplied with."""
+    """Require a head to have at least one token and one column; ``hidden`` is the name of the input argument."""
     if vocabulary == 0:
         raise ValueError("weight must have at least one row, got none")
     if hidden_size == 0:
@@ -38,14 +39,14 @@ def check_head(vocabulary: int, hidden_size: int, hidden: str) -> None:
 
 
 def checked_number(name: str, value: float, kind: str = "a number") -> float:
-    """``value`` as a float; TypeError if it is not a number."""
+    """Return ``value`` as a float; TypeError if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     return float(value)
 
 
 def checked_temperature(temperature: float, *, zero: bool) -> float:
-    """``temperature`` as a float, positive and of a size to divide by, or 0 where that has a meaning."""
+    """Return ``temperature`` as a float; require it to be in the valid range, or 0 if ``zero`` is True."""
     temperature = checked_number("temperature", temperature)
     if temperature == 0 and zero:
         return temperature
@@ -56,7 +57,7 @@ def checked_temperature(temperature: float, *, zero: bool) -> float:
 
 
 def checked_softcap(softcap: float | None) -> float | None:
-    """``softcap`` as None or a float, positive and of a size to divide by."""
+    """Return ``softcap`` as None or a float; require it to be in the valid range."""
     if softcap is None:
         return None
     softcap = checked_number("softcap", softcap, "None or a number")
@@ -73,14 +74,14 @@ def _checked_divisor(name: str, value: float) -> float:
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one."""
+    """Compute cap · tanh(logit / cap), but keep infinities, so that a token of probability 0 stays impossible."""
     if softcap is None:
         return logits
     return torch.where(logits.isinf(), logits, softcap * torch.tanh(logits / softcap))
 
 
 def cap_logits_(logits: Tensor, softcap: float | None) -> None:
-    """As ``cap_logits``, in place, for [rows, V]: by blocks of rows."""
+    """Like ``cap_logits``, in place and in blocks of rows, for [rows, V]."""
     if softcap is not None:
         for part in slices(len(logits), rows_within(BLOCK_BYTES, logits[:1].nbytes, logits.device)):
             torch.where(
@@ -89,11 +90,12 @@ def cap_logits_(logits: Tensor, softcap: float | None) -> None:
 
 
 def suppressed_ids(suppress: Iterable[int] | Tensor | None, vocabulary: int, device: torch.device) -> Tensor | None:
-    """``suppress`` as an int64 tensor, or None if it names no token.
+    """Return ``suppress`` as an int64 tensor, or None if it names no token.
 
     Raises:
-        TypeError: not integers.
-        ValueError: not one-dimensional, on another device, an id outside the vocabulary, or no token left.
+        TypeError: the ids are not integers.
+        ValueError: ``suppress`` is not one-dimensional or on another device, an id is outside the vocabulary, or no
+            token is left.
     """
     if suppress is None:
         return None
@@ -109,7 +111,7 @@ def suppressed_ids(suppress: Iterable[int] | Tensor | None, vocabulary: int, dev
         known = list(suppress) if isinstance(suppress, Iterable) else [None]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in known):
             raise TypeError(f"suppress must be token ids (integers), got {suppress!r}")
-        # Filled in on the device: a copy would read the host's memory again whenever a CUDA graph is replayed.
+        # Filled on the device: a copy would read host memory again whenever a CUDA graph is replayed.
         ids = torch.empty(len(known), dtype=torch.int64, device=device)
         for place, token in enumerate(known):
             ids[place].fill_(token)
@@ -123,10 +125,10 @@ def suppressed_ids(suppress: Iterable[int] | Tensor | None, vocabulary: int, dev
 
 
 def marked_target(target: Tensor, vocabulary: int, ignore_index: int, suppress: Tensor | None = None) -> Tensor:
-    """``target`` as kernels know it: int64, ``ignore_index`` replaced by ``IGNORED``.
+    """Convert ``target`` to the form that kernels take: int64, with ``ignore_index`` replaced by ``IGNORED``.
 
     Raises:
-        ValueError: a target outside the vocabulary or suppressed. Where values cannot be read
+        ValueError: a target is outside the vocabulary or suppressed. Where values cannot be read
             (``quietstar.ops._checks.can_read_values``) such rows are marked ``INVALID`` instead.
     """
     target = target.to(torch.int64)
@@ -147,12 +149,12 @@ def marked_target(target: Tensor, vocabulary: int, ignore_index: int, suppress: 
 
 
 def mark_rows(values: Tensor, target: Tensor) -> Tensor:
-    """Per-row nll or entropy, 0 where the target is ``IGNORED`` and NaN where ``INVALID``; no gradient to either."""
+    """Set per-row nll or entropy to 0 where the target is ``IGNORED`` and NaN where ``INVALID``, without gradient."""
     return values.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, float("nan"))
 
 
 def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None, target: Tensor) -> None:
-    """Check how a loss is reduced over the rows of ``target``: which are ignored, and what the others weigh."""
+    """Check the arguments that say how a loss is reduced over the rows of ``target``."""
     check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
@@ -164,7 +166,7 @@ def check_reduction(reduction: str, ignore_index: int, row_weight: Tensor | None
 def checked_entropy_weight(
     entropy_weight: float | Tensor | None, reduction: str, target: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """What the entropy of every row of ``target`` weighs in a loss, as a tensor; None if it has no part in it."""
+    """Return the weight of every row's entropy in the loss as a tensor; None if the loss has no entropy term."""
     if entropy_weight is None:
         return None
     if not isinstance(entropy_weight, Tensor):
@@ -177,7 +179,7 @@ def checked_entropy_weight(
 
 
 def _check_of_rows(name: str, weight: Tensor, reduction: str, target: Tensor) -> None:
-    """A weight of every row, which only a sum has."""
+    """Check a per-row weight, which is allowed only with the reduction "sum"."""
     if reduction != "sum":
         raise ValueError(f"{name} must come with reduction='sum', got reduction={reduction!r}")
     if not weight.is_floating_point():
@@ -188,28 +190,28 @@ def _check_of_rows(name: str, weight: Tensor, reduction: str, target: Tensor) ->
 
 
 def row_scales(target: Tensor, reduction: str, row_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Derivative of the loss by the nll of every row, for "mean" and "sum", in the compute dtype of ``dtype``."""
+    """Return d loss / d nll for every row, for "mean" and "sum", in the compute dtype of ``dtype``."""
     dtype = compute_dtype(dtype)
     counts = target != IGNORED
     if row_weight is not None:
         return row_weight.to(dtype).masked_fill(~counts, 0)
-    if reduction == "mean":  # over no rows at all it is 0
+    if reduction == "mean":  # 0 if there are no rows
         return counts.to(dtype) / counts.sum().clamp_min(1)
     return counts.to(dtype)
 
 
 def counted(row_scale: Tensor, values: Tensor) -> Tensor:
-    """The values, 0 where one is not finite and the row's scale is 0: such a row adds nothing to a sum."""
+    """Replace values that are not finite by 0 in rows of scale 0, so that these rows add nothing to a sum."""
     return values.masked_fill((row_scale == 0) & ~values.isfinite(), 0)
 
 
 def weighted_sum(row_scale: Tensor, values: Tensor) -> Tensor:
-    """Sum of row_scale · values, to which a row of scale 0 adds 0 even if its value is not finite."""
+    """Compute Σ row_scale · values, where a row of scale 0 adds 0 even if its value is not finite."""
     return (row_scale * counted(row_scale, values)).sum()
 
 
 def check_mixing_weight(mixing_weight: Tensor, model: str, dtype: torch.dtype) -> None:
-    """The mixing weight, made by a small network of its own, has the dtype of argument ``model`` or float32."""
+    """Require the mixing weight, which a separate head computes, to have the dtype of argument ``model`` or float32."""
     if mixing_weight.dtype not in (dtype, torch.float32):
         raise TypeError(
             f"mixing_weight must be float32 or have the dtype of {model}, {dtype}, got {mixing_weight.dtype}"

@@ -1,10 +1,10 @@
-"""Times launch parameters of all Triton kernels on the GPU at hand, and prints rows for their tables.
+"""Time launch parameters of all Triton kernels on the current GPU and print rows for their tables.
 
     python -m quietstar.ops.tune --minutes 6 --output rows.txt
 
-Nothing else calls it: a training run never stops to tune. The most promising candidates of every table come first, and
-then others until none is left or the time is over; what was measured stands behind each row. Rows are those of the head
-size, vocabulary and dtype given. ``tests/ops/test_*_compile.py`` then say, without a GPU, whether new ones fit.
+Tuning happens only in this command, never during training. It tries the most promising candidates of every table first,
+then others until none is left or the time is up. Each row is printed with its measurements. Rows apply to the given
+head size, vocabulary and dtype. ``tests/ops/test_*_compile.py`` check, without a GPU, whether new rows fit.
 """
 
 import argparse
@@ -28,28 +28,28 @@ DTYPES = "float16", "bfloat16", "float32"
 
 
 class Sizes(NamedTuple):
-    """Of typical calls; by default those of a model of seven billion weights."""
+    """Sizes of typical calls; the defaults are those of a model with seven billion parameters."""
 
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
     shared_memory: int = 227 << 10
-    """Bytes that a program may have on the device."""
+    """Bytes of shared memory that a program can use on the device."""
     length: int = 4096
-    """L, and as many anchors."""
+    """L, also the number of anchors."""
     steps: int = 14
     heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
     decoding: int = 8
-    """Texts that are decoded together."""
+    """Batch size in decoding."""
     rows: int = 4096
-    """Of the vocabulary's ops."""
+    """Rows of the vocabulary's ops."""
     hidden_size: int = 4096
     vocabulary: int = 32002
 
 
 def subjects(ops: Sequence[str], sizes: Sizes) -> list[Subject]:
-    """Everything there is to tune."""
+    """Return everything that can be tuned for the given ops."""
     from quietstar.ops.linear_cross_entropy import triton_tune as linear_cross_entropy
     from quietstar.ops.linear_sample import triton_tune as linear_sample
     from quietstar.ops.mixing import triton_tune as mixing
@@ -60,7 +60,7 @@ def subjects(ops: Sequence[str], sizes: Sizes) -> list[Subject]:
 
 
 class Gpu:
-    """A :class:`._tuning.Machine`: the current device."""
+    """The current device, as a :class:`._tuning.Machine`."""
 
     def __init__(self, together: int):
         self.together = together
@@ -78,12 +78,12 @@ class Gpu:
                 with in_table(subject, row), _launches(only_compile=True) as kernels:
                     try:
                         subject.run()
-                    except Exception:  # whatever a compiler or a launcher says of a candidate
+                    except Exception:  # any error of the compiler or launcher rejects the candidate
                         kernels.append(None)
                 launched.append(kernels)
             wait(compiling.raw_futures, max(0.0, end - monotonic()))
             compiling.raw_futures = [future for future in compiling.raw_futures if future.done() or future.cancel()]
-        # What is compiled in the background has its kernel within.
+        # A kernel compiled in the background is wrapped in an object that holds it once it is ready.
         return [all(getattr(kernel, "kernel", None) is not None for kernel in kernels) for kernels in launched]
 
     def outcome(self, subject: Subject) -> Outcome:
@@ -101,7 +101,7 @@ class Gpu:
 
 @contextmanager
 def _launches(only_compile: bool) -> Iterator[list]:
-    """The kernels that are launched meanwhile, or those that would be."""
+    """Collect the kernels launched inside the context (with ``only_compile``, those that would be launched)."""
     from triton.runtime.jit import JITFunction
 
     kernels, run = [], JITFunction.run
@@ -118,7 +118,7 @@ def _launches(only_compile: bool) -> Iterator[list]:
 
 
 def report(trials: Sequence[Trial], origin: str) -> str:
-    """Rows for the tables, each below the name of its table."""
+    """Format rows for the tables, each below the name of its table."""
     lines = [f"# {origin}"]
     for table, found in groupby(trials, key=lambda trial: trial.subject.table):
         lines += [f"# {table}", *(trial.line() for trial in found)]
@@ -126,21 +126,25 @@ def report(trials: Sequence[Trial], origin: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Create the command-line parser."""
     command = argparse.ArgumentParser(
         prog="python -m quietstar.ops.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("--minutes", type=float, default=6.0, help="for everything (default: %(default)s)")
+    command.add_argument("--minutes", type=float, default=6.0, help="total time limit (default: %(default)s)")
     command.add_argument("--output", type=Path, help="also write the rows to this file")
-    command.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="tune these only")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    command.add_argument("--head-size", type=int, default=Sizes().head_size, help="default: %(default)s")
-    command.add_argument("--vocabulary", type=int, default=Sizes().vocabulary, help="default: %(default)s")
+    command.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="tune only these ops")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype to tune for (default: %(default)s)")
+    command.add_argument(
+        "--head-size", type=int, default=Sizes().head_size, help="size of an attention head (default: %(default)s)"
+    )
+    command.add_argument(
+        "--vocabulary", type=int, default=Sizes().vocabulary, help="vocabulary size (default: %(default)s)"
+    )
     return command
 
 
 def main(arguments: Sequence[str] | None = None, machine: Callable[[int], Gpu] = Gpu) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     command = parser()
     options = command.parse_args(arguments)
     begin = monotonic()
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None, machine: Callable[[int], Gpu] =
 
 
 def _shared_memory() -> int:
-    """Bytes that a program may have on the current device."""
+    """Bytes of shared memory that a program can use on the current device."""
     from triton.runtime import driver
 
     return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
@@ -193,4 +197,4 @@ def _shared_memory() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # what still compiles would be waited for
+    os._exit(code)  # a normal exit would wait for background compilations

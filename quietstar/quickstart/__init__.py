@@ -1,1 +1,1 @@
-"""The quickstart: from nothing to a model that thinks, on a CPU, in a few minutes."""
+"""The quickstart: trains a model that thinks from scratch, on a CPU, in a few minutes."""

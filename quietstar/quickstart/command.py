@@ -1,4 +1,4 @@
-"""The command ``quietstar quickstart``: from nothing to a model that thinks, on a CPU, in a few minutes."""
+"""The command ``quietstar quickstart``: trains a model that thinks from scratch, on a CPU, in a few minutes."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ HOPS, DEFAULT_HOPS = (2, 3, 4), 3
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     options = _parser().parse_args(arguments)
     folder = Path(options.output_dir)
     logging.disable_progress_bar()
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, folder: Path, command: str) -> str:
-    """The experiment or its like on text; returns a prompt to try."""
+    """Run the experiment, or its counterpart on text, and return a prompt to try."""
     if options.text is None:
         size = experiment.TINY if options.tiny else experiment.USUAL
         with experiment.one_thread():
@@ -49,34 +49,36 @@ def _run(options: argparse.Namespace, folder: Path, command: str) -> str:
 
 
 def _quoted(prompt: str) -> str:
-    """As a word of a shell's command line; apostrophes stay readable."""
+    """Quote a prompt for a shell, keeping apostrophes readable."""
     return '"' + re.sub(r'(["\\$`])', r"\\\1", prompt) + '"'
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(
         prog="quietstar quickstart",
-        description="Train a small model that answers questions only after it has thought of the steps in between, and "
-        "see what the thoughts do. On a CPU, nothing downloaded, about a minute and a quarter.",
+        description="Train a small model that answers questions only after thinking of the steps in between, and show "
+        "what its thoughts do. Takes about a minute and a quarter on a CPU; nothing is downloaded.",
     )
     parser.add_argument(
         "--output_dir", default="quickstart",
         help="new folder for models, results.json and report.html (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of text, weights and thoughts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of text, weights and thoughts (default: %(default)s)")
     parser.add_argument(
         "--hops", type=int, choices=HOPS,
-        help=f"relations in a question; thoughts have a token less (default: {DEFAULT_HOPS})",
+        help=f"relations in a question; thoughts have one token less (default: {DEFAULT_HOPS})",
     )  # fmt: skip
     parser.add_argument(
         "--controls", action="store_true",
-        help="also thoughts of lengths 0 to 3, random and filler ones, policy weight 0 and ordinary training: about "
-        "a minute more",
+        help="also measure thoughts of lengths 0 to 3, random and filler thoughts, policy weight 0 and ordinary "
+        "training; takes about a minute more",
     )  # fmt: skip
     parser.add_argument(
         "--text", metavar="FOLDER|FILE",
-        help="train on this text instead, or on the standard library's sources (stdlib), and see honestly whether "
-        "thoughts help there; they may well not. About four minutes on two cores",
+        help="train on this text instead, or on the sources of Python's standard library (stdlib), and report honestly "
+        "whether thoughts help there; they may well not. Takes about four minutes on two cores",
     )  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, to see that everything runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="only a few steps of a tiny model, to check that everything runs"
+    )
     return parser

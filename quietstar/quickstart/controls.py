@@ -1,4 +1,4 @@
-"""What else could explain the gain: thoughts of other kinds, other trainings, and thoughts of other lengths."""
+"""Controls for the gain: other kinds of thoughts, other trainings, and other thought lengths."""
 
 import math
 from pathlib import Path
@@ -22,9 +22,9 @@ Row = dict[str, str | float]
 
 
 class Stage(NamedTuple):
-    """What the second training was made with, so that others can be made like it."""
+    """The settings of the second training, to run variants of it."""
 
-    folder: Path  # with the base model
+    folder: Path  # folder with the base model
     tokenizer: PreTrainedTokenizerFast
     world: World
     exam: Exam
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
     thinking: dict[str, float]  # fields of the configuration
 
     def train(self, title: str, filler: int | None = None, **changes: float) -> QuietStarForCausalLM:
-        """A model trained like the first one but for some fields, or on thoughts that are all one token."""
+        """Train a model like the first one except for some fields, or on thoughts that consist of one filler token."""
         set_seed(self.seed)
         model = QuietStarForCausalLM.from_base(self.folder / "base", self.tokenizer, **self.thinking | changes)
 
@@ -48,7 +48,7 @@ class Stage(NamedTuple):
         return model
 
     def train_without_thoughts(self) -> MistralForCausalLM:
-        """The base model after as many steps of ordinary training."""
+        """Train the base model for as many steps without thoughts."""
         set_seed(self.seed)
         model = MistralForCausalLM.from_pretrained(self.folder / "base")
         train_base(model, self.text.tokens, self.training, self.seed, "ordinary training")
@@ -56,11 +56,13 @@ class Stage(NamedTuple):
 
 
 def further_controls(model: QuietStarForCausalLM, stage: Stage, own: Answers, seconds: float) -> list[Row]:
-    """Rows of a table: the trained model with other thoughts, and other trainings on the same text.
+    """Measure the trained model with other thoughts, and other trainings on the same text, as rows of a table.
 
     Args:
+        model: the trained model.
+        stage: the settings of its training.
         own: the model's answers after its own thoughts.
-        seconds: that its training took, to say how long this will take.
+        seconds: duration of its training, to announce how long this will take.
     """
     lengths = [length for length in LENGTHS if length != stage.thinking["thought_length"]]
     count = len(lengths) + 3

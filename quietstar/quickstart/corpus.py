@@ -1,4 +1,4 @@
-"""Text to train on, by default what every Python carries: the sources of its standard library; and its tokenizer."""
+"""Text to train on, such as the sources of Python's standard library, and a tokenizer for it."""
 
 import random
 import sysconfig
@@ -13,21 +13,21 @@ from transformers import PreTrainedTokenizerFast
 from quietstar.training.data import load_documents, pack, tokenize
 
 STANDARD_LIBRARY = "stdlib"
-# Not everywhere installed (tests), not of the library (packages), or tables rather than text (encodings).
+# Folders that are not always installed (tests), not part of the library (packages), or tables (encodings).
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZED_TOGETHER = 32
 
 
 def read_texts(source: str) -> list[str]:
-    """The texts of a folder, of a file, or of Python's standard library.
+    """Read the texts of a folder, a file, or Python's standard library.
 
     Args:
-        source: "stdlib"; a folder, of which every file in UTF-8 is a text, hidden ones left out; or a file as
-            ``quietstar train`` takes it, for example a text file whose paragraphs are the texts.
+        source: "stdlib"; a folder, in which every file in UTF-8 that is not hidden is a text; or a file as accepted by
+            ``quietstar train``, for example a text file, whose paragraphs are the texts.
 
     Raises:
-        ValueError: nothing there that could be read, or fewer than two texts.
+        ValueError: there is nothing that can be read, or fewer than two texts.
     """
     path = Path(source)
     if source == STANDARD_LIBRARY:
@@ -51,7 +51,7 @@ def _hidden(file: Path) -> bool:
 
 
 def _read(file: Path) -> str | None:
-    """The text of a file; None where it is something else."""
+    """Read the text of a file; None if it is not text."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -60,7 +60,7 @@ def _read(file: Path) -> str | None:
 
 
 def split_texts(texts: Sequence[str], seed: int, held_out_share: float) -> tuple[list[str], list[str]]:
-    """The texts to train on and at least one that is held out, in an order that the seed decides."""
+    """Split texts, in an order given by the seed, into those to train on and at least one held-out text."""
     texts = list(texts)
     random.Random(seed).shuffle(texts)
     held_out = max(1, round(len(texts) * held_out_share))
@@ -68,7 +68,7 @@ def split_texts(texts: Sequence[str], seed: int, held_out_share: float) -> tuple
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``vocabulary`` tokens."""
+    """Train a byte-level BPE tokenizer with ``vocabulary`` tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -82,10 +82,10 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def windows_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int, title: str) -> np.ndarray:
-    """Windows of tokens, int64 [windows, length].
+    """Cut texts into windows of tokens, int64 [windows, length].
 
     Raises:
-        ValueError: too little text for a window.
+        ValueError: there is too little text for one window.
     """
     groups = range(0, len(texts), TOKENIZED_TOGETHER)
     tokens: list[list[int]] = []

@@ -1,8 +1,10 @@
 """The experiment: a model that answers questions only after it has thought of the steps in between.
 
-1. A Mistral of one layer reads text with facts and questions; some answers come with their steps, some at once.
-2. Quiet-STaR, on text that never spells out a step. Thoughts start out as what stands between dashes: often idle.
-3. Questions that neither training has seen in any form, with and without thoughts, and the controls.
+1. A Mistral with one layer is trained on text with facts and questions; some answers come with their steps, some do
+   not.
+2. Quiet-STaR is trained on text that never spells out a step. At first, thoughts look like the text between dashes,
+   which is often idle.
+3. The model answers questions that neither training has seen in any form, with and without thoughts, and with controls.
 """
 
 import json
@@ -40,17 +42,17 @@ WINDOW = 64  # tokens
 
 
 class Size(NamedTuple):
-    """How large the world is, how wide the model, how long the trainings."""
+    """The sizes of world and model, and the lengths of the trainings."""
 
     people: int
     hidden_size: int
     windows: int  # for the base model; it reads them several times
     base: Training
-    thinking: Training  # for every token of a thought: longer, it learns the answers of training questions by heart
+    thinking: Training  # per token of a thought; if longer, the model memorises the answers of training questions
     held_out_windows: int
 
 
-# Every written step must be learnt, or first thoughts are too rarely right: that happens after 500 to 800 base steps.
+# The base must learn every written step (this takes 500 to 800 steps), or first thoughts are too rarely right.
 USUAL = Size(
     people=len(PEOPLE), hidden_size=64, windows=6000, base=Training(1600, 32, 5e-3), thinking=Training(150, 8, 2e-3),
     held_out_windows=96,
@@ -61,17 +63,22 @@ TINY = Size(
 
 
 def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command: str) -> str:
-    """Make the world, train, measure; models, ``results.json`` and ``report.html`` are saved in ``folder``.
+    """Create the world, train and measure; saves models, ``results.json`` and ``report.html`` in ``folder``.
 
     Args:
-        command: that this was started with, for the report.
+        folder: output folder.
+        size: sizes of world, model and trainings.
+        seed: seed of text, weights and thoughts.
+        hops: relations in a question.
+        controls: whether to run the controls.
+        command: the command line, for the report.
 
     Returns:
         A prompt to try.
     """
     start = time.perf_counter(), time.process_time()
     set_seed(seed)
-    streams = [np.random.default_rng([seed, part]) for part in range(3)]  # of text
+    streams = [np.random.default_rng([seed, part]) for part in range(3)]  # for the three parts of the text
     world, tokenizer = World(hops, seed, size.people), world_tokenizer()
     thought_length = hops - 1
     thinking, training = THINKING | {"thought_length": thought_length}, size.thinking
@@ -133,7 +140,7 @@ def run(folder: Path, size: Size, seed: int, hops: int, controls: bool, command:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Steps this small gain nothing from a second thread, and on a busy machine wait for it."""
+    """Use one thread inside the context: steps this small gain nothing from a second one, and may wait for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

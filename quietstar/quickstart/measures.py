@@ -1,4 +1,4 @@
-"""What is measured in the world: answers to held-out questions, and the text around them."""
+"""The measurements in the world: answers to held-out questions, and the text around them."""
 
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ class Exam(NamedTuple):
     """Q held-out questions as tokens; all prompts have the same length."""
 
     prompts: Tensor  # int64 [Q, L]
-    steps: Tensor  # int64 [Q, hops]: the people on the way, the last is the answer
+    steps: Tensor  # int64 [Q, hops], the people on the way; the last is the answer
 
     @classmethod
     def of(cls, world: World, tokenizer: PreTrainedTokenizerFast) -> "Exam":
-        """The held-out questions of a world."""
+        """Create the exam of a world's held-out questions."""
         prompts = [tokenizer(str(question))["input_ids"] for question in world.held_out]
         steps = [tokenizer.convert_tokens_to_ids(world.steps(question)) for question in world.held_out]
         return cls(torch.tensor(prompts), torch.tensor(steps))
@@ -32,18 +32,18 @@ class Answers(NamedTuple):
 
     tokens: Tensor  # int64 [Q]
     right: Tensor  # bool [Q]
-    nll: Tensor  # float [Q], of the right answer, in nats
-    thoughts: Tensor  # int64 [Q, k]; k = 0 without
+    nll: Tensor  # float [Q], nll of the right answer in nats
+    thoughts: Tensor  # int64 [Q, k]; k = 0 without thoughts
 
     def means(self, name: str = "") -> dict[str, float]:
-        """Share of right answers and mean nll, with standard errors over questions; ``name`` ends their names."""
+        """Return the share of right answers and the mean nll, with standard errors; ``name`` is a suffix of keys."""
         accuracy, nll = (token_mean(values[:, None]) for values in (self.right.float(), self.nll))
         return _named(f"accuracy{name}", accuracy) | _named(f"nll{name}", nll)
 
 
 @torch.no_grad()
 def answer(model: QuietStarForCausalLM, exam: Exam, thoughts: Tensor | None = None, seed: int = 0) -> Answers:
-    """Answers after the model's own thoughts, drawn with the seed, or after given ones, int64 [Q, k]."""
+    """Answer after the model's own thoughts, sampled with the seed, or after given ones, int64 [Q, k]."""
     model.eval()
     given = None if thoughts is None else thoughts[:, None, None]
     with torch.random.fork_rng([]):
@@ -54,7 +54,7 @@ def answer(model: QuietStarForCausalLM, exam: Exam, thoughts: Tensor | None = No
 
 @torch.no_grad()
 def answer_at_once(model: torch.nn.Module, exam: Exam) -> Answers:
-    """Answers without a thought; of an ordinary Mistral too."""
+    """Answer without a thought; the model may also be an ordinary Mistral."""
     hidden = model.eval().model(exam.prompts).last_hidden_state[:, -1]
     return _answers(exam, model.lm_head(hidden), exam.prompts[:, :0])
 
@@ -67,25 +67,25 @@ def _answers(exam: Exam, logits: Tensor, thoughts: Tensor) -> Answers:
 
 
 def steps_thought(exam: Exam, thoughts: Tensor) -> float:
-    """Share of thoughts, int64 [Q, k], that begin with the people in between."""
+    """Return the share of thoughts, int64 [Q, k], that begin with the people in between."""
     between = exam.steps[:, :-1]
     return float((thoughts[:, : between.shape[1]] == between).all(dim=1).float().mean())
 
 
 @torch.no_grad()
 def steps_right(base: torch.nn.Module, exam: Exam, tokenizer: PreTrainedTokenizerFast) -> list[float]:
-    """Share of each step, the answer included, that a base model gets right where the steps before are spelled out."""
+    """Return how often a base model gets each step (the last is the answer) right if earlier steps are spelled out."""
     dash = torch.full_like(exam.steps[:, :1], tokenizer.convert_tokens_to_ids("---"))
     spelled = torch.cat([exam.prompts, dash, exam.steps[:, :-1], dash], dim=1)
     predicted = base.eval()(spelled).logits[:, exam.prompts.shape[1] :].argmax(dim=-1)
     hops = exam.steps.shape[1]
-    predicted = torch.cat([predicted[:, : hops - 1], predicted[:, -1:]], dim=1)  # between them is the closing dash
+    predicted = torch.cat([predicted[:, : hops - 1], predicted[:, -1:]], dim=1)  # without the closing dash
     return (predicted == exam.steps).float().mean(dim=0).tolist()
 
 
 @torch.no_grad()
 def think_where_unsure(model: QuietStarForCausalLM, exam: Exam, windows: Tensor) -> dict[str, float]:
-    """Share of right answers, and of the tokens of held-out windows in front of which the model then thinks."""
+    """Let the model think only where unsure; return its accuracy, and for which share of held-out tokens it thinks."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         answers = model.generate(
@@ -99,7 +99,7 @@ def think_where_unsure(model: QuietStarForCausalLM, exam: Exam, windows: Tensor)
 
 
 def measure(model: QuietStarForCausalLM, exam: Exam, held_out: Windows) -> tuple[dict[str, object], Answers]:
-    """All that the quickstart says of a model, ready for JSON, and its answers after a thought."""
+    """Return all measurements of a model, JSON-serialisable, and its answers after a thought."""
     windows, answers = torch.from_numpy(held_out.tokens), torch.from_numpy(held_out.answers[:, 1:])
     own = answer(model, exam)
     with torch.random.fork_rng([]):
@@ -125,7 +125,7 @@ def _named(name: str, mean: Mean) -> dict[str, float]:
 def described_questions(
     world: World, exam: Exam, answers: Answers, tokenizer: PreTrainedTokenizerFast
 ) -> list[dict[str, object]]:  # fmt: skip
-    """Every held-out question with its answer, and what the model thought and said."""
+    """Return every held-out question with its right answer and the model's thought and answer."""
     columns = zip(world.held_out, answers.thoughts, answers.tokens, strict=True)
     return [
         {

@@ -1,4 +1,4 @@
-"""The quickstart's page: answers with and without thoughts, and the text around them token by token."""
+"""The quickstart's page: answers with and without thoughts, and text token by token."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from quietstar.report.reading import Reading
 from quietstar.report.text_page import figures, number, signed
 from quietstar.report.view import token_view
 
-SHOWN = 8  # questions, and windows of text
+SHOWN = 8  # number of questions, and of windows of text
 KINDS = {"without": "without thoughts", "with": "after a thought", "shuffled": "after another question's thought"}
 
 
@@ -23,14 +23,15 @@ def world_page(
     tokenizer: PreTrainedTokenizerBase, results: Mapping[str, Any], reading: Reading, difficulty: Tensor,
     history: Sequence[Mapping[str, float]], made: Sequence[tuple[str, str]],
 ) -> Page:  # fmt: skip
-    """Lay out what the quickstart found.
+    """Create the page of the quickstart's results.
 
     Args:
-        results: what it writes into ``results.json``.
-        reading: of windows of held-out text.
-        difficulty: [windows, L−1], nll of the base model there.
-        history: what the training of Quiet-STaR logged.
-        made: how this was made.
+        tokenizer: the model's tokenizer.
+        results: the content of ``results.json``.
+        reading: measurements of windows of held-out text.
+        difficulty: [windows, L−1], the base model's nll there.
+        history: logs of the training of Quiet-STaR.
+        made: how the page was made.
     """
     questions, chance = results["questions"], 1 / results["people"]
     right = {kind: percent(results[f"accuracy_{kind}"]) for kind in KINDS}
@@ -68,7 +69,7 @@ def world_page(
 
 
 def percent(share: float) -> str:
-    """With one digit, none where it is all."""
+    """Format a share in per cent with one decimal, or without for 100 %."""
     return "100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
 
 
@@ -99,7 +100,7 @@ def _note(results: Mapping[str, Any], chance: float) -> str:
 
 
 def _staircase(results: Mapping[str, Any]) -> plots.Figure | None:
-    """Answers right by thought length, each of another training; None without the controls."""
+    """Plot right answers by thought length, each from its own training; None without the controls."""
     own = results["thought_length"]
     rows = {control["name"]: control for control in results.get("controls", [])}
     measured = {length: rows[name] for length in LENGTHS if (name := OTHER_LENGTH.format(length)) in rows}

@@ -1,4 +1,4 @@
-"""The two trainings: a small Mistral on the text, then Quiet-STaR on top of it."""
+"""The two trainings: first a small Mistral on the text, then Quiet-STaR on top of it."""
 
 from collections.abc import Callable
 from tempfile import gettempdir
@@ -23,11 +23,11 @@ from quietstar.models import QuietStarForCausalLM
 from quietstar.training import QuietStarTrainer
 from quietstar.training.data import collate_windows
 
-LOGS = 30  # in a training
+LOGS = 30  # number of logs in a training
 
 
 class Training(NamedTuple):
-    """How long and how fast to train."""
+    """The length, batch size and learning rate of a training."""
 
     steps: int
     batch_size: int  # windows per step
@@ -35,20 +35,20 @@ class Training(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What came of a training besides the model."""
+    """Results of a training besides the model."""
 
-    tokens_per_second: float  # of text
-    state: TrainerState  # with what was logged
+    tokens_per_second: float  # tokens of text
+    state: TrainerState  # with the logs
 
 
-# One thought per position, predicting the next token only: the paper's 9 tokens, 2 thoughts and 4 tokens ahead cost
-# about twenty times as much. The policy weight of the paper belongs to its learning rate of 1e-6.
+# One thought per position, which predicts only the next token: the paper's 9 tokens, 2 thoughts and lookahead of 4 cost
+# about twenty times as much. The paper's policy weight belongs to its learning rate of 1e-6.
 THINKING = {"lookahead": 1, "num_thoughts": 1, "policy_weight": 0.1, "embedding_scale": 1.0}
 
 
 def second_seed(seed: int) -> int:
-    """For the second training, so that it does not repeat the draws of the first."""
-    return (seed + 1) % 2**32  # what NumPy takes
+    """Return the seed of the second training, which differs so that it does not repeat the draws of the first."""
+    return (seed + 1) % 2**32  # NumPy's range of seeds
 
 
 class ProgressBar(TrainerCallback):
@@ -75,7 +75,7 @@ class ProgressBar(TrainerCallback):
 def new_base(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, intermediate_size: int, layers: int, kv_heads: int
 ) -> MistralForCausalLM:
-    """An ordinary Mistral of four heads, with random weights."""
+    """Create an ordinary Mistral with four heads and random weights."""
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -96,7 +96,7 @@ def train_base(
     model: MistralForCausalLM, windows: np.ndarray, training: Training, seed: int,
     title: str = "base model",
 ) -> None:  # fmt: skip
-    """Ordinary training on windows [windows, L], in place."""
+    """Train a model on windows [windows, L] without thoughts, in place."""
     _run(Trainer, model, ProgressBar(f"     {title}", {"loss": "nll"}), windows, training, seed)
 
 
@@ -104,7 +104,7 @@ def train_thinking(
     model: QuietStarForCausalLM, windows: np.ndarray, training: Training, seed: int,
     title: str = "Quiet-STaR", collator: Callable = collate_windows, **options: Any,
 ) -> Trained:  # fmt: skip
-    """Quiet-STaR on top of a base model, in place; ``options`` are further ones of the trainer."""
+    """Train a base model with Quiet-STaR, in place; ``options`` are further options of the trainer."""
     shown = {"base_nll": "without", "talk_nll_0": "after a thought", "mixing_weight": "weight"}
     bar = ProgressBar(f"     {title}", shown)
     trainer = _run(QuietStarTrainer, model, bar, windows, training, seed, collator, **options)

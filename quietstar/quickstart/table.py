@@ -1,4 +1,4 @@
-"""The results of the quickstart, for people."""
+"""The quickstart's results as readable text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from quietstar.quickstart.measures import THINK_ABOVE
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """What the quickstart writes into ``results.json``, for people: ``measure``, controls if there are any."""
+    """Format the content of ``results.json``: the measurements, and the controls if there are any."""
     kinds = {"without": "without thoughts", "with": "after a thought", "shuffled": "after another question's thought"}
     lines = [f"{'held-out questions':<44} {'answers right':>15}  {'nll of the answer':>17}"]
     lines += [_row(label, results, f"_{kind}") for kind, label in kinds.items()]
@@ -37,7 +37,7 @@ def _row(label: str, results: Mapping[str, Any], kind: str = "") -> str:
 
 
 def question_lines(questions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per question: prompt, thought, what the model said."""
+    """Format one line per question: prompt, thought and the model's answer."""
     width, thought_width = (max(len(str(question[name])) for question in questions) for name in ("prompt", "thought"))
     return [
         f"{question['prompt']:<{width}}  thought: {question['thought']:<{thought_width}}  -> {question['said']}"

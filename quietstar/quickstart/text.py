@@ -1,4 +1,4 @@
-"""Quiet-STaR on text as it is: the standard library's sources, or the user's own."""
+"""Quiet-STaR on real text: the standard library's sources, or the user's own."""
 
 import sys
 import time
@@ -20,15 +20,15 @@ from quietstar.report.reading import read
 from quietstar.report.text_page import Source, text_page
 
 HELD_OUT_SHARE = 0.05
-PROMPT_TOKENS, NEW_TOKENS = 16, 24  # of the continuation that is shown
-SHOWN = 16  # windows in the report
-PROMPT_CHARACTERS = 40  # of the prompt to go on with
+PROMPT_TOKENS, NEW_TOKENS = 16, 24  # lengths of the continuation that is shown
+SHOWN = 16  # number of windows in the report
+PROMPT_CHARACTERS = 40  # length of the suggested prompt
 
 
 class Size(NamedTuple):
-    """How large the model is and how long its trainings are."""
+    """The size of the model and the lengths of its trainings."""
 
-    texts: int | None  # at most so many; None is all of them
+    texts: int | None  # largest number of texts; None means all of them
     vocabulary: int
     hidden_size: int
     layers: int
@@ -38,7 +38,7 @@ class Size(NamedTuple):
     held_out_windows: int
 
 
-# About four minutes on two cores, and a few seconds for the tests.
+# These take about four minutes on two cores, and a few seconds (for tests).
 USUAL = Size(
     texts=None, vocabulary=2048, hidden_size=128, layers=3, length=128, base=Training(800, 16, 3e-3),
     thinking=Training(250, 8, 2e-3), held_out_windows=160,
@@ -50,17 +50,20 @@ TINY = Size(
 
 
 def run(folder: Path, size: Size, seed: int, source: str, command: str) -> str:
-    """Text, tokenizer, base model, Quiet-STaR, and what came of it; models and ``report.html`` are saved in ``folder``.
+    """Train tokenizer, base model and Quiet-STaR on text, and measure; saves models and ``report.html`` in ``folder``.
 
     Args:
+        folder: output folder.
+        size: sizes of model and trainings.
+        seed: seed of text, weights and thoughts.
         source: a file, a folder, or "stdlib"; see ``read_texts``.
-        command: that this was started with, for the report.
+        command: the command line, for the report.
 
     Returns:
         A prompt to try.
 
     Raises:
-        ValueError: no text there, or too little of it.
+        ValueError: there is no text, or too little of it.
     """
     start = time.perf_counter()
     set_seed(seed)
@@ -106,11 +109,11 @@ def run(folder: Path, size: Size, seed: int, source: str, command: str) -> str:
 
 
 def results_table(before: HeldOutNll, after: HeldOutNll, speed: float) -> str:
-    """What was measured, whichever way it came out.
+    """Format the measurements, whether or not thoughts help.
 
     Args:
-        before, after: of the same windows, before and after Quiet-STaR. The hardest tokens are those of the model
-            before, so that neither prediction chooses its own.
+        before, after: measurements of the same windows before and after Quiet-STaR. The hardest tokens are chosen by
+            the model before, so that neither prediction chooses its own.
         speed: tokens of text per second in the training of Quiet-STaR.
     """
     hard = hardest(before.base)
@@ -133,7 +136,7 @@ def results_table(before: HeldOutNll, after: HeldOutNll, speed: float) -> str:
 
 
 def print_continuation(model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: torch.Tensor) -> None:
-    """Continue a held-out text, int64 [L], showing every thought."""
+    """Continue a held-out text, int64 [L], and print every thought."""
     generated = model.generate(
         prompt[None], max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=None, return_thoughts=True,

@@ -1,9 +1,9 @@
-"""A world in which thinking helps: people, their relations, and questions that chain several of these.
+"""A world in which thinking helps: people, their relations, and questions that chain several relations.
 
-"Ann's boss is Eli." is a fact. "Ann's boss's aunt's tutor is" asks for three facts, one after the other, which is more
-than one layer of attention can look up at once: the answer needs the people in between. Some documents spell them out
-between dashes ("is --- Eli Kim --- Sue."), some have an idle aside there ("is --- well oh --- Sue."), some answer at
-once. That is the paper's own story: text leaves steps unsaid that whoever wrote it had in mind.
+"Ann's boss is Eli." is a fact. "Ann's boss's aunt's tutor is" asks for three facts in a row, more than one layer of
+attention can look up at once, so the answer needs the people in between. Some documents spell them out between dashes
+("is --- Eli Kim --- Sue."), some have an idle aside there ("is --- well oh --- Sue."), and some answer immediately.
+This is the paper's idea: text leaves out steps that its author had in mind.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ HELD_OUT_SHARE, MOST_HELD_OUT = 0.25, 800
 
 
 class Question(NamedTuple):
-    """A person and the relations to follow from there."""
+    """A person and the relations to follow from that person."""
 
     person: str
     relations: tuple[str, ...]
@@ -32,28 +32,28 @@ class Question(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How often each kind of document occurs, together 1."""
+    """The share of each kind of document; their sum is 1."""
 
     fact: float
-    terse: float  # a question, answered at once
-    worked: float = 0.0  # the people in between, between dashes
-    aside: float = 0.0  # something idle there
+    terse: float  # a question answered immediately
+    worked: float = 0.0  # a question with the people in between, between dashes
+    aside: float = 0.0  # a question with something idle between dashes
 
 
 class Windows(NamedTuple):
-    """Windows of text and what in them is an answer."""
+    """Windows of text, and which of their tokens are answers."""
 
     tokens: np.ndarray  # int64 [windows, L]
     answers: np.ndarray  # bool [windows, L], whether a token answers a question (of whole length, not a fact)
 
 
 class World:
-    """Who is whose boss, friend, ...: every relation is a random permutation of the people.
+    """People and their relations (boss, friend, ...), each of which is a random permutation of the people.
 
     Args:
         hops: relations in a question.
-        seed: of the relations, and of which questions are held out of all text to train on.
-        people: how many there are, at most ``len(PEOPLE)``.
+        seed: seed of the relations and of the choice of questions held out of all training text.
+        people: number of people, at most ``len(PEOPLE)``.
     """
 
     def __init__(self, hops: int, seed: int, people: int = len(PEOPLE)):
@@ -70,7 +70,7 @@ class World:
         self.train = [questions[i] for i in order[count:]]
 
     def steps(self, question: Question) -> list[str]:
-        """The person behind each relation; the last one is the answer."""
+        """Return the person that each relation leads to; the last one is the answer."""
         person, steps = question.person, []
         for relation in question.relations:
             person = self.of[relation][person]
@@ -78,7 +78,7 @@ class World:
         return steps
 
     def document(self, rng: np.random.Generator, shares: Shares, questions: Sequence[Question]) -> tuple[str, bool]:
-        """A random document, and whether it answers one of ``questions``."""
+        """Create a random document, and return whether it answers one of ``questions``."""
         kind = shares._fields[rng.choice(len(shares), p=shares)]
         if kind == "fact":
             question = Question(self.people[rng.integers(len(self.people))], (RELATIONS[rng.integers(len(RELATIONS))],))
@@ -94,7 +94,7 @@ class World:
         self, tokenizer: PreTrainedTokenizerFast, count: int, length: int, shares: Shares,
         questions: Sequence[Question], rng: np.random.Generator,
     ) -> Windows:  # fmt: skip
-        """``count`` windows of ``length`` tokens, each beginning with a whole document."""
+        """Create ``count`` windows of ``length`` tokens, each beginning with a whole document."""
         tokens, answers = [], []
         for _ in range(count):
             window, marks = [], []
@@ -102,14 +102,14 @@ class World:
                 text, answered = self.document(rng, shares, questions)
                 ids = tokenizer(text)["input_ids"]
                 window += ids
-                marks += [False] * (len(ids) - 2) + [answered, False]  # behind the answer is the full stop
+                marks += [False] * (len(ids) - 2) + [answered, False]  # the full stop follows the answer
             tokens.append(window[:length])
             answers.append(marks[:length])
         return Windows(np.array(tokens), np.array(answers))
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world, ``'s friend`` and the like included."""
+    """Create a tokenizer with one token per word of the world, including ``'s friend`` and the like."""
     words = ["<eos>", "<unk>", "is", "---", ".", *ASIDES, *PEOPLE, *(f"'s {relation}" for relation in RELATIONS)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"'s \w+|---|\w+|[^\w\s]"), "removed", invert=True)

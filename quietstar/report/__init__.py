@@ -1,1 +1,1 @@
-"""The report: one HTML file that shows what a model's thoughts do to a text, token by token."""
+"""The report: a single HTML file that shows the effect of a model's thoughts on a text, token by token."""

@@ -1,4 +1,4 @@
-"""The command ``quietstar report``: a page that shows what a model's thoughts do to a text."""
+"""The command ``quietstar report``: writes a page that shows the effect of a model's thoughts on a text."""
 
 import argparse
 import shlex
@@ -24,7 +24,7 @@ from quietstar.report.text_page import Source, text_page, training_history
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments."""
+    """Run the command and return its exit code: 2 for invalid arguments."""
     options = _parser().parse_args(arguments)
     logging.disable_progress_bar()
     try:
@@ -43,7 +43,7 @@ def _page(options: argparse.Namespace, command: str) -> str:
     lengths = _lengths(options.thought_lengths)
     _check_output(Path(options.output), options.overwrite)
     text = _text(Path(options.text))
-    tokenizer, model = load_model(options.model, num_thoughts=1)  # in front of each token one, as when generating
+    tokenizer, model = load_model(options.model, num_thoughts=1)  # one thought before each token, as in generation
     most = model.config.max_position_embeddings
     width = most if options.window is None else options.window
     Interval(int, f"[{SHORTEST}, {most}]").check("--window", width)
@@ -74,7 +74,7 @@ def _page(options: argparse.Namespace, command: str) -> str:
 
 
 def _title(model: str) -> str:
-    """Folders are often called "model": the one it is in says more."""
+    """Return a model's title: for a folder, the last two parts of its path, as folders are often called "model"."""
     folder = Path(model)
     return "/".join(folder.resolve().parts[-2:]).strip("/") if folder.is_dir() else model
 
@@ -113,7 +113,7 @@ def _lengths(given: str | None) -> list[int]:
 
 
 def _difficulty(name: str, windows: Tensor) -> Tensor:
-    """How hard the tokens are for the model ``name``."""
+    """Return the difficulty of tokens, their nll under the model ``name``."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name).to(windows.device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -135,22 +135,22 @@ def _difficulty(name: str, windows: Tensor) -> Tensor:
 def _parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(
         prog="quietstar report",
-        description="Write one HTML file that shows what a model's thoughts do to a text, token by token, beside "
-        "thoughts that should not help.",
+        description="Write an HTML file that shows the effect of a model's thoughts on a text, token by token, next to "
+        "that of thoughts that should not help.",
     )
     parser.add_argument("--model", required=True, help="folder or hub name of a Quiet-STaR checkpoint")
     parser.add_argument("--text", required=True, metavar="FILE", help="the text to read, in UTF-8")
     parser.add_argument("-o", "--output", default="report.html", help="the page to write (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
     parser.add_argument(
-        "--base", metavar="MODEL", help="the model before Quiet-STaR, which then says how hard each token is"
+        "--base", metavar="MODEL", help="the model before Quiet-STaR, used to rate how hard each token is"
     )
     parser.add_argument(
-        "--thought_lengths", metavar="K,K,...", help="also measure thoughts of these lengths, for example 0,1,2,3"
+        "--thought_lengths", metavar="K,K,...", help="also measure thoughts of these lengths, such as 0,1,2,3"
     )
     parser.add_argument(
         "--window", type=int, metavar="N",
-        help="read so many tokens at a time (default: as many as the model has positions)",
+        help="read N tokens at a time (default: as many as the model has positions)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the thoughts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the thoughts (default: %(default)s)")
     return parser

@@ -1,4 +1,4 @@
-"""The page: what it holds, and how it becomes one HTML file that loads nothing and runs nothing but its own script."""
+"""The content of a page, and its rendering as one HTML file that loads nothing and runs only its own script."""
 
 import base64
 import hashlib
@@ -33,19 +33,19 @@ class Row(NamedTuple):
     name: str
     cells: Sequence[str]
     share: float | None = None  # length of its bar, from 0 to 1
-    main: bool = False  # the one that it is about
+    main: bool = False  # the row to highlight
 
 
 class Table(NamedTuple):
-    """Results beside their controls."""
+    """Results next to their controls."""
 
-    head: Sequence[str]  # of every column, the names' first
+    head: Sequence[str]  # headings of the columns, that of the names first
     rows: Sequence[Row]
     note: str
 
 
 class Question(NamedTuple):
-    """A question, what was thought and said, and whether that is right."""
+    """A question, the model's thought and answer, and whether the answer is right."""
 
     prompt: str
     thought: str
@@ -54,13 +54,13 @@ class Question(NamedTuple):
 
 
 class Page(NamedTuple):
-    """All that a page shows."""
+    """The content of a page."""
 
     title: str
-    lead: Sequence[str]  # paragraphs: what came out
+    lead: Sequence[str]  # paragraphs: the result
     cards: Sequence[Card]
     table: Table
-    text_notes: Sequence[str]  # of the text that was read
+    text_notes: Sequence[str]  # notes on the text
     view: TokenView
     figures: Sequence[Figure]
     made: Sequence[tuple[str, str]]  # how it was made
@@ -68,7 +68,7 @@ class Page(NamedTuple):
 
 
 def made(command: str, seed: int, seconds: float, device: torch.device) -> list[tuple[str, str]]:
-    """How a page was made, for its end."""
+    """Describe how a page was made, for its last section."""
     where = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
@@ -85,13 +85,13 @@ def made(command: str, seed: int, seconds: float, device: torch.device) -> list[
 
 
 def render(page: Page) -> str:
-    """The HTML of a page. Whatever text it holds shows as text: templates escape it, and the script only reads it."""
+    """Render a page as HTML. All text in it is shown as text: templates escape it, and the script only reads it."""
     style, script = _asset("style.css"), _asset("script.js")
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    figures = [figure._replace(svg=Markup(figure.svg)) for figure in page.figures]  # escaped by ElementTree
+    figures = [figure._replace(svg=Markup(figure.svg)) for figure in page.figures]  # already escaped by ElementTree
     return _environment().get_template("page.html").render(
         page=page._replace(figures=figures), shades=range(1, SHADES + 1), policy=policy, style=Markup(style),
         script=Markup(script),
@@ -112,5 +112,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """By which a policy allows exactly this text."""
+    """Return the hash by which a content security policy allows exactly this text."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Tokens as people read them: what each adds to the text, and what it is called on its own."""
+"""Readable tokens: the text that each token adds, and its name on its own."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
-MOST_BYTES = 4  # of a character in UTF-8
-# Control characters that reorder the text around them, or end its line.
+REPLACEMENT = "\ufffd"  # result of decoding bytes that are not a whole character
+MOST_BYTES = 4  # largest number of bytes of a character in UTF-8
+# Control characters that reorder the text around them or end its line.
 _INVISIBLE = {"Cc", "Zl", "Zp"}
 _REORDERING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 _ONE_LINE = str.maketrans({"\n": "↵", "\t": "⇥"})
@@ -16,22 +16,22 @@ _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text.
+    """Return the text that each token adds.
 
-    Tokens that end within a character add nothing; the one that completes it adds it whole.
+    A token that ends within a character adds nothing of it; the token that completes it adds the whole character.
     """
     result = [""] * len(tokens)
 
     def apart(middle: int, end: int) -> str:
         return decode(tokenizer, tokens[known:middle]) + decode(tokenizer, tokens[middle:end])
 
-    known = read = 0  # text up to ``read`` is written; decoding from ``known`` on knows which spaces belong before it
+    known = read = 0  # text up to ``read`` is written; decoding starts at ``known`` to get the spaces before it right
     for end in range(1, len(tokens) + 1):
         text, complete = decode(tokenizer, tokens[known:end]), end
         if text.endswith(REPLACEMENT) and end < len(tokens):
             if end - read < MOST_BYTES:
                 continue
-            # No character is so long: the text itself has that of the bytes that are none.
+            # No character is this long, so the replacement character is part of the text itself.
             complete = next((i for i in range(read + 1, end) if text == apart(i, end)), end)
         before = decode(tokenizer, tokens[known:read])
         result[complete - 1] = decode(tokenizer, tokens[known:complete])[len(before) :]
@@ -40,12 +40,12 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Text of tokens, exactly."""
+    """Decode tokens exactly, without cleaning up the text."""
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What a token is called on its own: its text with visible spaces, or the bytes of a part of a character."""
+    """Return a token's name: its text with visible spaces, or its bytes if it is part of a character."""
     text = decode(tokenizer, [token])
     raw = tokenizer.convert_ids_to_tokens(token) or f"#{token}"
     if REPLACEMENT in text and all(character in _BYTES for character in raw):
@@ -59,7 +59,7 @@ def name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def thought(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of a thought; token by token where it holds parts of characters."""
+    """Return the text of a thought, token by token if it contains parts of characters."""
     if not len(tokens):
         return "(nothing)"
     text = decode(tokenizer, tokens)
@@ -69,7 +69,7 @@ def thought(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 
 def visible(text: str, one_line: bool = False) -> str:
-    """Text whose control characters are seen and reorder nothing; on one line also tabs and line breaks."""
+    """Make control characters visible, so that they reorder nothing; with ``one_line``, also tabs and line breaks."""
     return "".join(map(_visible, text.translate(_ONE_LINE) if one_line else text))
 
 

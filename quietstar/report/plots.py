@@ -1,4 +1,4 @@
-"""The figures of a report: SVG by matplotlib in the colours of the page, each with its numbers in words."""
+"""The figures of a report: SVG drawn by matplotlib in the page's colours, each described in words."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure as Canvas
 
 from quietstar.evaluation import Gain
 
-# Colours that matplotlib is given, and the page's own that stand in the SVG, other ones in the dark.
+# Colours given to matplotlib, and the page's variables that replace them in the SVG (others in dark mode).
 INK, FAINT, UP, DOWN, THOUGHT = COLOURS = "#010101", "#020202", "#030303", "#040404", "#050505"
 NAMES = dict(zip(COLOURS, ("ink", "faint", "up", "down", "thought"), strict=True))
-SIZE = 4.6, 2.9  # inches of 72 units: what a phone shows without shrinking the letters much
+SIZE = 4.6, 2.9  # inches of 72 units, which a phone shows without shrinking letters much
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quietstar",
@@ -33,13 +33,13 @@ STYLE = {
     "legend.frameon": False,
 }
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-# Of the properties that matplotlib sets, those the page does not set for all text.
+# Properties set by matplotlib that the page does not set for all text.
 KEPT = {"fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "opacity", "font-size"}
 KEPT |= {"text-anchor", "stroke-linecap", "stroke-linejoin"}
 
 
 class Figure(NamedTuple):
-    """A figure and what stands beside it."""
+    """A figure with its texts."""
 
     title: str
     svg: str
@@ -48,7 +48,7 @@ class Figure(NamedTuple):
 
 @rc_context(STYLE)
 def deciles(gains: Sequence[Gain], note: str) -> Figure:
-    """Gain of tenths of the tokens, the easiest first."""
+    """Plot the gain on tenths of the tokens, easiest first."""
     values = [gain.gain.value for gain in gains]
     canvas, axes = _canvas("tenths of the tokens, easiest to hardest", "gain (nats)")
     colours = [UP if value >= 0 else DOWN for value in values]
@@ -64,7 +64,7 @@ def deciles(gains: Sequence[Gain], note: str) -> Figure:
 def staircase(
     lengths: Sequence[int], values: Sequence[float], errors: Sequence[float], label: str, own: int, note: str
 ) -> Figure:  # fmt: skip
-    """A measure for every thought length; ``own`` is the one the model was trained with."""
+    """Plot a measure by thought length; ``own`` is the length that the model was trained with."""
     canvas, axes = _canvas("tokens in a thought", label)
     colours = [THOUGHT if length == own else FAINT for length in lengths]
     axes.bar(range(len(lengths)), values, color=colours, yerr=_errors(errors), width=0.6, **ERRORS)
@@ -85,7 +85,7 @@ def staircase(
 
 @rc_context(STYLE)
 def weights(values: np.ndarray, note: str) -> Figure:
-    """Distribution of the mixing weight."""
+    """Plot the distribution of the mixing weight."""
     values = values[np.isfinite(values)]
     canvas, axes = _canvas("weight of the thought's prediction", "share of the tokens (%)")
     low, high = min(0.0, float(values.min(initial=0))), max(1.0, float(values.max(initial=1)))
@@ -101,10 +101,11 @@ def weights(values: np.ndarray, note: str) -> Figure:
 
 @rc_context(STYLE)
 def curves(history: Sequence[Mapping[str, float]], note: str) -> Figure | None:
-    """Nll without and after a thought while Quiet-STaR trained; None where nothing was logged.
+    """Plot nll without and after a thought in the course of training; None if nothing was logged.
 
     Args:
-        history: what the trainer logged.
+        history: the trainer's logs.
+        note: the figure's caption.
     """
     logs = [log for log in history if {"step", "base_nll", "talk_nll_0"} <= log.keys()]
     if len(logs) < 2:
@@ -131,7 +132,7 @@ def _three_digits(value: float) -> str:
 
 
 def _errors(errors: Sequence[float]) -> list[float]:
-    """For error bars; of no length where there is a single window."""
+    """Return the lengths of error bars, 0 if there is only one window."""
     return [0 if np.isnan(error) else error for error in errors]
 
 
@@ -144,7 +145,7 @@ def _canvas(x: str, y: str) -> tuple[Canvas, Axes]:
 
 
 def _svg(canvas: Canvas, title: str, description: str) -> str:
-    """The figure as an element of a page that allows no styles of its own, with what it shows in words."""
+    """Render the figure as an SVG element without inline styles (the page forbids them), described in words."""
     file = io.StringIO()
     canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
@@ -168,7 +169,7 @@ def _svg(canvas: Canvas, title: str, description: str) -> str:
 
 
 def _adapt(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
-    """Styles become attributes, colours those of the page, and names its own."""
+    """Turn styles into attributes and colours into those of the page, and make ids unique."""
     element.tag = element.tag.removeprefix(SVG)  # HTML needs no namespace
     attributes = element.attrib
     if (identifier := attributes.pop("id", None)) in used:

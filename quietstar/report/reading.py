@@ -1,4 +1,4 @@
-"""What is measured for a report: every token of a text, after the model's own thoughts and after controls."""
+"""The measurements for a report: every token of a text, after the model's own thoughts and after controls."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,32 +16,32 @@ from quietstar.evaluation import (
 from quietstar.models import QuietStarForCausalLM
 from quietstar.models.controls import random_like
 
-ROWS = 2**15  # of text and thoughts in a forward pass, at most, where a window has not more
-SHORTEST = 3  # tokens of a window: the model wants two behind the first
+ROWS = 2**15  # largest number of rows of text and thoughts in a forward pass, unless a single window has more
+SHORTEST = 3  # tokens of the shortest window: the model needs two after the first
 
 
 class Reading(NamedTuple):
-    """A text in ``windows`` of L tokens and what was measured there, one thought behind every token."""
+    """A text in ``windows`` of L tokens and its measurements, with one thought after every token."""
 
     windows: Tensor  # int64 [windows, L]
     counted: Tensor  # bool [windows, L−1], the predictions that count: every token of the text once
     own: HeldOutNll
     shuffled: HeldOutNll
     random: HeldOutNll
-    lengths: dict[int, HeldOutNll]  # after own thoughts of other lengths
+    lengths: dict[int, HeldOutNll]  # after own thoughts, by thought length
     likeliest: Likeliest
 
     @property
     def gains(self) -> Tensor:
-        """What the thoughts gained, in nats, [windows, L−1]."""
+        """The gains of the thoughts in nats, [windows, L−1]."""
         return self.own.base - self.own.mixed
 
 
 def cut(tokens: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """Windows of at most ``width`` tokens and the predictions in them that count, as in ``Reading``.
+    """Cut a text into windows of at most ``width`` tokens, and mark the predictions that count, as in ``Reading``.
 
-    A window begins with the last token of the one before, so that every token but the first is predicted; the last
-    window begins earlier, to be as long as the others.
+    A window begins with the last token of the previous one, so that every token except the first is predicted. The last
+    window begins earlier, so that it is as long as the others.
     """
     count, length = len(tokens), min(width, len(tokens))
     starts = range(0, count - 1, length - 1)
@@ -49,13 +49,13 @@ def cut(tokens: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
     positions = begins[:, None] + torch.arange(length)
     windows = torch.tensor(tokens)[positions]
     counted = positions[:, 1:] > torch.tensor(starts)[:, None]
-    missing = max(0, SHORTEST - length)  # nothing sees what is behind it
+    missing = max(0, SHORTEST - length)  # padded on the right, which nothing sees
     pad = torch.nn.functional.pad
     return pad(windows, (0, missing)), pad(counted, (0, missing))
 
 
 def batch_size(length: int, thought_length: int) -> int:
-    """Windows per forward pass."""
+    """Return the number of windows per forward pass."""
     return max(1, ROWS // (length * (thought_length + 3)))
 
 
@@ -71,11 +71,11 @@ def read(
     """Measure a text.
 
     Args:
-        model: with ``config.num_thoughts`` 1, on the device of the windows.
-        windows, counted: as in ``Reading``; all predictions count by default.
-        seed: of the thoughts and of their controls.
-        thought_lengths: to measure besides that of the model.
-        progress: wraps the batches of a measurement with a title.
+        model: the model, with ``config.num_thoughts`` 1, on the device of the windows.
+        windows, counted: as in ``Reading``. By default all predictions count.
+        seed: seed of the thoughts and their controls.
+        thought_lengths: thought lengths to measure in addition to the model's.
+        progress: wraps the batches of a measurement, with a title.
     """
     counted = torch.ones_like(windows[:, 1:], dtype=torch.bool) if counted is None else counted
     vocabulary = model.config.vocab_size

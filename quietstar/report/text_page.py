@@ -1,4 +1,4 @@
-"""The page about a text: what thoughts are worth there, beside what else could explain it."""
+"""The page about a text: the gain of thoughts on it, next to controls that could explain it."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from quietstar.report.page import Card, Page, Row, Table
 from quietstar.report.reading import Reading
 from quietstar.report.view import token_view
 
-TRAINER_STATE = "trainer_state.json"  # what the Trainer leaves in a folder
-PARTS = 10  # of the tokens by difficulty
-SURE = 2  # standard errors
-NOTICEABLE = 0.0005  # nats per token
+TRAINER_STATE = "trainer_state.json"  # written by the Trainer into a folder
+PARTS = 10  # number of parts into which tokens are divided by difficulty
+SURE = 2  # standard errors from which a gain is significant
+NOTICEABLE = 0.0005  # nats per token from which a gain is worth mentioning
 OWN_DIFFICULTY = (
     "How hard a token is says the model's own prediction without a thought, the one that is compared. That flatters "
     "the thoughts on the hardest tokens; a model from before Quiet-STaR (--base) would not."
@@ -29,24 +29,27 @@ OTHER_DIFFICULTY = (
 
 
 class Source(NamedTuple):
-    """What a page says of model and text besides what was read."""
+    """Facts about the model and the text besides the measurements."""
 
     title: str
     text_notes: Sequence[str]
     thought_length: int  # that the model was trained with
-    difficulty: Tensor | None  # [windows, L−1], how hard tokens are, by another model; None where there is none
-    history: Sequence[Mapping[str, float]]  # what training logged
+    difficulty: Tensor | None  # [windows, L−1], difficulty of tokens according to another model, if there is one
+    history: Sequence[Mapping[str, float]]  # logs of the training
     made: Sequence[tuple[str, str]]
 
 
 def text_page(
     tokenizer: PreTrainedTokenizerBase, reading: Reading, source: Source, *, joined: bool, shown: int | None = None
 ) -> Page:  # fmt: skip
-    """Lay out what was read.
+    """Create the page for a reading.
 
     Args:
-        joined: the windows are one text, cut.
-        shown: so many windows are shown token by token; default all.
+        tokenizer: the model's tokenizer.
+        reading: the measurements.
+        source: facts about model and text.
+        joined: whether the windows are one text that was cut.
+        shown: how many windows to show token by token. Default: all.
     """
     own, counted = gain(reading.own, reading.counted), reading.counted
     without = own.base.value
@@ -87,11 +90,11 @@ def text_page(
 
 
 def verdict(own: Mean, over_shuffled: Mean) -> str:
-    """What the numbers say and what they do not.
+    """State what can be concluded from the numbers and what cannot.
 
     Args:
         own: gain of the model's own thoughts.
-        over_shuffled: how much more they gain than exchanged ones.
+        over_shuffled: how much more they gain than shuffled ones.
     """
     changed = f"With its own thoughts the model predicts this text {abs(own.value):.4f} nats per token "
     changed += "better" if own.value > 0 else "worse"
@@ -118,7 +121,7 @@ def verdict(own: Mean, over_shuffled: Mean) -> str:
 def figures(
     reading: Reading, difficulty: Tensor | None, history: Sequence[Mapping[str, float]], staircase: plots.Figure | None
 ) -> list[plots.Figure]:  # fmt: skip
-    """The figures that there is something to draw for; ``difficulty`` and ``history`` as in ``Source``."""
+    """Return the figures for which there is data; ``difficulty`` and ``history`` are as in ``Source``."""
     counted, own = reading.counted, gain(reading.own, reading.counted)
     deciles = None
     if own.tokens >= 2 * PARTS:
@@ -133,7 +136,7 @@ def figures(
 
 
 def _staircase(reading: Reading, own: int) -> plots.Figure | None:
-    """Gain by thought length, where others than the model's ``own`` were measured."""
+    """Plot the gain by thought length, if lengths other than the model's ``own`` were measured."""
     if not reading.lengths:
         return None
     measured = sorted((reading.lengths | {own: reading.own}).items())
@@ -143,7 +146,7 @@ def _staircase(reading: Reading, own: int) -> plots.Figure | None:
 
 
 def training_history(model: str) -> list[dict[str, float]]:
-    """What the trainer logged, where its state lies in the model's folder or in a checkpoint there; or nothing."""
+    """Return the trainer's logs, if its state is in the model's folder or in a checkpoint there; else an empty list."""
     folder = Path(model)
     states = [folder, *sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, reverse=True)]
     for path in (state / TRAINER_STATE for state in states):
@@ -153,27 +156,27 @@ def training_history(model: str) -> list[dict[str, float]]:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """With a real minus sign, none for zero."""
+    """Format a number with a typographic minus sign, without one for zero."""
     return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """With a sign, also a plus, none for zero."""
+    """Format a number with a plus or minus sign, without one for zero."""
     return f"{value:+z.{digits}f}".replace("-", "−") if round(value, digits) else number(0, digits)
 
 
 def with_error(mean: Mean) -> str:
-    """A gain and its standard error, if there is one."""
+    """Format a gain with its standard error, if there is one."""
     return signed(mean.value) if math.isnan(mean.error) else f"{signed(mean.value)} ± {mean.error:.4f}"
 
 
 def _changes(mean: Mean) -> bool:
-    """Whether a gain, which has an error, is more than that and enough to speak of."""
+    """Whether a gain is significant given its error, and large enough to mention."""
     return abs(mean.value) > max(SURE * mean.error, NOTICEABLE)
 
 
 def tone(mean: Mean) -> str:
-    """Of the card of a gain."""
+    """Return the tone of the card that shows a gain."""
     if math.isnan(mean.error) or not _changes(mean):
         return ""
     return "up" if mean.value > 0 else "down"

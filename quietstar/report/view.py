@@ -1,4 +1,4 @@
-"""The text as the model reads it: tokens to shade, and what is known of each of them."""
+"""The token view of a text: tokens shaded by their gain, with details of each."""
 
 import math
 from itertools import chain
@@ -9,30 +9,30 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.report import pieces
 from quietstar.report.reading import Reading
 
-SHADES = 4  # on either side of none
-SCALES = [step * 10.0**power for power in range(-2, 3) for step in (1, 2, 3, 5)]  # of the strongest shade, nats
-LISTED = 6  # tokens that gained or lost most
+SHADES = 4  # for gains and as many for losses
+SCALES = [step * 10.0**power for power in range(-2, 3) for step in (1, 2, 3, 5)]  # gains of the strongest shade, nats
+LISTED = 6  # number of listed tokens that gained or lost most
 
 
 class Token(NamedTuple):
     """A token in the text."""
 
-    text: str  # empty in front of the token that completes a character
+    text: str  # empty before the token that completes a character
     style: str  # classes of the page's style sheet
-    gain: float | None = None  # None where nothing was predicted
+    gain: float | None = None  # None if there was no prediction
 
 
 class TokenView(NamedTuple):
-    """What the page shows of the tokens.
+    """The page's data about tokens.
 
-    ``data`` is for the script: ``strings``, and for every token of every block in turn None or a row: name and thought
-    as indices into ``strings``, the thought's weight, log p without and with it, and the likeliest tokens without and
-    with it, each as index and log p in turn. Numbers are None where they are not finite.
+    ``data`` is for the script: ``strings``, and for every token of every block None or a row. A row has the name and
+    the thought as indices into ``strings``, the thought's weight, log p without and with it, and the most likely tokens
+    without and with it, each as index and log p. Numbers that are not finite are None.
     """
 
     blocks: list[list[Token]]
     scale: float  # gain of the strongest shade, nats
-    most: list[tuple[int, Token]]  # that gained most, and their places among the rows
+    most: list[tuple[int, Token]]  # tokens that gained most, with their places among the rows
     least: list[tuple[int, Token]]
     data: dict[str, list]
 
@@ -40,11 +40,13 @@ class TokenView(NamedTuple):
 def token_view(
     tokenizer: PreTrainedTokenizerBase, reading: Reading, *, windows: int | None = None, joined: bool
 ) -> TokenView:
-    """Lay out what was read.
+    """Create the token view of a reading.
 
     Args:
-        windows: show the first so many; default all.
-        joined: the windows are one text, cut; otherwise every window is a text of its own.
+        tokenizer: the model's tokenizer.
+        reading: the measurements.
+        windows: show only this many windows. Default: all.
+        joined: whether the windows are one text that was cut; if not, every window is a text of its own.
     """
     places = _places(reading.counted[:windows].tolist(), joined)
     tokens = reading.windows.tolist()
@@ -79,7 +81,7 @@ def token_view(
 
 
 def _places(counted: list[list[bool]], joined: bool) -> list[list[tuple[int, int]]]:
-    """Window and position of the tokens of every block."""
+    """Return window and position of the tokens of every block."""
     blocks = []
     for row, which in enumerate(counted):
         first = [(row, 0)] if row == 0 or not joined else []
@@ -92,7 +94,7 @@ def _scale(gain: float) -> float:
 
 
 def _style(piece: str, gain: float | None, scale: float) -> str:
-    """Classes: the shade, and how the text is set."""
+    """Return a token's style classes: its shade and the layout of its text."""
     styles = []
     if gain is not None and math.isfinite(gain):
         shade = _shade(gain, scale)
@@ -115,7 +117,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def _columns(reading: Reading) -> tuple[list, ...]:
-    """Thoughts, weights, log p and the likeliest tokens, as nested lists: windows, then predictions."""
+    """Return thoughts, weights, log p and the most likely tokens as nested lists: windows, then predictions."""
     own, likeliest = reading.own, reading.likeliest
     return tuple(
         column.tolist()
@@ -133,7 +135,7 @@ def _columns(reading: Reading) -> tuple[list, ...]:
 
 
 class _Strings:
-    """Names of tokens and texts of thoughts, each once."""
+    """Unique names of tokens and texts of thoughts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -141,7 +143,7 @@ class _Strings:
         self.places: dict[object, int] = {}
 
     def place(self, what: int | tuple[int, ...]) -> int:
-        """Of a token's name or a thought's text."""
+        """Return the index of a token's name or a thought's text."""
         if what not in self.places:
             self.places[what] = len(self.all)
             describe = pieces.thought if isinstance(what, tuple) else pieces.name

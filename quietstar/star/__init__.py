@@ -1,4 +1,4 @@
-"""STaR (arXiv 2203.14465): a model learns from those of its own rationales that led to right answers."""
+"""STaR (arXiv 2203.14465): trains a model on those of its own rationales that led to right answers."""
 
 from quietstar.star.prompts import Example, Format, Problem, problems_of, read_examples
 from quietstar.star.rationales import Rationale, Writer

@@ -1,4 +1,4 @@
-"""The command ``quietstar star``: the predecessor of Quiet-STaR, on question-answer pairs."""
+"""The command ``quietstar star``: runs STaR, the predecessor of Quiet-STaR, on question-answer pairs."""
 
 import argparse
 import sys
@@ -17,27 +17,27 @@ from quietstar.star.rounds import Settings, star
 
 _ROW = "{:>5}  {:>7}  {:>10}  {:>6}  {:>5}  {:>8}  {:>7}"
 _TEXTS = {
-    "template": "how a question is written; its rationale begins behind it",
-    "hint": "how a question is written where its answer is given away",
-    "separator": "what stands between rationale and answer",
+    "template": "template of a question; its rationale follows it",
+    "hint": "template of a question with its answer as a hint",
+    "separator": "text between rationale and answer",
     "stop": "text that ends an answer",
 }
 _NUMBERS = {
     "rounds": "how often to write rationales and learn from them",
-    "steps": "of the optimiser in the first round",
-    "growth": "how many times as many steps the next round has",
-    "learning_rate": "of AdamW",
-    "warmup_steps": "steps in which the learning rate rises; then it is constant",
+    "steps": "optimizer steps in the first round",
+    "growth": "factor by which the number of steps grows in each round",
+    "learning_rate": "learning rate of AdamW",
+    "warmup_steps": "steps during which the learning rate rises; then it is constant",
     "batch_size": "questions or texts at a time",
     "gradient_accumulation_steps": "batches per step",
-    "max_new_tokens": "most tokens of rationale and answer together",
-    "temperature": "at which rationales are written; 0 is greedy",
-    "seed": "of samples and of the order of texts",
+    "max_new_tokens": "at most this many tokens of rationale and answer together",
+    "temperature": "sampling temperature of rationales; 0: greedy",
+    "seed": "seed of samples and of the order of texts",
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit code: 2 for bad arguments or where there is nothing to learn from."""
+    """Run the command and return its exit code: 2 for invalid arguments or if there is nothing to learn from."""
     options = _parser().parse_args(attach_texts(arguments, *(f"--{name}" for name in _TEXTS)))
     logging.disable_progress_bar()
     try:
@@ -65,7 +65,7 @@ def _progress(batches: Iterable, title: str) -> Iterable:
 
 
 def _print(results: dict) -> None:
-    """A line of the table, as it comes."""
+    """Print a line of the table as soon as its results are known."""
     if not results["rounds"]:
         print(f"{results['questions']} questions of {results['data']}")
         print(_ROW.format("round", "right", "with hints", "kept", "steps", "held-out", "seconds"))
@@ -87,20 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = SuggestingParser(
         prog="quietstar star",
         description="Train a causal language model on those of its own rationales that lead to right answers: STaR "
-        "(arXiv 2203.14465). Steps, texts per step and learning rate are the authors'.",
+        "(arXiv 2203.14465). The defaults of steps, texts per step and learning rate are the authors'.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--data", required=True, help="JSON Lines with the columns question and answer")
     parser.add_argument("--few_shot", required=True, help="text file of worked examples, separated by blank lines")
-    parser.add_argument("--eval_data", help="held-out questions, like --data, to measure the accuracy with")
+    parser.add_argument("--eval_data", help="held-out questions, like --data, to measure the accuracy on")
     parser.add_argument("--output_dir", default="star", help="new folder (default: %(default)s)")
     parser.add_argument(
         "--task", choices=TASKS, default="qa",
         help="how answers are read: qa, one of the answers in the data; gsm8k, a number; commonsense_qa, a letter "
         "(with the columns question, choices, answerKey) (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, help="take so many questions from the beginning of both files")
+    parser.add_argument("--limit", type=int, help="use only the first N questions of both files")
     form, settings = ({field.name: field.default for field in fields(kind)} for kind in (Format, Settings))
     for name, text in _TEXTS.items():
         parser.add_argument(f"--{name}", default=form[name], help=f"{text} (default: {form[name]!r})")
@@ -112,9 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         help="show the worked examples in every round, or in the first one only (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--no_rationalisation", dest="rationalise", action="store_false", help="no second try with a hint"
+        "--no_rationalisation", dest="rationalise", action="store_false", help="do not retry wrong answers with a hint"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the weights (default: %(default)s)",
     )
     return parser

@@ -1,4 +1,4 @@
-"""What the model is shown: questions, worked examples in front of them, and answers as hints."""
+"""The prompts: questions, worked examples before them, and answers as hints."""
 
 import re
 from collections.abc import Sequence
@@ -16,31 +16,31 @@ _FIELDS = re.compile(r"\{(question|answer)\}")
 class Problem(NamedTuple):
     """A question with its answer."""
 
-    question: str  # alone, without what a format puts around it
-    answer: str  # as the task reads it from what is said
-    place: str  # where it stands, for messages
+    question: str  # the question alone, without the text that a format adds
+    answer: str  # the answer as the task parses it
+    place: str  # where the question comes from, for messages
 
 
 class Example(NamedTuple):
     """A worked example."""
 
     question: str
-    worked: str  # rationale, separator and answer, as they stand behind the question
+    worked: str  # rationale, separator and answer, as they follow the question
     answer: str
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a question, its rationale and its answer are written one behind the other.
+    """The format of a question, followed by its rationale and its answer.
 
     Args:
-        template: of a question; its rationale begins behind it.
-        hint: of the question where the answer is given away.
-        separator: between rationale and answer; the last one counts.
-        stop: what ends an answer, and nothing before it does.
+        template: template of a question; its rationale follows it.
+        hint: template of a question with its answer as a hint.
+        separator: text between rationale and answer; if it occurs several times, the last one counts.
+        stop: text that ends an answer.
 
     Raises:
-        ValueError: a text that lacks a field or is empty, named.
+        ValueError: a text lacks a field or is empty; the message names it.
     """
 
     template: str = "Q: {question}\nA:"
@@ -63,32 +63,32 @@ class Format:
             raise ValueError("stop must be text that is not empty, got ''")
 
     def prompt(self, question: str, hint: str | None = None) -> str:
-        """The question as a text to be continued, with its answer if that is to be a hint."""
+        """Return the question as a text to be continued, with its answer as a ``hint`` if given."""
         if hint is not None:
             question = _filled(self.hint, question=question, answer=hint)
         return _filled(self.template, question=question)
 
     def few_shot(self, examples: Sequence[Example], hints: bool) -> str:
-        """Worked examples, to stand in front of a prompt; with hints, where the prompt has one."""
+        """Return worked examples to put before a prompt; with hints if the prompt has one."""
         parts = (self.prompt(each.question, each.answer if hints else None) + each.worked for each in examples)
         return "".join(part + _BLANK_LINE for part in parts)
 
     def split(self, said: str) -> tuple[str, str] | None:
-        """Rationale and answer in what was said behind a prompt; None where the separator is missing."""
+        """Split the text after a prompt into rationale and answer; None if the separator is missing."""
         rationale, found, answer = said.partition(self.stop)[0].rpartition(self.separator)
         return (rationale.strip(), answer.strip()) if found else None
 
     def question(self, text: str) -> str:
-        """The question alone, of a text that is one or is already written like ``prompt``."""
+        """Return the question alone from a text that is a question or already has the form of ``prompt``."""
         before, after = self.template.split("{question}")
         inside = text.removeprefix(before).removesuffix(after)
         return inside if self.prompt(inside) == text else text
 
     def example(self, text: str, name: str) -> Example:
-        """A worked example, read.
+        """Parse a worked example.
 
         Raises:
-            ValueError: it is not written in this format; the message calls it ``name``.
+            ValueError: it does not have this format; the message calls it ``name``.
         """
         before, after = map(re.escape, self.template.split("{question}"))
         match = re.fullmatch(f"{before}(.+?){after}(.+)", text, re.DOTALL)
@@ -110,11 +110,11 @@ class Format:
 
 
 def read_examples(file: str | PathLike, form: Format) -> list[Example]:
-    """Worked examples of a text file, separated by blank lines.
+    """Read worked examples, separated by blank lines, from a text file.
 
     Raises:
-        ValueError: no such file, no text in UTF-8 in it, or an example that is not written in the format; its number
-            is named.
+        ValueError: the file does not exist, is not UTF-8 text, or has an example that does not have the format (the
+            message gives its number).
     """
     path = Path(file)
     if not path.is_file():
@@ -130,10 +130,10 @@ def read_examples(file: str | PathLike, form: Format) -> list[Example]:
 
 
 def problems_of(task: Task, form: Format) -> list[Problem]:
-    """The questions of a task, those that its prompts are written around."""
+    """Return the questions of a task without the text that its prompts add."""
     return [Problem(form.question(each.prompt), each.answer, each.place) for each in task.questions]
 
 
 def _filled(template: str, **fields: str) -> str:
-    """In one pass: what stands in a field is no field."""
+    """Fill in all fields of a template in one pass, so that fields in the inserted text are not filled."""
     return _FIELDS.sub(lambda field: fields[field[1]], template)

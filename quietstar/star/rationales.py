@@ -1,4 +1,4 @@
-"""Rationales in the model's own words, with the answers that they lead to."""
+"""Generation of rationales by the model, with the answers that they lead to."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -14,23 +14,23 @@ from quietstar.star.prompts import Example, Format, Problem
 
 
 class Rationale(NamedTuple):
-    """What a model wrote behind a question."""
+    """The text that a model wrote after a question."""
 
-    tokens: list[int]  # up to the stop text and with it, or up to the end-of-text token and without that
-    text: str  # in front of the stop text
-    answer: str | None  # as the task reads it; None where there is none, or the text did not come to its end
+    tokens: list[int]  # up to and including the stop text, or up to but excluding the end-of-text token
+    text: str  # text before the stop text
+    answer: str | None  # as the task parses it; None if there is none, or if the text was not finished
 
 
 class Writer:
-    """Writes rationales behind worked examples, in batches padded on the left.
+    """Generates rationales after worked examples, in batches padded on the left.
 
     Args:
-        tokenizer: of the models.
-        form: how examples and questions are written.
-        examples: worked ones, to stand in front of every question.
-        max_new_tokens: most tokens of rationale and answer together; what is longer has no answer.
+        tokenizer: the models' tokenizer.
+        form: format of examples and questions.
+        examples: worked examples to put before every question.
+        max_new_tokens: largest number of tokens of rationale and answer together; longer texts have no answer.
         batch_size: questions at a time.
-        temperature: 0 is greedy.
+        temperature: sampling temperature; 0 is greedy.
         progress: wraps the batches, with a title, to show progress.
     """
 
@@ -51,17 +51,17 @@ class Writer:
         self.pad = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
 
     def prompts(self, problems: Sequence[Problem], hints: bool = False, examples: bool = True) -> list[list[int]]:
-        """Tokens of every question as it is put to the model."""
+        """Return the tokens of every question's prompt."""
         shown = self.form.few_shot(self.examples, hints) if examples else ""
         texts = [shown + self.form.prompt(each.question, each.answer if hints else None) for each in problems]
         rows, end = self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], self.tokenizer.eos_token_id
         return [row[:-1] if row[-1:] == [end] else row for row in rows]
 
     def check(self, model: PreTrainedModel, problems: Sequence[Problem], hints: bool) -> None:
-        """Whether the longest prompts, and what is written behind them, fit the model.
+        """Check that the longest prompts and the text to be generated fit the model.
 
         Raises:
-            ValueError: they do not; or the tokenizer is another model's.
+            ValueError: they do not, or the tokenizer is another model's.
         """
         rows = self.prompts(problems, hints)
         if (token := max(map(max, rows))) >= (size := model.get_input_embeddings().num_embeddings):
@@ -83,15 +83,16 @@ class Writer:
         self, model: PreTrainedModel, problems: Sequence[Problem], task: Task, title: str = "rationales", *,
         hints: bool = False, examples: bool = True, greedy: bool = False,
     ) -> list[Rationale]:  # fmt: skip
-        """A rationale for every problem; samples are drawn from torch's global generator.
+        """Generate a rationale for every problem; samples use torch's global generator.
 
         Args:
-            model: put into evaluation mode.
-            task: which reads the answers.
-            title: for the progress.
-            hints: give the answers away.
-            examples: show the worked examples.
-            greedy: whatever the temperature.
+            model: the model, which is put into evaluation mode.
+            problems: the problems.
+            task: parses the answers.
+            title: title of the progress.
+            hints: whether to give the answers as hints.
+            examples: whether to show the worked examples.
+            greedy: whether to decode greedily, whatever the temperature.
         """
         rows = self.prompts(problems, hints, examples)
         written: list[Rationale] = [Rationale([], "", None)] * len(rows)
@@ -112,17 +113,17 @@ class Writer:
         return written
 
     def training_row(self, problem: Problem, rationale: Rationale) -> tuple[list[int], int]:
-        """The text to learn, without examples and hint, and how many of its tokens are the question's."""
+        """Return the text to learn, without examples and hint, and the number of its tokens that are the question."""
         (prompt,) = self.prompts([problem], examples=False)
         end = self.tokenizer.eos_token_id
         return prompt + rationale.tokens + ([] if end is None else [end]), len(prompt)
 
     def _read(self, new: list[int], ends: list[int | None], task: Task) -> Rationale:
-        """What was written in new tokens, which may go on behind the end."""
+        """Parse new tokens, which may continue after the end of the rationale."""
         end = next((place for place, token in enumerate(new) if token in ends), None)
         tokens = new[:end]
         text, stop, _ = self._decode(tokens).partition(self.form.stop)
-        if stop:  # as few tokens as hold it
+        if stop:  # cut to the fewest tokens that contain it
             count = bisect_left(range(1, len(tokens)), True, key=lambda n: stop in self._decode(tokens[:n])) + 1
             tokens = tokens[:count]
         parts = self.form.split(text) if stop or end is not None else None
@@ -133,11 +134,11 @@ class Writer:
 
 
 class _Stop(StoppingCriteria):
-    """Ends rows that have written a text; transformers' own criterion takes only tokenizers that know every letter."""
+    """Stops rows that contain a text; transformers' own criterion requires tokenizers that know every letter."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, start: int):
         self.tokenizer, self.text, self.start = tokenizer, text, start
-        self.most = len(text.encode()) + 1  # tokens that the text can be spread over, and one whose space is stripped
+        self.most = len(text.encode()) + 1  # most tokens that the text can span, and one whose space is stripped
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         newest = input_ids[:, max(self.start, input_ids.shape[1] - self.most) :]

@@ -1,4 +1,4 @@
-"""The rounds of STaR: rationales, those that led to right answers, and a model trained on them from the base."""
+"""The rounds of STaR: generate rationales, keep those with right answers, and train the base model on them."""
 
 import json
 import math
@@ -47,26 +47,26 @@ _INTERVALS = {
 
 
 class NothingRightError(ValueError):
-    """A round in which no rationale led to a right answer, so that there is nothing to learn."""
+    """Raised if no rationale of a round led to a right answer, so that there is nothing to learn."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how fast; steps, their growth, the texts per step and the learning rate are the authors'.
+    """Settings of STaR. The defaults of steps, growth, texts per step and learning rate are the authors'.
 
     Args:
-        rounds: how often to write rationales and learn from them.
-        steps: of the optimiser in the first round; ``growth`` times as many in each one after.
-        learning_rate: constant after ``warmup_steps``, in which it rises linearly.
-        batch_size: questions or texts at a time; ``gradient_accumulation_steps`` times as many in a step.
-        max_new_tokens: most tokens of rationale and answer together.
-        temperature: at which rationales to learn from are written; 0 is greedy.
-        rationalise: try again with the answer as a hint where it was wrong.
-        examples: show the worked examples in every round, or in the first one only.
-        seed: of samples and of the order of texts.
+        rounds: number of rounds of writing rationales and learning from them.
+        steps: optimizer steps in the first round; each later round has ``growth`` times as many.
+        learning_rate: constant after ``warmup_steps``, during which it rises linearly.
+        batch_size: questions or texts at a time; a step has ``gradient_accumulation_steps`` times as many.
+        max_new_tokens: largest number of tokens of rationale and answer together.
+        temperature: sampling temperature of the rationales to learn from; 0 is greedy.
+        rationalise: whether to retry with the answer as a hint if the answer was wrong.
+        examples: whether to show the worked examples in every round (``"always"``) or only in the ``"first"``.
+        seed: seed of samples and of the order of texts.
 
     Raises:
-        TypeError, ValueError: a bad value, named.
+        TypeError, ValueError: a value is invalid; the message names it.
     """
 
     rounds: int = 10
@@ -88,7 +88,7 @@ class Settings:
             raise ValueError(f"examples must be 'always' or 'first', got {self.examples!r}")
 
     def steps_of(self, number: int) -> int:
-        """Of the optimiser in a round, counted from 1."""
+        """Return the number of optimizer steps in a round, counted from 1."""
         return int(self.steps * self.growth ** (number - 1))
 
 
@@ -113,34 +113,34 @@ def star(
     progress: Callable[[Iterable, str], Iterable] = lambda batches, title: batches,
     report: Callable[[dict], None] = lambda results: None,
 ) -> dict[str, object]:
-    """STaR (arXiv 2203.14465, algorithm 1): every round writes rationales and trains the base on those that were right.
+    """Run STaR (arXiv 2203.14465, algorithm 1): in every round, the base is trained on rationales with right answers.
 
-    After every round the folder holds its model (``model/``), the rationales that were kept
-    (``rationales/round-1.jsonl``, ...) and ``results.json``.
+    After every round the folder holds its model (``model/``), the kept rationales (``rationales/round-1.jsonl``, ...)
+    and ``results.json``.
 
     Args:
         base: folder or hub name of a causal language model.
-        task: questions to learn from, of ``load_task``.
-        examples: worked ones, of ``read_examples``.
-        folder: for what comes out, new or empty.
-        held_out: questions to measure the accuracy with, greedily, of the base and after every round; with the
-            examples where the next round would be shown them.
-        form: how questions, rationales and answers are written; default ``Format`` as it is.
-        settings: default ``Settings`` as they are.
-        dtype: of the weights; in bfloat16 so small a learning rate may change nothing.
-        progress: wraps batches, with a title.
-        report: is given the results after the base was measured and after every round.
+        task: questions to learn from, from ``load_task``.
+        examples: worked examples, from ``read_examples``.
+        folder: output folder, new or empty.
+        held_out: questions on which to measure the greedy accuracy of the base and of every round's model. The worked
+            examples are shown if the next round would show them.
+        form: format of questions, rationales and answers. Default: ``Format()``.
+        settings: default: ``Settings()``.
+        dtype: dtype of the weights. In bfloat16, such a small learning rate may change nothing.
+        progress: wraps batches, with a title, to show progress.
+        report: called with the results after measuring the base and after every round.
 
     Returns:
-        What is in ``results.json``: the settings, ``base_accuracy`` of held-out questions (None without) and per round
-        the shares of questions with a right answer ``right`` without and ``right_with_rationalisation`` with hints,
-        how many of both were ``kept``, the ``steps`` and the ``loss`` of the training, the ``accuracy`` with its
-        standard error, and ``seconds``.
+        The content of ``results.json``: the settings, ``base_accuracy`` on held-out questions (None without them), and
+        per round the share of questions answered right without hints, ``right``, and with hints,
+        ``right_with_rationalisation``, how many of both were ``kept``, the ``steps`` and ``loss`` of the training, the
+        ``accuracy`` with its standard error, and ``seconds``.
 
     Raises:
-        ValueError: a folder that holds something, a model that cannot be loaded, or prompts that do not fit it.
-        NothingRightError: a round without a right answer.
-        FloatingPointError: a training whose loss was not finite.
+        ValueError: the folder is not empty, the model cannot be loaded, or prompts do not fit it.
+        NothingRightError: a round has no right answer.
+        FloatingPointError: the loss of a training was not finite.
     """
     form, settings, folder = form or Format(), settings or Settings(), check_new("folder", folder)
     start, tokenizer, model = time.perf_counter(), _load_tokenizer(base), _load(base, dtype)
@@ -170,7 +170,7 @@ def star(
         began, seed = time.perf_counter(), (settings.seed + number) % 2**32
         set_seed(seed)
         kept = _write_round(writer, model, problems, task, number, settings)
-        model = None  # two of them may not fit
+        model = None  # frees memory, since two models may not fit
         model = _load(base, dtype)
         steps = settings.steps_of(number)
         loss = _train(model, [writer.training_row(*each[:2]) for each in kept], steps, seed, settings)
@@ -191,7 +191,7 @@ def star(
 def _write_round(
     writer: Writer, model: PreTrainedModel, problems: list[Problem], task: Task, number: int, settings: Settings
 ) -> list[Kept]:
-    """What a round learns from: right answers at first, then those that were right with a hint."""
+    """Return the rationales that a round learns from: first those with right answers, then those right with a hint."""
     shown = number == 1 or settings.examples == "always"
     kept, wrong = _sorted(problems, writer.write(model, problems, task, f"round {number}, rationales", examples=shown))
     if settings.rationalise and wrong:
@@ -209,7 +209,7 @@ def _write_round(
 
 
 def _sorted(problems: list[Problem], written: list[Rationale]) -> tuple[list[Kept], list[Problem]]:
-    """Right ones, and the problems of the others."""
+    """Return the rationales with right answers, and the problems of the others."""
     pairs = list(zip(problems, written, strict=True))
     right = [Kept(problem, rationale, False) for problem, rationale in pairs if rationale.answer == problem.answer]
     return right, [problem for problem, rationale in pairs if rationale.answer != problem.answer]
@@ -224,7 +224,7 @@ def _accuracy(problems: list[Problem], written: list[Rationale]) -> dict[str, fl
 def _train(
     model: PreTrainedModel, rows: list[tuple[list[int], int]], steps: int, seed: int, settings: Settings
 ) -> float:  # fmt: skip
-    """Ordinary training in place on texts and the length of their questions, which have no loss; its mean loss."""
+    """Train a model in place on texts, given with the lengths of their questions (no loss); returns the mean loss."""
     arguments = TrainingArguments(
         output_dir=gettempdir(),  # nothing is saved
         max_steps=steps,
@@ -235,7 +235,7 @@ def _train(
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it would hide them from the mean loss
+        logging_nan_inf_filter=False,  # the filter would hide such losses from the mean
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -243,7 +243,7 @@ def _train(
         remove_unused_columns=False,
         seed=seed,
     )
-    if arguments.n_gpu > 1:  # the Trainer would make torch.nn.DataParallel of the model, and the batch larger
+    if arguments.n_gpu > 1:  # the Trainer would use torch.nn.DataParallel, with a larger batch
         raise ValueError(f"there must be one GPU at most, got {arguments.n_gpu}: choose by CUDA_VISIBLE_DEVICES=0")
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
@@ -254,7 +254,7 @@ def _train(
 
 
 def collate(rows: list[tuple[list[int], int]]) -> dict[str, Tensor]:
-    """A batch of texts, padded on the right, with labels behind their questions; int64 [B, L]."""
+    """Collate a batch of texts, padded on the right, with labels after their questions; int64 [B, L]."""
     input_ids, mask = padded([tokens for tokens, _ in rows], torch.device("cpu"))
     questions = torch.tensor([length for _, length in rows])
     unlearnt = (mask == 0) | (torch.arange(input_ids.shape[1]) < questions[:, None])
@@ -269,7 +269,7 @@ def _load_tokenizer(base: str | PathLike) -> PreTrainedTokenizerBase:
 
 
 def _load(base: str | PathLike, dtype: str) -> PreTrainedModel:
-    """A causal language model without thoughts, on the GPU if there is one."""
+    """Load a causal language model without thoughts, on the GPU if there is one."""
     if is_adapter(base):
         raise ValueError(f"model must be a checkpoint, got an adapter in {base}: merge it first")
     try:

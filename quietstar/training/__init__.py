@@ -1,4 +1,4 @@
-"""Training Quiet-STaR: the trainer, and what the command `quietstar train` is made of."""
+"""Training of Quiet-STaR models: the trainer, and the parts of the command `quietstar train`."""
 
 from quietstar.training.checks import NonFiniteError
 from quietstar.training.lora import lora_config

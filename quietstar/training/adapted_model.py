@@ -1,4 +1,4 @@
-"""The model that `quietstar train --lora_r` trains: one kept as it is, with adapters."""
+"""The model that `quietstar train --lora_r` trains: a frozen model with adapters."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_packages(arguments: ModelArguments) -> None:
-    """What the flags need is installed.
+    """Check that the packages which the flags need are installed.
 
     Raises:
-        ImportError: it is not; the message says how to get it.
+        ImportError: a package is missing; the message says how to install it.
     """
     if arguments.lora_r is not None:
         require("peft", "lora_r", "peft")
@@ -32,13 +32,13 @@ def with_adapters(
     model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments,
     training: TrainingArguments,
 ) -> "PeftModel":  # fmt: skip
-    """The model with new adapters, which alone are trained and saved.
+    """Add new adapters to the model; only these are trained and saved.
 
-    An adapter is of use with the model that it is for. Where that is not a Quiet-STaR checkpoint as it was saved, it is
-    written into ``output_dir/base_model``.
+    An adapter is useful only together with its base model. If that is not an unchanged Quiet-STaR checkpoint, it is
+    saved to ``output_dir/base_model``.
 
     Raises:
-        ValueError: the model would be written over itself.
+        ValueError: the model would overwrite itself.
     """
     peft = require("peft", "lora_r", "peft")
     base = _kept_base(model, tokenizer, arguments, training)
@@ -60,7 +60,7 @@ def _kept_base(
     model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments,
     training: TrainingArguments,
 ) -> str:  # fmt: skip
-    """Where the model is, or from now on will be."""
+    """Return where the base model is saved, after saving it if necessary."""
     source = Path(arguments.model)
     saved, _ = PreTrainedConfig.get_config_dict(arguments.model)
     if saved.get("model_type") == QuietStarConfig.model_type and not arguments.config_fields():

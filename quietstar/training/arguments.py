@@ -1,4 +1,4 @@
-"""The flags of `quietstar train`: model, data and everything transformers' TrainingArguments has.
+"""The flags of `quietstar train`: model, data, and all of transformers' TrainingArguments.
 
 Defaults are the paper's (arXiv 2403.09629, appendix A, and the authors' training script).
 """
@@ -18,7 +18,7 @@ from quietstar.models import QuietStarConfig
 from quietstar.models.configuration import INTERVALS, OPTIONAL_INTERVALS
 from quietstar.training.stages import parse_stages, steps_of
 
-# What --help shows of the more than one hundred flags of TrainingArguments; not every version has every one.
+# The flags of TrainingArguments (which has more than a hundred) that --help shows. Not every version has all of them.
 COMMON_TRAINING_FLAGS = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16",
@@ -26,7 +26,7 @@ COMMON_TRAINING_FLAGS = (
     "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir", "seed", "use_cpu",
 )  # fmt: skip
 
-# And what it leaves out: fields that make other methods than Quiet-STaR, as a rule several of them (docs/teacher.md).
+# Flags that --help leaves out: they select methods other than Quiet-STaR, usually in combination (docs/teacher.md).
 METHOD_FLAGS = frozenset(
     (
         "talk_loss_weight", "prediction", "baseline", "teacher_decay", "reward", "advantage", "advantage_clamp",
@@ -36,7 +36,7 @@ METHOD_FLAGS = frozenset(
 )  # fmt: skip
 
 
-# Which numbers the flags may have. TrainingArguments itself looks at few of them.
+# Valid ranges of the flags. TrainingArguments itself checks few of them.
 _COUNT, _NOT_NEGATIVE, _POSITIVE = Interval(int, "[1, inf)"), Interval(float, "[0, inf)"), Interval(float, "(0, inf)")
 _DATA_INTERVALS = {
     "block_size": _COUNT,
@@ -76,72 +76,76 @@ def _thoughts(help_text: str):
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it thinks."""
+    """The model and how it thinks."""
 
     _argument_group_name = "model"
 
     model: str = field(metadata={"help": "folder or hub name of a decoder or a Quiet-STaR checkpoint"})
-    tokenizer: str | None = field(default=None, metadata={"help": "folder or hub name (default: the model's)"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "tokenizer, folder or hub name (default: the model's)"}
+    )
     dtype: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"help": "of the weights: float32 or bfloat16 (default: the checkpoint's)"}
+        default=None, metadata={"help": "dtype of the weights: float32 or bfloat16 (default: the checkpoint's)"}
     )
     thought_length: int | None = _thoughts("sampled tokens in a thought")
     lookahead: int | None = _thoughts("real tokens predicted after a thought")
     num_thoughts: int | None = _thoughts("independent thoughts per position")
-    thought_temperature: float | None = _thoughts("at which thoughts are sampled")
-    policy_temperature: float | None = _thoughts("of log-probabilities in the policy term")
+    thought_temperature: float | None = _thoughts("sampling temperature of thoughts")
+    policy_temperature: float | None = _thoughts("temperature of log p in the policy term")
     policy_weight: float | None = _thoughts("weight of the policy term")
-    gain_weight: float | None = _thoughts("of a head that learns where to think")
-    base_loss_weight: float | None = _thoughts("weight of the loss without thought")
-    talk_loss_weight: float | None = _thoughts("weight of the loss after a thought; the rest of 1")
-    prediction: Literal["mixed", "thought"] | None = _thoughts("scored after a thought: mixed, or the thought's alone")
-    baseline: Literal["self", "teacher", "none"] | None = _thoughts(
-        "what thoughts are rewarded against: the prediction without one of the model or of a teacher, or none"
+    gain_weight: float | None = _thoughts("weight of the loss of a head that learns where to think; 0: no head")
+    base_loss_weight: float | None = _thoughts("weight of the loss without a thought")
+    talk_loss_weight: float | None = _thoughts("weight of the loss after a thought; if never set, 1 - base_loss_weight")
+    prediction: Literal["mixed", "thought"] | None = _thoughts(
+        "prediction used after a thought: mixed, or the thought's"
     )
-    teacher_decay: float | None = _thoughts("of the teacher, a moving average of the model; 1 is frozen")
-    reward: Literal["log_likelihood", "likelihood", "log_mean"] | None = _thoughts("what is to grow")
-    advantage: Literal["mean", "leave_one_out", "none"] | None = _thoughts("what rewards are compared with")
-    advantage_clamp: bool | None = _thoughts("true or false: negative advantages count as 0")
-    normalize_advantage: bool | None = _thoughts("true or false: advantages by their standard deviation")
-    clip_ratio: float | None = _thoughts("of PPO, for several updates on the same thoughts")
-    policy_updates: int | None = _thoughts("updates on the same thoughts")
-    entropy_weight: float | None = _thoughts("bonus for the entropy of thought tokens")
-    kl_weight: float | None = _thoughts("cost of each nat between thoughts and those of the teacher")
-    anchors_per_text: int | None = _thoughts("positions of a window that think in training; all")
-    anchor_choice: Literal["random", "entropy"] | None = _thoughts("which of them")
-    learned_thought_end: bool | None = _thoughts("true or false: thoughts may end before their length")
+    baseline: Literal["self", "teacher", "none"] | None = _thoughts(
+        "what thoughts are compared with: the model's prediction without a thought, a teacher's, or none"
+    )
+    teacher_decay: float | None = _thoughts("decay of the teacher, a moving average of the model; 1 freezes it")
+    reward: Literal["log_likelihood", "likelihood", "log_mean"] | None = _thoughts("quantity that thoughts increase")
+    advantage: Literal["mean", "leave_one_out", "none"] | None = _thoughts("what is subtracted from rewards")
+    advantage_clamp: bool | None = _thoughts("true or false: whether negative advantages count as 0")
+    normalize_advantage: bool | None = _thoughts("true or false: divide advantages by their standard deviation")
+    clip_ratio: float | None = _thoughts("clipping of PPO, for several updates on the same thoughts")
+    policy_updates: int | None = _thoughts("number of updates on the same thoughts")
+    entropy_weight: float | None = _thoughts("bonus per nat of entropy of thought tokens")
+    kl_weight: float | None = _thoughts("cost per nat by which thoughts are likelier than under the teacher")
+    anchors_per_text: int | None = _thoughts("positions of a window that think in training; if never set, all")
+    anchor_choice: Literal["random", "entropy"] | None = _thoughts("which positions think")
+    learned_thought_end: bool | None = _thoughts("true or false: whether thoughts may end early")
     embedding_scale: float | None = field(
         default=None,
-        metadata={"help": "the two thought embeddings are multiplied by this on use, which multiplies their step size; "
-                  "starting from an ordinary checkpoint only (default: the paper's 100)"},
+        metadata={"help": "factor on the two thought embeddings, which multiplies their step size; "
+                  "only when starting from an ordinary checkpoint (default: the paper's 100)"},
     )  # fmt: skip
     initial_text: str | None = field(
         default=None,
-        metadata={"help": "text whose embedding the two thought embeddings begin with, best one behind which the model "
-                  "writes what helps; starting from an ordinary checkpoint only (default: the paper's ---)"},
+        metadata={"help": "text whose embedding initialises the two thought embeddings, best one after which the model "
+                  "writes something useful; only when starting from an ordinary checkpoint (default: the paper's ---)"},
     )  # fmt: skip
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "folder or hub name of another Quiet-STaR checkpoint, which stays as it is, for baseline "
+        metadata={"help": "folder or hub name of another Quiet-STaR checkpoint, the frozen teacher for baseline "
                   "teacher, kl_weight or distil (default: the model itself)"},
     )  # fmt: skip
     distil: Literal["kl", "reward"] | None = field(
         default=None,
-        metadata={"help": "learn from thinking to do without: kl or reward (docs/teacher.md)",
+        metadata={"help": "learn to predict without thoughts: kl or reward (docs/teacher.md)",
                   "nargs": "?", "const": "kl"},
     )  # fmt: skip
     stages: str | None = field(
         default=None,
-        metadata={"help": "stages, thought_length-lookahead:steps of each, such as 16-8:50,8-4:50"},
+        metadata={"help": "successive stages, thought_length-lookahead:steps, as in 16-8:50,8-4:50"},
     )  # fmt: skip
 
     lora_r: int | None = field(
         default=None, metadata={"help": "train LoRA adapters of this rank instead of the weights (docs/peft.md)"}
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "adapters count alpha / r times (default: 2 r)"})
-    lora_dropout: float | None = field(default=None, metadata={"help": "in front of adapters (default: 0)"})
-    load_in_4bit: bool = field(default=False, metadata={"help": "train adapters on weights of 4 bits (QLoRA)"})
+    lora_alpha: float | None = field(default=None, metadata={"help": "adapters are scaled by alpha / r (default: 2 r)"})
+    lora_dropout: float | None = field(default=None, metadata={"help": "dropout before adapters (default: 0)"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "train adapters on 4-bit weights (QLoRA)"})
 
     def __post_init__(self):
         check_numbers(INTERVALS | OPTIONAL_INTERVALS | _LORA_INTERVALS, vars(self))
@@ -157,10 +161,10 @@ class ModelArguments:
                 raise ValueError(f"{name} must be left out without lora_r, got {value}")
 
     def config_fields(self) -> dict[str, int | float | str]:
-        """Fields of ``QuietStarConfig`` that were given."""
+        """Return the fields of ``QuietStarConfig`` that were given."""
         names = QuietStarConfig.__dataclass_fields__.keys() & vars(self).keys() - {"dtype"}
         given = {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
-        if self.stages is not None:  # its first stage, until the trainer goes through them
+        if self.stages is not None:  # starts with the first stage; the trainer sets the others
             first = parse_stages(self.stages)[0]
             given |= {"thought_length": first.thought_length, "lookahead": first.lookahead}
         return given
@@ -168,36 +172,40 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which text, and how it is cut."""
+    """The text and how it is cut into windows."""
 
     _argument_group_name = "data"
 
     data: list[str] = field(
-        metadata={"help": "one or more: a .txt, .jsonl, .json, .parquet or .csv file, compressed or not, a pattern or "
-                  "a folder of such files, or the name of a dataset; rows are documents, in a .txt file paragraphs. "
-                  "FILE:WEIGHT takes that share of windows from each"}
+        metadata={"help": "one or more of: a .txt, .jsonl, .json, .parquet or .csv file, compressed or not, a pattern "
+                  "or folder of such files, or the name of a dataset. Rows are documents; in .txt files, paragraphs. "
+                  "With FILE:WEIGHT, windows are drawn from the sources by weight"}
     )  # fmt: skip
     data_config: str | None = field(default=None, metadata={"help": "configuration of a dataset"})
     data_split: str = field(default="train", metadata={"help": "split of a dataset, such as train[:1000]"})
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "as data, to evaluate on (default: documents held out of data)"}
+        default=None, metadata={"help": "text to evaluate on, given like data (default: documents held out of data)"}
     )
-    eval_data_split: str = field(default="train", metadata={"help": "as data_split"})
+    eval_data_split: str = field(default="train", metadata={"help": "split of eval_data if it is a dataset"})
     text_column: str | None = field(
         default=None,
-        metadata={"help": "where text, chat messages or token ids are (default: text, messages or input_ids)"},
+        metadata={"help": "column with text, chat messages or token ids (default: text, messages or input_ids)"},
     )
-    streaming: bool = field(default=False, metadata={"help": "read while training, and never all; set max_steps"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read text while training, never all at once; set max_steps"}
+    )
     block_size: int = field(
         default=256,
-        metadata={"help": "tokens per window; documents are packed without padding, a last part is dropped"},
+        metadata={"help": "tokens per window; documents are packed without padding, the remainder is dropped"},
     )
     separate_documents: bool = field(
-        default=False, metadata={"help": "documents in a window see nothing of each other (position_ids)"}
+        default=False, metadata={"help": "documents in a window do not see each other (position_ids)"}
     )
-    held_out_fraction: float = field(default=0.05, metadata={"help": "share of documents to evaluate on; 0 for none"})
-    max_held_out_windows: int = field(default=256, metadata={"help": "evaluate on at most so many windows"})
-    workers: int | None = field(default=None, metadata={"help": "processes that tokenise (default: this one)"})
+    held_out_fraction: float = field(
+        default=0.05, metadata={"help": "share of documents held out to evaluate on; 0: none"}
+    )
+    max_held_out_windows: int = field(default=256, metadata={"help": "evaluate on at most this many windows"})
+    workers: int | None = field(default=None, metadata={"help": "processes that tokenise (default: only this one)"})
 
     def __post_init__(self):
         check_numbers(_DATA_INTERVALS, vars(self))
@@ -211,54 +219,54 @@ class DataArguments:
 class PaperTrainingArguments(TrainingArguments):
     """TrainingArguments with the paper's values as defaults.
 
-    The authors' learning rate falls linearly over 100 000 steps, of which they ran some hundreds: here it is constant.
+    The authors' learning rate falls linearly over 100 000 steps, of which they ran some hundreds; here it is constant.
     """
 
     _argument_group_name = "training"
 
-    output_dir: str | None = field(default="quietstar-trained", metadata={"help": "for the model and its checkpoints"})
-    num_train_epochs: float = field(default=1, metadata={"help": "passes over the text"})
-    max_steps: int = field(default=-1, metadata={"help": "stop after so many steps; -1 goes by num_train_epochs"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
+    output_dir: str | None = field(default="quietstar-trained", metadata={"help": "folder for model and checkpoints"})
+    num_train_epochs: float = field(default=1, metadata={"help": "number of passes over the text"})
+    max_steps: int = field(default=-1, metadata={"help": "stop after this many steps; -1: after num_train_epochs"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "number of batches per step"})
     save_total_limit: int | None = field(
-        default=None, metadata={"help": "keep at most so many checkpoints, the newest (and the best, if asked for)"}
+        default=None, metadata={"help": "keep at most this many checkpoints, the newest (and the best, if requested)"}
     )
-    learning_rate: float = field(default=1e-6, metadata={"help": "of AdamW"})
+    learning_rate: float = field(default=1e-6, metadata={"help": "learning rate of AdamW"})
     lr_scheduler_type: SchedulerType | str = field(
-        default="constant_with_warmup", metadata={"help": "course of the learning rate: linear, cosine, ..."}
+        default="constant_with_warmup", metadata={"help": "schedule of the learning rate: linear, cosine, ..."}
     )
-    warmup_steps: float = field(default=20, metadata={"help": "steps in which the learning rate rises linearly"})
-    weight_decay: float = field(default=0.001, metadata={"help": "of AdamW, for all but norms and biases"})
-    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    warmup_steps: float = field(default=20, metadata={"help": "steps during which the learning rate rises linearly"})
+    weight_decay: float = field(default=0.001, metadata={"help": "weight decay of AdamW, except for norms and biases"})
+    logging_steps: float = field(default=10, metadata={"help": "log every N steps"})
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "keep losses that are not finite out of the log; training stops on them anyway"},
+        metadata={"help": "leave losses that are not finite out of the log; training stops at them in any case"},
     )
     eval_strategy: IntervalStrategy | str = field(
         default="steps", metadata={"help": "when to evaluate on held-out text: no, steps or epoch"}
     )
-    eval_steps: float | None = field(default=100, metadata={"help": "evaluate every so many steps"})
-    save_steps: float = field(default=100, metadata={"help": "save a checkpoint every so many steps"})
+    eval_steps: float | None = field(default=100, metadata={"help": "evaluate every N steps"})
+    save_steps: float = field(default=100, metadata={"help": "save a checkpoint every N steps"})
     report_to: None | str | list[str] = field(  # noqa: RUF036, HfArgumentParser takes the second of the three
-        default="tensorboard", metadata={"help": "where logs go besides the terminal; none for nowhere"}
+        default="tensorboard", metadata={"help": "where logs are sent besides the terminal, or none"}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "folder of a checkpoint of the same run, or last: the newest whole one in output_dir"},
+        metadata={"help": "checkpoint of this run to resume from, or last for the newest complete one"},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start anew and remove the checkpoints that are in output_dir"}
+        default=False, metadata={"help": "start from scratch and remove the checkpoints in output_dir"}
     )
 
     def __post_init__(self):
         check_numbers(_TRAINING_INTERVALS, vars(self))
-        if self.max_steps != -1:  # that is, by epochs
+        if self.max_steps != -1:  # -1 means by epochs
             _COUNT.check("max_steps", self.max_steps)
         super().__post_init__()
 
 
 class TrainParser(SuggestingParser, HfArgumentParser):
-    """Parser of the three groups; ``--help`` shows the flags most runs need, ``--help_all`` every one."""
+    """Parser of the three groups. ``--help`` shows the flags that most runs need, ``--help_all`` every flag."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -271,7 +279,7 @@ class TrainParser(SuggestingParser, HfArgumentParser):
         self.add_argument("--help_all", action=_HelpAll, help="list every flag and exit")
 
     def parse(self, argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PaperTrainingArguments]:
-        """Parsed ``argv``; bad usage exits with code 2, as argparse does."""
+        """Parse ``argv``; invalid usage exits with code 2, as in argparse."""
         try:
             arguments = attach_texts(argv, "--initial_text", "--initial-text")
             *groups, unknown = self.parse_args_into_dataclasses(
@@ -311,7 +319,7 @@ class TrainParser(SuggestingParser, HfArgumentParser):
         return "\n".join(lines) + "\n"
 
     def format_full_help(self) -> str:
-        """What argparse makes of all flags."""
+        """Return argparse's help, with all flags."""
         return super().format_help()
 
 
@@ -327,7 +335,7 @@ class _HelpAll(argparse.Action):
 
 
 def _flag_lines(name: str, help_text: str, default: object) -> list[str]:
-    """A flag and what it means, in two columns."""
+    """Format a flag and its help text in two columns."""
     if default is MISSING:
         help_text = f"{help_text} (required)"
     elif default is not None and default is not False:

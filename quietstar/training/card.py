@@ -1,9 +1,9 @@
-"""What a trainer knows about its training, for the model card."""
+"""Facts about a training run for the model card."""
 
 from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
-# Of the last evaluation: name in the logs -> in the card.
+# Values of the last evaluation: name in the logs -> name in the card.
 _EVALUATED = {
     "eval_base_nll": "held-out text without thoughts, nats per token",
     "eval_talk_nll_0": "held-out text after a thought, nats per token",
@@ -13,7 +13,7 @@ _EVALUATED = {
 
 
 def training_table(trainer: Trainer) -> dict[str, object]:
-    """Rows of a table, name -> value: data, steps, evaluation, as far as they are known at this step."""
+    """Return rows of a table, name -> value: data, steps and evaluation, as far as known at this step."""
     args, state = trainer.args, trainer.state
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     table: dict[str, object] = {}

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: which of them are whole, where to go on, and whose they are.
+"""The checkpoints of a run: which are complete, which to resume from, and protection of those of other runs.
 
-A save that was interrupted, by a full disk for example, leaves a folder that looks like a checkpoint and is none. It is
-told by files that are missing or end too early; what is in them is not looked at.
+An interrupted save, due to a full disk for example, leaves an incomplete folder that looks like a checkpoint. It is
+recognised by files that are missing or truncated; their values are not checked.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-# Of every kind one file at least, by the first pattern usually; the others are of adapters, DeepSpeed and FSDP.
+# Of every kind at least one file is needed, usually of the first pattern; others are for adapters, DeepSpeed and FSDP.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.*", "pytorch_model*", "global_step*")
 _STATES = (
     (OPTIMIZER_NAME, "optimizer.bin", "optimizer_*", "global_step*"),
@@ -24,18 +24,18 @@ _STATES = (
 
 
 def checkpoints(output_dir: str | PathLike) -> list[Path]:
-    """Folders of checkpoints in ``output_dir``, whole or not, the oldest first."""
+    """Return the folders of checkpoints in ``output_dir``, complete or not, oldest first."""
     folders = Path(output_dir).glob("checkpoint-*")
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in folders if folder.is_dir()}
     return sorted((folder for folder, step in steps.items() if step), key=lambda folder: int(steps[folder][1]))
 
 
 def fault(checkpoint: Path, model_only: bool = False) -> str | None:
-    """What keeps a checkpoint from being whole, in words; None for a whole one.
+    """Return why a checkpoint is incomplete, in words; None if it is complete.
 
     Args:
-        checkpoint: its folder.
-        model_only: whether it may lack the states of the optimizer and the random numbers (``save_only_model``).
+        checkpoint: the checkpoint's folder.
+        model_only: whether the states of optimizer and random number generators may be missing (``save_only_model``).
     """
     for kind in ((TRAINER_STATE_NAME,), _WEIGHTS, *(() if model_only else _STATES)):
         if not any(any(checkpoint.glob(pattern)) for pattern in kind):
@@ -51,11 +51,11 @@ def fault(checkpoint: Path, model_only: bool = False) -> str | None:
 
 
 def _read(file: Path) -> None:
-    """Read what tells whether a file ends where it should; raises where it does not."""
+    """Read just enough of a file to tell whether it is truncated, and raise an error if so."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt"):
-            pass  # the header was compared with the length of the file
-    elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # its directory is at the end
+            pass  # opening compares the header with the file's length
+    elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # the zip directory is at the end
         raise ValueError
     elif file.suffix == ".json":
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -66,15 +66,16 @@ def _read(file: Path) -> None:
 
 
 def last_whole(output_dir: str | PathLike, model_only: bool = False) -> Path | None:
-    """The newest checkpoint in ``output_dir`` that is whole, if any."""
+    """Return the newest complete checkpoint in ``output_dir``, if any."""
     return next((found for found in reversed(checkpoints(output_dir)) if fault(found, model_only) is None), None)
 
 
 def to_resume(wanted: str | PathLike, output_dir: str | PathLike, model_only: bool = False) -> str:
-    """The checkpoint to go on from: ``wanted``, or for "last" the newest whole one in ``output_dir``.
+    """Return the checkpoint to resume from: ``wanted``, or for "last" the newest complete one in ``output_dir``.
 
     Raises:
-        ValueError: ``wanted`` is not whole, or there is no whole one; it says what is missing and what could be taken.
+        ValueError: ``wanted`` is incomplete, or there is no complete checkpoint. The message says what is missing and
+            which checkpoint could be used instead.
     """
     if wanted == "last":
         if (found := last_whole(output_dir, model_only)) is not None:
@@ -94,7 +95,7 @@ def to_resume(wanted: str | PathLike, output_dir: str | PathLike, model_only: bo
 
 
 def check_output_dir(output_dir: str | PathLike, resume: str | None, overwrite: bool) -> None:
-    """A run must not write among the checkpoints of another one.
+    """Check that a run does not write into a folder with another run's checkpoints.
 
     Raises:
         ValueError: it would.
@@ -115,6 +116,6 @@ def check_output_dir(output_dir: str | PathLike, resume: str | None, overwrite: 
 
 
 def remove_checkpoints(output_dir: str | PathLike) -> None:
-    """Remove every checkpoint in ``output_dir``, whole or not."""
+    """Remove every checkpoint in ``output_dir``, complete or not."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)

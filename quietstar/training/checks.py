@@ -1,4 +1,4 @@
-"""What goes around the objective, or ruins it, and what the trainer says of that."""
+"""Errors and warnings of the trainer for settings that bypass the objective or ruin training."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,17 @@ from quietstar.models import QuietStarConfig, QuietStarForCausalLM
 
 logger = logging.get_logger(__name__)
 
-# Policy weight times learning rate: 1 in the paper (1e6 · 1e-6). In the quickstart's world 1 does no harm either; 2000
+# Policy weight times learning rate is 1 in the paper (1e6 · 1e-6). In the quickstart, 1 does no harm either, but 2000
 # ruins the prediction without a thought.
 LARGEST_POLICY_STEP = 10
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the weights became NaN or infinite; nothing was saved since. The message names the step."""
+    """Raised if the loss or weights become NaN or infinite; nothing is saved after that. The message names the step."""
 
 
 def check_arguments(args: TrainingArguments | None = None, compute_loss_func: Callable | None = None, **others) -> None:
-    """What of the Trainer's arguments goes around the model's objective; its constructor already does so with some."""
+    """Refuse arguments of the Trainer that bypass the model's objective, some of them already in its constructor."""
     if compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func must be None: the loss is the model's, and its parts are weighed by its configuration; "
@@ -34,7 +34,7 @@ def check_arguments(args: TrainingArguments | None = None, compute_loss_func: Ca
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Of several GPUs in one process the Trainer would make ``torch.nn.DataParallel``."""
+    """Refuse several GPUs in one process, for which the Trainer would use ``torch.nn.DataParallel``."""
     if args.n_gpu > 1:
         raise ValueError(
             f"every GPU must have a process of its own, got {args.n_gpu} GPUs in one: start with "
@@ -44,7 +44,7 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def keep_trainable(model: QuietStarForCausalLM) -> None:
-    """On a CPU bitsandbytes lays out weights of 4 bits anew when they are evaluated, and then gives no gradients."""
+    """Keep 4-bit weights trainable on a CPU, where bitsandbytes repacks them when evaluating and loses gradients."""
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -56,7 +56,7 @@ def keep_trainable(model: QuietStarForCausalLM) -> None:
 
 
 def warn_of_large_policy_steps(config: QuietStarConfig, rate: float) -> None:
-    """``rate`` is the learning rate at its highest."""
+    """Warn if policy weight times ``rate``, the peak learning rate, is much larger than in the paper."""
     weight = config.policy_weight if config.thought_length > 0 else 0
     if weight * rate > LARGEST_POLICY_STEP:
         logger.warning(

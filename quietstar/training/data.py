@@ -1,10 +1,10 @@
-"""From text to windows of tokens.
+"""Conversion of text into windows of tokens.
 
-A row of a JSON Lines, CSV or Parquet file or of a dataset is a document, and so is a paragraph (what blank lines
-separate) of a text file. Text is tokenised with the tokenizer's special tokens and ended by its end-of-text token where
-it has one; documents may also be conversations or token ids (``quietstar.training.rows``). They are put one behind
-the other and cut into windows of equal length. There is no padding: the tail that fills no window is dropped, once for
-every ``PACKED_TOGETHER`` documents.
+A document is a row of a JSON Lines, CSV or Parquet file or of a dataset, or a paragraph of a text file (paragraphs are
+separated by blank lines). Text is tokenised with the tokenizer's special tokens and ended by its end-of-text token, if
+it has one. Documents may also be conversations or token ids (``quietstar.training.rows``). Documents are concatenated
+and cut into windows of equal length. There is no padding: the remainder that fills no window is dropped, once for every
+``PACKED_TOGETHER`` documents.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,26 +37,26 @@ __all__ = ["collate_windows", "load_documents", "pack", "pack_dataset", "split_d
 logger = logging.get_logger(__name__)
 
 PACKED_TOGETHER = 1000
-_LOOKED_AT = 100  # rows of a stream that does not say what is in its columns
+_LOOKED_AT = 100  # rows read to find out the columns of a stream without a schema
 
 
 def load_documents(
     data: str, config: str | None = None, split: str = "train", text_column: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Documents in a column ``text``, ``messages`` or ``input_ids``, with ``labels`` beside token ids that have some.
+    """Load documents into a column ``text``, ``messages`` or ``input_ids``; the latter may come with ``labels``.
 
-    Rows without text are left out, and their number is said where it is known.
+    Rows without text are skipped, and their number is reported if it is known.
 
     Args:
         data: a text, JSON Lines, CSV or Parquet file, compressed or not; a pattern of such files; the name of a
-            dataset; or a folder with one (of such files, or saved by ``save_to_disk``).
-        config, split: which part of a dataset; a file has no configuration and the one split "train".
-        text_column: where the documents are: text, chat messages or lists of token ids; a text file has no columns.
-            Default: ``text``, ``messages`` or ``input_ids``, the first of them that is there, with what it says.
-        streaming: read while training, and never all of it.
+            dataset; or a folder that holds one (such files, or a dataset saved by ``save_to_disk``).
+        config, split: configuration and split of a dataset. A file has no configuration and only the split "train".
+        text_column: the column of the documents: text, chat messages or lists of token ids. A text file has no columns.
+            Default: the first of ``text``, ``messages`` and ``input_ids`` that exists.
+        streaming: whether to read the text while training, never all of it at once.
 
     Raises:
-        ValueError: no such file, an empty or broken one, no such column or one without text.
+        ValueError: the file does not exist, is empty or broken, or the column does not exist or has no text.
     """
     dataset = read(data, config, split, streaming)
     with explained(data):
@@ -66,7 +66,7 @@ def load_documents(
     dataset = dataset.select_columns([column, *beside])
     if column != kind:
         dataset = dataset.rename_column(column, kind)
-    with explained(data):  # the bytes are decoded only here
+    with explained(data):  # bytes are decoded here, so errors in them show up here
         documents = dataset.filter(lambda rows: [bool(row) for row in rows], input_columns=kind, batched=True)
     if streaming:
         return documents
@@ -80,13 +80,13 @@ def load_documents(
 def split_documents(
     documents: Dataset | IterableDataset, held_out_fraction: float, seed: int
 ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
-    """Documents to train on, and held-out documents.
+    """Split documents into those to train on and held-out documents.
 
-    Of a dataset at least one document is held out. A stream is not known as a whole: there a document is held out by a
-    hash of what it says, so that copies of it are too, and none may be.
+    Of a dataset, at least one document is held out. A stream is not known as a whole, so whether a document is held out
+    depends on a hash of its content. Copies are therefore treated alike, and possibly no document is held out.
 
     Raises:
-        ValueError: a fraction outside (0, 1), or a dataset of fewer than two documents.
+        ValueError: the fraction is outside (0, 1), or the dataset has fewer than two documents.
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must be in (0, 1), got {held_out_fraction}")
@@ -107,14 +107,14 @@ def split_documents(
 
 
 def pack(documents: Iterable[Sequence[int]], block_size: int) -> np.ndarray:
-    """Windows of the documents one behind the other, int64 [windows, block_size]; the tail is dropped."""
+    """Concatenate documents and cut them into windows, int64 [windows, block_size]; the remainder is dropped."""
     tokens = np.fromiter(chain.from_iterable(documents), dtype=np.int64)
     windows = len(tokens) // block_size
     return tokens[: windows * block_size].reshape(windows, block_size)
 
 
 def positions(documents: Sequence[Sequence[int]], block_size: int) -> np.ndarray:
-    """Positions of the tokens of ``pack`` within their documents; what a window begins with counts from 0.
+    """Return the positions of ``pack``'s tokens in their documents; the first token of a window has position 0.
 
     >>> positions([[5, 6, 7], [8, 9, 5, 6, 7]], 4)
     array([[0, 1, 2, 0], [0, 1, 2, 3]])
@@ -133,19 +133,22 @@ def pack_dataset(
     separate: bool = False,
     vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Windows in a column ``input_ids`` (and ``labels``) of documents from ``load_documents``.
+    """Pack documents from ``load_documents`` into windows, in a column ``input_ids`` (and ``labels``).
 
     Args:
-        workers: processes that tokenise a dataset; None for this one.
-        separate: whether documents in a window see nothing of each other: a column ``position_ids``, by which the
-            model tells them apart.
-        vocab_size: of the model; None does not compare.
+        documents: the documents.
+        tokenizer: the model's tokenizer.
+        block_size: tokens per window.
+        workers: number of processes that tokenise a dataset; None uses only this one.
+        separate: whether documents in a window do not see each other. If so there is a column ``position_ids``, by
+            which the model tells them apart.
+        vocab_size: the model's vocabulary size, to check token ids; None skips the check.
 
     Raises:
-        ValueError: no chat template for messages; token ids outside the vocabulary; or all text of a dataset together
-            is shorter than one window. Of a stream all but the first shows when it is read.
+        ValueError: messages have no chat template, token ids are outside the vocabulary, or all text of a dataset is
+            shorter than one window. For a stream, all but the first are found only when it is read.
     """
-    columns = documents.column_names or list(next(iter(documents), ()))  # a stream may not say
+    columns = documents.column_names or list(next(iter(documents), ()))  # a stream may not know its columns
     if MESSAGES in columns:
         check_template(tokenizer)
     names = ["input_ids"]
@@ -178,10 +181,10 @@ def pack_dataset(
 
 
 def collate_windows(windows: list[dict[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """A batch: input_ids, labels and, where windows have them, position_ids; int64 [B, block_size].
+    """Collate a batch of input_ids, labels and, if windows have them, position_ids; all int64 [B, block_size].
 
-    Every token is a label, unless windows have labels of their own. Where windows have ``anchors``, lists of the
-    positions that think, they are int64 [B, A], −1 behind shorter lists.
+    Every token is a label unless windows have their own labels. If windows have ``anchors``, lists of the positions
+    that think, they become int64 [B, A], padded with −1.
     """
     names = [name for name in ("input_ids", "labels", "position_ids") if name in windows[0]]
     batch = {name: torch.as_tensor(np.array([window[name] for window in windows])) for name in names}

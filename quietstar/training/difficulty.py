@@ -1,4 +1,4 @@
-"""What thoughts gain on the hardest and on the easiest tenth of held-out tokens, as they were before training."""
+"""The gain of thoughts on the hardest and the easiest tenth of held-out tokens, as rated before training."""
 
 from hashlib import sha256
 from os import PathLike
@@ -16,30 +16,30 @@ _HARD, _EASY = 1, -1
 
 
 class GainByDifficulty:
-    """Means over tokens that are chosen once for every text and then kept.
+    """Mean gains over tokens that are chosen once for every text and then kept.
 
-    A token is as hard as its nll without a thought is high when the text is first rated. That should be before
-    training: whoever chooses the tokens on which the base prediction does worst now, finds it worse there than it is,
-    and thoughts better.
+    The difficulty of a token is its nll without a thought when the text is first rated, which should be before
+    training. Choosing the tokens on which the present base prediction is worst would be a biased selection, which makes
+    thoughts look better than they are.
     """
 
     def __init__(self) -> None:
-        self._tenths: dict[str, Tensor] = {}  # of each text, int8 of its tokens
+        self._tenths: dict[str, Tensor] = {}  # by text: int8 for each of its tokens
         self._added: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, base_nll: Tensor, gain: Tensor, labels: Tensor) -> None:
-        """Add a part of a text, all like ``labels`` [B, L−1]: of token i+1, −100 where it does not count."""
+        """Add a part of a text. All are [B, L−1], for token i+1; ``labels`` are −100 where it does not count."""
         self._added.append((base_nll.detach().flatten(), gain.detach().flatten(), labels.flatten()))
 
     def rate(self) -> None:
-        """Choose the tenths of the text that was added, if it is not known, and forget it. Waits for the device."""
+        """Choose the tenths of the added text, unless it is already rated, and reset. Waits for the device."""
         if self._added:
             self._take()
 
     def means(self) -> dict[str, float]:
-        """Mean ``gain_hard`` and ``gain_easy`` of the text that was added, in nats; forgets it. Waits for the device.
+        """Return the mean ``gain_hard`` and ``gain_easy`` of the added text, in nats, and reset. Waits for the device.
 
-        A text that was not rated before is rated now. Nothing is said of a text without tokens.
+        A text that was not rated before is rated now. A text without tokens gives no values.
         """
         if not self._added:
             return {}
@@ -48,18 +48,18 @@ class GainByDifficulty:
         return {name: float(values.mean()) for name, values in groups.items() if len(values)}
 
     def save(self, folder: str | PathLike) -> None:
-        """Write what is known of texts into a checkpoint."""
+        """Write the ratings of texts into a checkpoint."""
         if self._tenths:
             save_file(self._tenths, Path(folder) / FILE_NAME)
 
     def load(self, folder: str | PathLike) -> None:
-        """Take over what ``save`` wrote, if it did."""
+        """Load the ratings that ``save`` wrote, if there are any."""
         file = Path(folder) / FILE_NAME
         if file.is_file():
             self._tenths |= load_file(file)
 
     def _take(self) -> tuple[Tensor, Tensor]:
-        """Gains and tenths of the tokens that count in what was added."""
+        """Return, and reset, the gains of the added tokens that count, and the tenths that they belong to."""
         base_nll, gain, labels = (torch.cat(column).cpu() for column in zip(*self._added, strict=True))
         self._added = []
         counted = labels != IGNORE_INDEX
@@ -71,7 +71,7 @@ class GainByDifficulty:
 
 
 def _tenths(nll: Tensor) -> Tensor:
-    """The hardest and the easiest tenth, rounded, at least one token each; int8 like ``nll`` [tokens]."""
+    """Mark the hardest and the easiest tenth in int8 like ``nll`` [tokens]: at least one token each, given two."""
     order = nll.argsort(stable=True)
     count = min(max(1, round(len(nll) / 10)), len(nll) // 2)
     tenths = torch.zeros_like(nll, dtype=torch.int8)

@@ -1,6 +1,6 @@
-"""What a model learns from thinking, without thinking: its plain prediction is trained by a frozen thinking teacher.
+"""Distillation: the prediction without thoughts is trained by a frozen teacher that thinks.
 
-Two losses, each a fused linear cross-entropy: no logits of size rows × V are kept.
+There are two losses, each a fused linear cross-entropy, so that no logits [rows, V] are stored.
 """
 
 from typing import Literal, NamedTuple
@@ -19,10 +19,10 @@ DISTILLATIONS = "kl", "reward"
 
 
 class Lesson(NamedTuple):
-    """What the teacher says of texts, int64 and float [B, L−1]."""
+    """The teacher's predictions for texts, int64 and float [B, L−1]."""
 
-    drawn: Tensor  # a token of its distribution after a thought
-    nll: Tensor  # of the token that follows, after a thought; 0 where there is no label
+    drawn: Tensor  # a token drawn from its distribution after a thought
+    nll: Tensor  # nll of the next token after a thought; 0 where there is no label
 
 
 class _Rows(NamedTuple):
@@ -30,7 +30,7 @@ class _Rows(NamedTuple):
 
     text: Text
     starts: Tensor | None
-    labels: Tensor  # [B, L−1], of the next tokens; −100 where there is none
+    labels: Tensor  # [B, L−1], the next tokens; −100 where there is none
 
     @classmethod
     def of(cls, labels: Tensor, text: dict[str, Tensor]) -> "_Rows":
@@ -44,12 +44,12 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def teach(teacher: QuietStarForCausalLM, labels: Tensor, text: dict[str, Tensor]) -> Lesson:
-    """Let the teacher think once behind every position.
+    """Let the teacher think once after every position.
 
     Args:
         teacher: a thinking model.
         labels: int64 [B, L].
-        text: arguments of the model's forward pass that say which text it is.
+        text: those arguments of the model's forward pass that specify the text.
     """
     parts, rows = teacher.predictor(), _Rows.of(labels, text)
     positions = rows.text.positions()
@@ -69,14 +69,14 @@ def teach(teacher: QuietStarForCausalLM, labels: Tensor, text: dict[str, Tensor]
 def learn(
     model: QuietStarForCausalLM, labels: Tensor, text: dict[str, Tensor], lesson: Lesson, how: Distillation
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the prediction without a thought, mean over labelled tokens; and its nll, float [B, L−1].
+    """Compute the loss of the prediction without a thought, a mean over labelled tokens, and its nll [B, L−1].
 
-    ``"kl"`` is ours: half the loss of the text, half that of tokens that the teacher has drawn. In expectation the
+    ``"kl"`` is our own: half the loss of the text, half the loss of tokens drawn by the teacher. In expectation the
     latter has the gradient of KL(teacher after a thought ‖ model without).
 
-    ``"reward"`` is Fast Quiet-STaR's: −r · log p of the text, r = nll of the teacher − nll of the model, without a
-    gradient through it. Negative rewards count as 0, as in the authors' code: otherwise what the teacher predicts
-    better would become less likely.
+    ``"reward"`` is Fast Quiet-STaR's: −r · log p of the text, where r = nll of the teacher − nll of the model, without
+    gradient. Negative rewards count as 0, as in the authors' code; otherwise tokens that the teacher predicts better
+    would become less likely.
     """
     parts, rows = model.predictor(), _Rows.of(labels, text)
     hidden = _plain_hidden(parts, rows)[:, :-1].flatten(0, 1)
@@ -96,5 +96,5 @@ def learn(
 
 
 def _plain_hidden(parts: Predictor, rows: _Rows) -> Tensor:
-    """Hidden states [B, L, H] of the text without thoughts."""
+    """Compute the hidden states [B, L, H] of the text without thoughts."""
     return parts.decoder(rows.text.embedded(parts.decoder.embed), rows.text.positions(), rows.base())

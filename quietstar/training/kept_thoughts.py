@@ -1,4 +1,4 @@
-"""Several updates on the same thoughts (``policy_updates``): batches come again, and their thoughts with them."""
+"""Several updates on the same thoughts (``policy_updates``): batches are repeated together with their thoughts."""
 
 from collections.abc import Iterator, Sized
 from os import PathLike
@@ -11,16 +11,16 @@ from torch.utils.data import IterableDataset, RandomSampler, Sampler
 
 from quietstar.models import QuietStarOutput
 
-# What of a batch's first update holds for the others too.
+# The outputs of a batch's first update that the other updates reuse.
 _GIVEN = "anchors", "thought_tokens", "thought_lengths", "baseline_nll", "teacher_logprobs"
 _TEXT = "input_ids"
 
 
 class RepeatedRows(Sampler):
-    """Rows in the order of another sampler, each ``rows`` of them ``times`` times; what fills no group is left out.
+    """Repeats every group of ``rows`` rows of another sampler ``times`` times; an incomplete last group is dropped.
 
-    A random order depends on the seed and the epoch alone, so that it is the same on all processes and when training
-    goes on in the middle of an epoch.
+    A random order depends only on seed and epoch, so that it is the same on all processes and when training resumes in
+    the middle of an epoch.
     """
 
     def __init__(self, sampler: Sampler, count: int, rows: int, times: int, seed: int):
@@ -40,12 +40,12 @@ class RepeatedRows(Sampler):
                 yield from order[first : first + self.rows]
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order in every epoch."""
+        """Set the epoch, which changes the order."""
         self.epoch = epoch
 
 
 class RepeatedStream(IterableDataset):
-    """The same of rows that come one after the other."""
+    """Does the same as ``RepeatedRows`` for a stream of rows."""
 
     def __init__(self, dataset: IterableDataset, rows: int, times: int):
         self.dataset, self.rows, self.times = dataset, rows, times
@@ -60,16 +60,16 @@ class RepeatedStream(IterableDataset):
                 group = []
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on."""
+        """Pass the epoch on to the stream."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
 
 def repeated(sampler: Sampler, dataset: Sized, rows: int, times: int, seed: int) -> RepeatedRows:
-    """A sampler of rows for ``times`` updates each, ``rows`` of them per update.
+    """Create a sampler that gives each group of ``rows`` rows to ``times`` updates.
 
     Raises:
-        ValueError: there are fewer rows.
+        ValueError: there are fewer than ``rows`` rows.
     """
     if len(dataset) < rows:
         raise ValueError(
@@ -80,9 +80,9 @@ def repeated(sampler: Sampler, dataset: Sized, rows: int, times: int, seed: int)
 
 
 class KeptThoughts:
-    """The thoughts of one optimizer step, and their log-probabilities when they were drawn.
+    """The thoughts of one optimizer step, and their log-probabilities when they were sampled.
 
-    Steps are counted from 0; those whose number ``updates`` divides draw thoughts.
+    Steps are counted from 0. Thoughts are sampled at steps that are multiples of ``updates``.
     """
 
     def __init__(self) -> None:
@@ -91,10 +91,10 @@ class KeptThoughts:
         self._batches: list[dict[str, Tensor]] = []
 
     def recall(self, step: int, updates: int, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """What to give the model of the next batch of a step; None where it is to draw.
+        """Return the stored thoughts for the next batch of a step; None if the model is to sample new ones.
 
         Raises:
-            RuntimeError: it is another batch than the one that was kept.
+            RuntimeError: the batch is not the one that was stored.
         """
         if step != self._step:
             self._step, self._next = step, 0
@@ -113,7 +113,7 @@ class KeptThoughts:
         return {name: tensor.to(inputs[_TEXT].device) for name, tensor in kept.items()}
 
     def keep(self, inputs: dict[str, Tensor], output: QuietStarOutput) -> None:
-        """Remember a batch as it was given to the model, and what the model thought."""
+        """Store a batch as it was given to the model, and the model's thoughts."""
         kept = {name: inputs[name] for name in (_TEXT, *_GIVEN) if inputs.get(name) is not None}
         for name in _GIVEN[:3]:
             if (value := getattr(output, name, None)) is not None:
@@ -121,7 +121,7 @@ class KeptThoughts:
         self._batches.append(kept | {"old_logprobs": output.thought_logprobs.detach()})
 
     def save(self, folder: str | PathLike, rank: int, processes: int) -> None:
-        """Write what this process has into a checkpoint."""
+        """Write this process's thoughts into a checkpoint."""
         tensors = {
             f"{i}.{name}": tensor.contiguous().clone()
             for i, batch in enumerate(self._batches) for name, tensor in batch.items()
@@ -130,10 +130,10 @@ class KeptThoughts:
         save_file(tensors, Path(folder) / _file_name(rank, processes))
 
     def load(self, folder: str | PathLike, rank: int, processes: int) -> None:
-        """Take over what ``save`` wrote.
+        """Load what ``save`` wrote.
 
         Raises:
-            ValueError: nothing was written by as many processes.
+            ValueError: the checkpoint was not written by the same number of processes.
         """
         file = Path(folder) / _file_name(rank, processes)
         if not file.is_file():

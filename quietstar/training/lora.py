@@ -1,4 +1,4 @@
-"""Configurations of adapters (PEFT's LoRA) for Quiet-STaR, and of quantised weights below them (QLoRA)."""
+"""Configurations of LoRA adapters (PEFT) for Quiet-STaR, and of quantised weights for QLoRA."""
 
 from typing import TYPE_CHECKING
 
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 
 _RANK = Interval(int, "[1, inf)")
 
-# What Quiet-STaR adds to a model is small and new: it is trained as a whole and saved with the adapter.
-_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head", "gain_head")  # as far as the model has them
+# The modules that Quiet-STaR adds to a model are small and new, so they are fully trained and saved with the adapter.
+_TRAINED_WHOLE = ("start_embedding", "end_embedding", "mixing_head", "gain_head")  # those that the model has
 
-_ROUTERS = {"gate", "router", "shared_expert_gate"}  # of mixtures of experts, which adapters leave alone
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # in mixtures of experts; they get no adapters
 
 
 def lora_config(
     model: QuietStarForCausalLM, r: int = 16, lora_alpha: float | None = None, lora_dropout: float = 0.0, **options
 ) -> "LoraConfig":
-    """PEFT's configuration of LoRA on attention and MLP, with the thought embeddings and the mixing head trained whole.
+    """Create PEFT's configuration for LoRA on attention and MLP; thought embeddings and heads are fully trained.
 
     >>> model = peft.get_peft_model(model, lora_config(model, r=16))
     >>> QuietStarTrainer(model, ...).train()
 
     Args:
+        model: the model to adapt.
         r: rank.
-        lora_alpha: adapters count lora_alpha / r times; default 2 · r.
-        lora_dropout: in front of adapters, in training.
-        options: of ``peft.LoraConfig``; ``target_modules`` and ``modules_to_save`` replace what this function chooses.
+        lora_alpha: adapters are scaled by lora_alpha / r. Default: 2 · r.
+        lora_dropout: dropout before adapters in training.
+        options: options of ``peft.LoraConfig``; ``target_modules`` and ``modules_to_save`` replace the choices made
+            here.
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError, ValueError: another model, or a rank below 1.
+        TypeError, ValueError: ``model`` is not a Quiet-STaR model, or the rank is below 1.
     """
     peft = require("peft", "lora_config", "peft")
     if not isinstance(model, QuietStarForCausalLM):
@@ -56,14 +58,14 @@ def _trained_whole(model: QuietStarForCausalLM) -> list[str]:
 
 
 def _linear_layers(model: QuietStarForCausalLM) -> list[str]:
-    """Names that the linear layers of attention and MLP have within their modules, such as q_proj."""
+    """Return the names of the linear layers of attention and MLP within their modules, such as q_proj."""
     layers = model.get_decoder().layers
     names = {name.rpartition(".")[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     return sorted(names - _ROUTERS)
 
 
 def four_bits(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """Weights of 4 bits as in QLoRA (arXiv 2305.14314): NormalFloat, its constants quantised once more.
+    """Create the configuration of 4-bit weights as in QLoRA (arXiv 2305.14314): NormalFloat, double quantisation.
 
     Raises:
         ImportError: bitsandbytes is not installed.

@@ -1,4 +1,4 @@
-"""What training and evaluation report: means over steps, summed up on the device, and the time spent."""
+"""Metrics of training and evaluation: means over steps, accumulated on the device, and the time spent."""
 
 import math
 import time
@@ -12,9 +12,9 @@ from quietstar.models.documents import IGNORE_INDEX, text_labels, token_starts
 
 
 class ThoughtMetrics:
-    """Means of what the model reports, over all tokens with a label since the last ``totals``.
+    """Means of the model's outputs over all labelled tokens since the last ``totals``.
 
-    Nothing waits for the device: sums and counts stay there until they are asked for.
+    Adding does not wait for the device: sums and counts stay there until they are read.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ThoughtMetrics:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> None:
-        """Add one forward pass; the other arguments are those that it was given, [B, L]."""
+        """Add the output of one forward pass; the other arguments are those passed to it, [B, L]."""
         _, num_thoughts, _, lookahead = output.talk_nll.shape
         k = output.thought_tokens.shape[-1]
         starts = token_starts(attention_mask, position_ids, labels.shape)
@@ -69,13 +69,13 @@ class ThoughtMetrics:
         self, nll: Tensor, teacher_nll: Tensor, labels: Tensor, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Add a pass without thoughts, nll [B, L−1], and what a thinking teacher made of the same texts."""
+        """Add the nll [B, L−1] of a pass without thoughts, and that of a thinking teacher on the same texts."""
         starts = token_starts(attention_mask, position_ids, labels.shape)
         count = (text_labels(labels, attention_mask, starts)[:, 1:] != IGNORE_INDEX).sum()
         self._add({"base_nll": (nll.sum(), count), "teacher_nll": (teacher_nll.sum(), count)})
 
     def _add(self, entries: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Add sums and counts. Not every pass has the same: a stage may look further ahead than the next."""
+        """Add sums and counts. Entries may differ between passes: a stage may look further ahead than the next."""
         totals = torch.stack([torch.stack(row).float() for row in zip(*entries.values(), strict=True)]).detach()
         names = list(entries)
         if self._totals is None:
@@ -95,19 +95,19 @@ class ThoughtMetrics:
         return self._totals is not None
 
     def totals(self) -> Tensor:
-        """Sums and counts since the last call, float32 [2, entries] on the device; starts again from nothing."""
+        """Return sums and counts since the last call, float32 [2, entries] on the device, and reset them."""
         totals, self._totals = self._totals, None
         return totals
 
     def means(self, totals: Tensor) -> tuple[dict[str, float], int]:
-        """Names and means of ``totals``, and the number of labelled tokens. Waits for the device.
+        """Return the means of ``totals`` by name, and the number of labelled tokens. Waits for the device.
 
         Returns:
-            base_nll, talk_nll_0 … talk_nll_{M−1}, reward and mixing_weight, each per token, in nats where it is a
-            likelihood; policy_loss per forward pass (before its weight); mean and standard deviation of all advantages;
-            with a gain head gain_loss, its squared error in nats² per position that thinks; thought_entropy per
-            thought token and distinct_thoughts, how many of the thoughts of a forward pass differ, as a share of all
-            (both not where thoughts have no tokens); thought_length where they end themselves.
+            base_nll, talk_nll_0 … talk_nll_{M−1}, reward and mixing_weight, each per token (likelihoods in nats);
+            policy_loss per forward pass (before its weight); mean and standard deviation of all advantages; with a gain
+            head, gain_loss, its squared error in nats² per position that thinks; thought_entropy per thought token and
+            distinct_thoughts, the share of a forward pass's thoughts that differ (neither if thoughts have no tokens);
+            thought_length if thoughts have learned lengths.
         """
         sums, counts = totals.tolist()
         means = {name: total / max(count, 1) for name, total, count in zip(self._names, sums, counts, strict=True)}
@@ -117,9 +117,9 @@ class ThoughtMetrics:
 
 
 def _distinct(thoughts: Tensor, counted: Tensor) -> Tensor:
-    """How many of the ``counted`` thoughts, int64 [..., k] and bool [...], are different: a scalar on the device.
+    """Count the distinct thoughts, int64 [..., k], among those ``counted``, bool [...]: a scalar on the device.
 
-    Sorted by their tokens, equal ones are neighbours. (torch.unique would make the host wait for the number.)
+    Sorting by tokens makes equal thoughts neighbours. (torch.unique would make the host wait for the number.)
     """
     rows = thoughts.masked_fill(~counted[..., None], -1).flatten(0, -2)
     for column in reversed(range(rows.shape[1])):
@@ -128,14 +128,14 @@ def _distinct(thoughts: Tensor, counted: Tensor) -> Tensor:
 
 
 class Stopwatch:
-    """Seconds of work, without the pauses."""
+    """Measures seconds of work without pauses."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Go on, if paused."""
+        """Start, or continue after a pause."""
         if self._started is None:
             self._started = time.perf_counter()
 

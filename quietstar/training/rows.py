@@ -1,4 +1,4 @@
-"""What a row of a dataset holds, text, a conversation or token ids, and the tokens that it becomes."""
+"""Conversion of a dataset's rows, which hold text, conversations or token ids, into tokens."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,20 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.training.sources import DataError
 
-TEXT, MESSAGES, TOKEN_IDS = COLUMNS = "text", "messages", "input_ids"  # kinds, and the columns where each usually is
+TEXT, MESSAGES, TOKEN_IDS = COLUMNS = "text", "messages", "input_ids"  # kinds of content, and their default columns
 
-_OF_TOKENS = ("attention_mask", "labels")  # columns that say more of token ids
+_OF_TOKENS = ("attention_mask", "labels")  # columns that accompany token ids
 
 
 def choose_column(features: Features, wanted: str | None) -> tuple[str, str]:
-    """The column of the documents and what it holds, one of ``COLUMNS``.
+    """Return the column of the documents and its kind of content, one of ``COLUMNS``.
 
     Args:
-        features: of all columns.
-        wanted: its name; None takes the first of ``COLUMNS`` that is there.
+        features: features of all columns.
+        wanted: name of the column; None chooses the first of ``COLUMNS`` that exists.
 
     Raises:
-        ValueError: no such column, or one that holds something else.
+        ValueError: the column does not exist or holds something else.
     """
     columns = ", ".join(map(repr, features))
     name = next((name for name in COLUMNS if name in features), None) if wanted is None else wanted
@@ -40,24 +40,24 @@ def choose_column(features: Features, wanted: str | None) -> tuple[str, str]:
 
 
 def _kind(feature: object) -> str | None:
-    """What a feature of ``datasets`` holds, if it is something to train on."""
+    """Return the kind of content of a ``datasets`` feature; None if it cannot be trained on."""
     if getattr(feature, "dtype", None) in ("string", "large_string"):
         return TEXT
-    item = getattr(feature, "feature", None)  # of lists
+    item = getattr(feature, "feature", None)  # the element type of lists
     if isinstance(item, Mapping):
         return MESSAGES if {"role", "content"} <= set(item) else None
-    if type(item).__name__ == "Json":  # messages that differ in their fields
+    if type(item).__name__ == "Json":  # messages with different fields
         return MESSAGES
     return TOKEN_IDS if str(getattr(item, "dtype", "")).startswith(("int", "uint")) else None
 
 
 def of_tokens(features: Features) -> list[str]:
-    """Which columns beside token ids say something of them."""
+    """Return the columns that accompany token ids."""
     return [name for name in _OF_TOKENS if name in features]
 
 
 def tokenize(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text that is not empty, ended by the end-of-text token where the tokenizer has one."""
+    """Tokenise each non-empty text and append the end-of-text token, if the tokenizer has one."""
     texts = [text for text in texts if text]
     if not texts:
         return []
@@ -67,10 +67,10 @@ def tokenize(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Conversations need a chat template.
+    """Check that the tokenizer has a chat template, which conversations need.
 
     Raises:
-        ValueError: the tokenizer has none.
+        ValueError: it has none.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -82,13 +82,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def documents_of(
     rows: Mapping[str, Sequence], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Sequence[int]], list[Sequence[int]] | None]:
-    """Token ids of the documents in ``rows``, and their labels where they have some of their own.
+    """Return the token ids of the documents in ``rows``, and their labels if they have labels of their own.
 
-    Text is tokenised as ``tokenize`` does it; a conversation is what the chat template makes of it, and nothing more;
-    token ids are what they are, without those that the attention mask leaves out.
+    Text is tokenised by ``tokenize``. Conversations are formatted by the chat template, with nothing added. Token ids
+    are used unchanged, without those that the attention mask excludes.
 
     Raises:
-        DataError: messages that the template does not take; masks or labels of another length.
+        DataError: the template does not accept the messages, or masks or labels have the wrong length.
     """
     if TEXT in rows:
         return tokenize(rows[TEXT], tokenizer), None
@@ -111,7 +111,8 @@ def documents_of(
 def _conversation(messages: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise DataError(f"messages must have a role and a content each, got {messages}")
-    # Arrow gives every message the fields of all of them; a template asks which are there. transformers 5.24 knows.
+    # Arrow gives every message the fields of all messages, but templates test which fields exist. transformers 5.24
+    # handles this.
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         return tokenizer.apply_chat_template(given, tokenize=True, return_dict=False)
@@ -120,10 +121,10 @@ def _conversation(messages: Sequence[Mapping], tokenizer: PreTrainedTokenizerBas
 
 
 def check_ids(name: str, ids: np.ndarray, vocab_size: int, ignore: int | None = None) -> None:
-    """Token ids, of any shape, are in the model's vocabulary.
+    """Check that token ids, of any shape, are in the model's vocabulary.
 
     Raises:
-        DataError: one is not.
+        DataError: an id is not.
     """
     outside = ids[((ids < 0) | (ids >= vocab_size)) & (True if ignore is None else ids != ignore)]
     if outside.size:

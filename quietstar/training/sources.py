@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders and datasets by name; and what is wrong where it cannot be read."""
+"""Reading of text from files, folders and named datasets, with messages that explain what cannot be read."""
 
 import json
 import re
@@ -22,16 +22,16 @@ _ABOUT_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "
 
 
 class DataError(ValueError):
-    """Text that cannot be read or used, found out when it was read."""
+    """Raised for text that cannot be read or used, when it is read."""
 
 
 def with_weights(argument: str, sources: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Names of sources, and the weights that may stand behind each of them: ``NAME:WEIGHT``.
+    """Split sources of the form ``NAME:WEIGHT`` or ``NAME`` into names and weights.
 
-    A file whose name ends like a weight is a file, and what stands behind the colon of a Windows drive is no number.
+    If a file with the whole name exists, it has no weight; nor does the colon of a Windows drive start one.
 
     Raises:
-        ValueError: a weight that is not positive and finite, or only some of the sources have one.
+        ValueError: a weight is not positive and finite, or only some of the sources have one.
     """
     names, weights = [], []
     for source in sources:
@@ -56,10 +56,10 @@ def _number(text: str) -> float | None:
 
 
 def read(data: str, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """The rows of ``data``, as ``quietstar.training.data.load_documents`` describes it.
+    """Read the rows of ``data``, see ``quietstar.training.data.load_documents``.
 
     Raises:
-        ValueError: there is no such text, or it cannot be read; file and line are named where they are known.
+        ValueError: the text does not exist or cannot be read; the message names file and line if they are known.
     """
     if streaming and "[" in split:
         raise ValueError(f"data_split must be a whole split with streaming, got {split!r}")
@@ -72,7 +72,7 @@ def read(data: str, config: str | None, split: str, streaming: bool = False) -> 
     elif path.is_dir():
         loader = _loader_of_folder(path)
         location, options = data, {}
-        if (path / "state.json").is_file():  # of Dataset.save_to_disk; load_dataset takes those of a DatasetDict
+        if (path / "state.json").is_file():  # from Dataset.save_to_disk; load_dataset reads those of a DatasetDict
             location, options = "arrow", {"data_files": sorted(map(str, path.glob("*.arrow")))}
     elif path.is_absolute() or data.startswith("."):
         raise ValueError(f"data must be a file, a folder or the name of a dataset, got nothing at {data}")
@@ -90,12 +90,12 @@ def read(data: str, config: str | None, split: str, streaming: bool = False) -> 
 
 
 def _ending(file: Path) -> str:
-    """The ending that says what is in a file, compressed or not."""
+    """Return the file name extension that tells a file's format, without that of a compression."""
     return (Path(file.stem) if file.suffix in COMPRESSED else file).suffix
 
 
 def _files(data: str) -> tuple[str, list[Path]]:
-    """The loader of a file, or of files by a pattern, and the files."""
+    """Return the loader for a file, or for the files that match a pattern, and the files."""
     there = [data] if Path(data).is_file() else glob(data, recursive=True)
     files = sorted(file for file in map(Path, there) if file.is_file())
     if not files:
@@ -112,25 +112,25 @@ def _files(data: str) -> tuple[str, list[Path]]:
 
 
 def _loader_of_folder(folder: Path) -> str | None:
-    """The loader of the files of a folder, if it is one of ours and nothing else says how to read them."""
-    if (folder / "README.md").is_file():  # it may list the files; datasets reads it
+    """Return the loader for a folder's files, if it is one of ours and nothing else says how to read them."""
+    if (folder / "README.md").is_file():  # it may list the files, and datasets reads it
         return None
     files = (file for file in folder.rglob("*") if file.name not in _ABOUT_DATA)
     loaders = {LOADERS[_ending(file)] for file in files if _ending(file) in LOADERS}
-    if len(loaders) > 1:  # datasets would take one kind and leave the others
+    if len(loaders) > 1:  # datasets would read one kind and ignore the others
         raise ValueError(f"data must be a folder of one kind of files, got {' and '.join(sorted(loaders))} in {folder}")
     return loaders.pop() if loaders else None
 
 
 def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Paragraphs; the loader of text files takes lines that hold only white space for text."""
+    """Split text into paragraphs; the loader of text files does not treat lines of white space as blank."""
     parts = (part for text in batch["text"] for part in re.split(r"\n\s*\n", text))
     return {"text": [part for part in parts if part.strip()]}
 
 
 @contextmanager
 def explained(*sources: str) -> Iterator[None]:
-    """Whatever a reader of one of many formats finds becomes a DataError that says what is wrong with the sources."""
+    """Turn errors of the readers of all formats into a DataError that says what is wrong with the sources."""
     try:
         yield
     except DataError:
@@ -140,7 +140,7 @@ def explained(*sources: str) -> Iterator[None]:
 
 
 def _what_is_wrong(sources: Sequence[str], error: BaseException) -> str:
-    """The line of a file that is wrong, or the error at the beginning of the chain."""
+    """Describe the invalid line of a file or, if there is none, the first error of the chain."""
     for file in (file for data in sources for file in _files_of(data)):
         if file.suffix in (".txt", ".jsonl", ".csv") and (found := _bad_line(file)):
             return f"data must be {'JSON Lines' if file.suffix == '.jsonl' else 'text'} in UTF-8, got {found}"
@@ -155,7 +155,7 @@ def _files_of(data: str) -> list[Path]:
 
 
 def _bad_line(file: Path) -> str | None:
-    """Where a file of lines is not what it should be."""
+    """Find and describe the first invalid line of a file that has one row per line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -1,4 +1,4 @@
-"""Fast Quiet-STaR's curriculum (arXiv 2505.17746): stages of training with shorter and shorter thoughts."""
+"""Fast Quiet-STaR's curriculum (arXiv 2505.17746): stages of training in which thoughts become shorter."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _INTERVALS = {
 
 
 class Stage(NamedTuple):
-    """So many optimizer steps with thoughts of so many tokens, each of which predicts so many tokens."""
+    """A stage of training: thought length, lookahead and number of optimizer steps."""
 
     thought_length: int
     lookahead: int
@@ -28,10 +28,10 @@ class Stage(NamedTuple):
 
 
 def parse_stages(stages: str | Sequence[Stage | tuple[int, int, int]]) -> list[Stage]:
-    """Stages such as ``"16-8:50,12-4:50,8-4:50"``: thought length, lookahead and steps of each.
+    """Parse stages such as ``"16-8:50,12-4:50,8-4:50"``: thought length, lookahead and steps of each.
 
     Raises:
-        TypeError, ValueError: other text, or a number out of range.
+        TypeError, ValueError: the text has another form, or a number is out of range.
     """
     if isinstance(stages, str):
         found = [re.fullmatch(r"(\d+)-(\d+):(\d+)", part.strip()) for part in stages.split(",")]
@@ -49,10 +49,10 @@ def parse_stages(stages: str | Sequence[Stage | tuple[int, int, int]]) -> list[S
 
 
 def steps_of(stages: Sequence[Stage], max_steps: int) -> int:
-    """Steps of all stages.
+    """Return the total number of steps of all stages.
 
     Raises:
-        ValueError: ``max_steps``, unless it is −1, is another number.
+        ValueError: ``max_steps`` is neither −1 nor this number.
     """
     total = sum(stage.steps for stage in stages)
     if max_steps not in (-1, total):
@@ -61,14 +61,15 @@ def steps_of(stages: Sequence[Stage], max_steps: int) -> int:
 
 
 def check_stages(stages: Sequence[Stage], config: QuietStarConfig, block_size: int = 0) -> None:
-    """Check that thoughts find their positions, and thoughts that are used again their length.
+    """Check that stages fit the configuration and the length of texts.
 
     Args:
-        config: of the model.
-        block_size: tokens of the texts, if they are known.
+        stages: the stages.
+        config: the model's configuration.
+        block_size: number of tokens of the texts; 0 if unknown.
 
     Raises:
-        ValueError: a stage does not go with a field of the configuration, both are named.
+        ValueError: a stage contradicts a field of the configuration; the message names both.
     """
     most = getattr(config, "max_position_embeddings", None)
     for stage in stages:
@@ -88,7 +89,7 @@ def check_stages(stages: Sequence[Stage], config: QuietStarConfig, block_size: i
 
 
 class SetsStage(TrainerCallback):
-    """Gives the configuration the fields of the stage that the next step is in; behind the last step, of the last."""
+    """Sets the configuration's fields to those of the next step's stage; after the last step, to the last stage's."""
 
     def __init__(self, stages: Sequence[Stage], config: QuietStarConfig):
         self.stages, self.config = stages, config

@@ -1,4 +1,4 @@
-"""The teacher of a training: what it predicts is what thoughts are rewarded against, or what is to be learned."""
+"""The teacher in training, whose predictions thoughts are compared with, or which the model learns (distillation)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +15,16 @@ from quietstar.training.wrapped import Answer, call_inside, fields, forget_gathe
 
 FILE_NAME = "teacher.safetensors"
 
-# Of a batch, what every pass is given.
+# The entries of a batch that every pass is given.
 _TEXT = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 
 
 class AverageTeacher:
-    """A moving average of the model's trained weights, or the model as it was where these are never averaged.
+    """A moving average of the model's trained weights or, if never updated, a frozen copy of the initial model.
 
-    Each process keeps, of every trained parameter, the part that it has of it, in float32 at least: so the teacher is
-    sharded as the model is, and with adapters only they are doubled. It answers through the model itself, which has its
-    weights meanwhile. Before ``start`` it is the model.
+    Each process stores its own part of every trained parameter, in float32 or wider. So the teacher is sharded like the
+    model, and with adapters only these are stored twice. To answer, the teacher's weights are temporarily put into the
+    model. Before ``start``, the teacher is the model itself.
     """
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class AverageTeacher:
 
     @torch.no_grad()
     def start(self, model: nn.Module, checkpoint: str | PathLike | None = None) -> None:
-        """Become the model as it is now, or what ``save`` wrote into a checkpoint.
+        """Copy the present model, or load what ``save`` wrote into a checkpoint.
 
         Raises:
-            ValueError: DeepSpeed has sharded the weights; the checkpoint has no such teacher.
+            ValueError: DeepSpeed has sharded the weights, or the checkpoint has no such teacher.
         """
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -58,7 +58,7 @@ class AverageTeacher:
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """Weights become decay · weights + (1 − decay) · the model's, if there are any."""
+        """Set weights to decay · weights + (1 − decay) · the model's, once started."""
         if not self._weights or decay == 1:
             return
         forget_gathered(model)
@@ -67,7 +67,7 @@ class AverageTeacher:
 
     @torch.no_grad()
     def save(self, model: nn.Module, folder: str | PathLike, writes: bool) -> None:
-        """Write whole weights into a checkpoint; all processes take part, one of them ``writes``."""
+        """Write unsharded weights into a checkpoint; all processes must call this, and one of them ``writes``."""
         if not self._weights:
             return
         forget_gathered(model)
@@ -85,12 +85,12 @@ class AverageTeacher:
     def ask(
         self, wrapped: nn.Module, model: QuietStarForCausalLM, question: Callable[[QuietStarForCausalLM], Answer]
     ) -> Answer:
-        """The answer of the teacher, in evaluation and without gradients.
+        """Return the teacher's answer, in evaluation mode and without gradients.
 
         Args:
-            wrapped: the model as it is trained.
-            model: the one in it.
-            question: what is asked, of the model.
+            wrapped: the model in its training wrappers.
+            model: the model inside them.
+            question: function that computes the answer from the model.
         """
         training = wrapped.training
         with self._in_place(wrapped):
@@ -102,12 +102,12 @@ class AverageTeacher:
 
     @contextmanager
     def _in_place(self, wrapped: nn.Module) -> Iterator[None]:
-        """The model has the teacher's weights."""
+        """Put the teacher's weights into the model inside the context."""
         if not self._weights:
             yield
             return
         plain = getattr(wrapped, "_orig_mod", wrapped)
-        plain = getattr(plain, "module", plain)  # of DDP and DeepSpeed
+        plain = getattr(plain, "module", plain)  # unwrap DDP and DeepSpeed
         forget_gathered(plain)
         own = {}
         for name, part in self._trained(plain):
@@ -128,7 +128,7 @@ class AverageTeacher:
 
 
 class GivenTeacher:
-    """A teacher that is another model, whole on every process; it never changes."""
+    """A frozen teacher that is another model, unsharded on every process."""
 
     def __init__(self, model: QuietStarForCausalLM, config: QuietStarConfig, device: torch.device):
         if not isinstance(model, QuietStarForCausalLM):
@@ -142,34 +142,34 @@ class GivenTeacher:
         self.model = model.to(device).requires_grad_(False).eval()
 
     def start(self, model: nn.Module, checkpoint: str | PathLike | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def update(self, model: nn.Module, decay: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def save(self, model: nn.Module, folder: str | PathLike, writes: bool) -> None:
-        """Nothing: it is where it came from."""
+        """Do nothing: the teacher stays available where it was loaded from."""
 
     @torch.no_grad()
     def ask(
         self, wrapped: nn.Module, model: QuietStarForCausalLM, question: Callable[[QuietStarForCausalLM], Answer]
     ) -> Answer:
-        """The answer of the teacher."""
+        """Return the teacher's answer."""
         return question(self.model)
 
 
 def _precise(part: Tensor) -> Tensor:
-    """What a moving average needs: in bfloat16 small steps would be lost."""
+    """Widen a tensor to float32, in which a moving average does not lose small steps as in bfloat16."""
     return part if part.dtype == torch.float64 else part.float()
 
 
 def text_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch says which text it is."""
+    """Return the entries of a batch that specify the text."""
     return {name: inputs[name] for name in _TEXT if inputs.get(name) is not None}
 
 
 def thoughts_of(model: QuietStarForCausalLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Anchors, where not every position thinks, and thoughts that the model draws there; ready for its forward pass."""
+    """Choose anchors, if not every position thinks, and sample thoughts there, as arguments of the forward pass."""
     config, text = model.config, text_of(inputs)
     anchors = inputs.get("anchors")
     if anchors is None:
@@ -188,7 +188,7 @@ def thoughts_of(model: QuietStarForCausalLM, inputs: dict[str, Tensor]) -> dict[
 def logprobs_of(
     teacher: QuietStarForCausalLM, config: QuietStarConfig, inputs: dict[str, Tensor], thoughts: dict[str, Tensor]
 ) -> Tensor:
-    """Log p of thoughts under a teacher, as the model with ``config`` gives it of its own: ``teacher_logprobs``."""
+    """Compute ``teacher_logprobs``: a teacher's log p of thoughts, as the model with ``config`` computes its own."""
     shape = {name: getattr(config, name) for name in ("thought_length", "num_thoughts", "lookahead")}
     shape |= {name: getattr(config, name) for name in ("policy_temperature", "learned_thought_end")}
     with fields(teacher.config, **shape, **WITHOUT_TEACHER):
@@ -196,5 +196,5 @@ def logprobs_of(
     return output.thought_logprobs
 
 
-# An objective that nothing has to be given for.
+# Configuration of an objective that needs no tensors from outside the pass.
 WITHOUT_TEACHER = {"baseline": "self", "reward": "log_likelihood", "advantage": "mean", "kl_weight": 0.0}

@@ -25,7 +25,7 @@ from quietstar.training.windows import Corpus, EndlessWindows
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; returns the exit code: 2 for a bad argument, 1 where training had to stop."""
+    """Run the command and return its exit code: 2 for an invalid argument, 1 if training had to stop."""
     model_args, data_args, training_args = TrainParser().parse(argv)
     try:
         resume = _checkpoint_to_resume(training_args)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     except NonFiniteError as error:
         print(f"quietstar train: training stopped: {error}", file=sys.stderr)
         return 1
-    except DataError as error:  # further on in a stream
+    except DataError as error:  # later in a stream
         print(f"quietstar train: {error}", file=sys.stderr)
         return 2
     trainer.save_state()
@@ -59,10 +59,10 @@ def main(argv: Sequence[str]) -> int:
 def make_trainer(
     model_args: ModelArguments, data_args: DataArguments, training_args: PaperTrainingArguments
 ) -> QuietStarTrainer:
-    """Model, tokenizer and windows of text, put together.
+    """Create the trainer, with model, tokenizer and windows of text.
 
     Raises:
-        ValueError, OSError: a model, a tokenizer or text that is missing or cannot be used; the argument is named.
+        ValueError, OSError: a model, a tokenizer or text is missing or cannot be used; the message names the argument.
         ImportError: a package for adapters is missing.
     """
     check_packages(model_args)
@@ -106,14 +106,14 @@ def make_trainer(
 
 
 def _check_fields(model_args: ModelArguments) -> None:
-    """Look at the flags together with what a checkpoint says, before anything large is read.
+    """Check the flags against a checkpoint's configuration before anything large is read.
 
     Raises:
-        ValueError: they contradict each other, or nothing would ask a teacher.
+        ValueError: they contradict each other, or a teacher is given that would not be used.
     """
     try:
         saved, _ = PreTrainedConfig.get_config_dict(model_args.model)
-    except (OSError, ValueError):  # said when it is loaded
+    except (OSError, ValueError):  # reported when it is loaded
         saved = {}
     saved = saved if saved.get("model_type") == QuietStarConfig.model_type else {}
     config = QuietStarConfig.from_dict(saved | model_args.config_fields())
@@ -142,10 +142,11 @@ def _load_teacher(name: str) -> QuietStarForCausalLM:
 
 
 def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
-    """A Quiet-STaR checkpoint (ours or the authors') as it is; an ordinary one gets its two thought tokens.
+    """Load a Quiet-STaR checkpoint (ours or the authors') or create a model from an ordinary checkpoint.
 
     Raises:
-        ValueError: neither of them, or no tokenizer; beginnings of thought embeddings where there are such embeddings.
+        ValueError: the checkpoint is neither, there is no tokenizer, or flags initialise thought embeddings that the
+            checkpoint already has.
     """
     name = model_args.model
     if is_adapter(name):
@@ -180,12 +181,12 @@ def load_model(model_args: ModelArguments) -> tuple[QuietStarForCausalLM, PreTra
             return model, tokenizer
         model = QuietStarForCausalLM.from_base(name, tokenizer, initial_token_ids=initial_token_ids, **options)
         return model, tokenizer
-    except (RuntimeError, SafetensorError) as error:  # a file that ends too early, tensors of other shapes
+    except (RuntimeError, SafetensorError) as error:  # a truncated file, or tensors of other shapes
         raise ValueError(f"model cannot be loaded from {name}: {error}") from error
 
 
 def _refuse_for_trained_embeddings(model_args: ModelArguments) -> None:
-    """What thought embeddings begin with says nothing of a checkpoint that has them."""
+    """Refuse flags that initialise thought embeddings for a checkpoint that already has them."""
     for name in ("embedding_scale", "initial_text"):
         if (value := getattr(model_args, name)) is not None:
             raise ValueError(
@@ -195,7 +196,7 @@ def _refuse_for_trained_embeddings(model_args: ModelArguments) -> None:
 
 
 def _initial_token_ids(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Tokens of the text that thought embeddings begin with; None for the default."""
+    """Return the tokens of the text that initialises the thought embeddings; None for the default."""
     if text is None:
         return None
     if not (ids := tokenizer.encode(text, add_special_tokens=False)):
@@ -207,7 +208,7 @@ def _initial_token_ids(text: str | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _checkpoint_to_resume(training_args: PaperTrainingArguments) -> str | None:
-    """The folder to resume from, if wanted; the run may write into its ``output_dir``."""
+    """Return the checkpoint to resume from, if any, after checking that the run may write into ``output_dir``."""
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     resume = None if wanted is None else to_resume(wanted, output_dir, training_args.save_only_model)
     check_output_dir(output_dir, resume, training_args.overwrite_output_dir)

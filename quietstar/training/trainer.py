@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer: what Quiet-STaR adds is what it reports and when it stops."""
+"""The trainer: transformers' Trainer with Quiet-STaR's metrics, teacher, stages and checks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,7 +42,7 @@ from quietstar.training.wrapped import Answer, call_inside, fields, part_here
 
 
 class _Hooks(TrainerCallback):
-    """Calls the trainer when everything is ready for the first step, and when the weights have changed."""
+    """Notifies the trainer when everything is ready for the first step, and when weights have changed."""
 
     def __init__(self, trainer: "QuietStarTrainer"):
         self.trainer = trainer
@@ -59,58 +59,58 @@ class _Hooks(TrainerCallback):
 
 
 class QuietStarTrainer(Trainer):
-    """``transformers.Trainer`` for ``QuietStarForCausalLM``.
+    """A ``transformers.Trainer`` for ``QuietStarForCausalLM``.
 
-    Every log carries, besides the Trainer's own values, ``base_nll``, ``talk_nll_0`` … ``talk_nll_{M−1}``, ``reward``,
-    ``mixing_weight``, ``policy_loss`` and ``tokens_per_second``, with a gain head ``gain_loss`` too (the squared error
-    of what it expects, in nats²), all averaged over the steps since the last log; evaluations carry ``eval_base_nll``
-    and so on. Tokens are text tokens with a label; evaluating and saving do not count as training time. Evaluations
-    draw the same thoughts every time and leave the state of the random number generators alone, so that they compare
-    with each other and training runs as it would without them.
+    Besides the Trainer's own values, every log has ``base_nll``, ``talk_nll_0`` … ``talk_nll_{M−1}``, ``reward``,
+    ``mixing_weight``, ``policy_loss``, ``tokens_per_second`` and, with a gain head, ``gain_loss`` (the squared error of
+    its predictions in nats²), all averaged over the steps since the last log. Evaluations have ``eval_base_nll`` and so
+    on. Only text tokens with a label are counted. Time spent on evaluating and saving does not count as training time.
+    Evaluations sample the same thoughts every time and restore the random number generators, so that they are
+    comparable and do not change the course of training.
 
-    Whether thoughts collapse is seen by ``thought_entropy`` (mean entropy in nats of what a thought token is drawn
-    from, at ``thought_temperature``; exact for up to 64 tokens of each pass, evenly spread), ``distinct_thoughts``
-    (how many different thoughts a forward pass has, as a share of all: 1/n where all n are equal), ``advantage_mean``
-    and ``advantage_std`` (of the advantages as the policy term takes them, all those since the last log).
+    Collapse of thoughts shows in ``thought_entropy`` (mean entropy in nats of the distributions of thought tokens at
+    ``thought_temperature``; exact for up to 64 evenly spread tokens per pass), ``distinct_thoughts`` (the number of
+    different thoughts in a forward pass as a share of all: 1/n if all n are equal), and ``advantage_mean`` and
+    ``advantage_std`` (over all advantages, as used in the policy term, since the last log).
 
-    Evaluations also say what thoughts gain, base nll minus nll after a thought, on the hardest and the easiest tenth of
-    the tokens: ``eval_gain_hard`` and ``eval_gain_easy``. The tenths are chosen by the base prediction before the first
-    step, in a short pass over ``eval_dataset``, and kept for the run and in its checkpoints. Chosen by the prediction
-    that is compared, as happens to text that was not there then, they would flatter the thoughts. Where only chosen
-    anchors think, neither is reported.
+    Evaluations also report the gain of thoughts, base nll minus nll after a thought, on the hardest and the easiest
+    tenth of tokens: ``eval_gain_hard`` and ``eval_gain_easy``. The tenths are chosen by the base prediction before the
+    first step, in a short pass over ``eval_dataset``, and kept for the run and in its checkpoints. Text added later is
+    rated by the very prediction that thoughts are compared with, which biases the gains in favour of thoughts. Neither
+    value is reported if only chosen anchors think.
 
     The loss of an accumulated batch is the mean of the losses of its micro-batches, which for windows of equal length
     is the loss of the whole batch.
 
-    A loss that is NaN or infinite raises ``NonFiniteError``: on a CPU before the step is taken; elsewhere, where
-    reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights that
-    are not finite are never saved.
+    A loss that is NaN or infinite raises ``NonFiniteError``. On a CPU this happens before the step is taken; elsewhere,
+    where reading the loss would make every step wait for the device, at the next log, checkpoint or evaluation. Weights
+    that are not finite are never saved.
 
-    Saved folders hold a model card with what is known about the training; ``data_source`` is what it calls the text.
+    Saved folders have a model card with facts about the training, which names the text by ``data_source``.
 
-    Training warns where ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
+    Training warns if ``policy_weight`` · ``learning_rate`` is more than ten times the paper's 1.
 
-    Where the model's configuration has ``baseline="teacher"`` or a ``kl_weight``, a teacher is kept beside the model: a
-    moving average of its trained weights, or those of the beginning if ``teacher_decay`` is 1 (docs/teacher.md).
-    With ``policy_updates`` every batch comes so many times, with the same thoughts.
+    If the model's configuration has ``baseline="teacher"`` or a ``kl_weight``, a teacher is kept besides the model: a
+    moving average of its trained weights, or the initial weights if ``teacher_decay`` is 1 (docs/teacher.md). With
+    ``policy_updates``, every batch is repeated that many times with the same thoughts.
 
-    Besides the arguments of ``Trainer`` there are, by keyword:
+    In addition to the arguments of ``Trainer`` there are these keyword arguments:
 
-    - ``teacher``: another model, which stays as it is, in the place of that teacher;
-    - ``stages``: thought length, lookahead and steps of one stage after the other, such as ``"16-8:50,8-4:50"``;
-    - ``distil``: train the prediction without thoughts on what the teacher predicts after thoughts, ``"kl"`` or
-      ``"reward"`` (``quietstar.training.distil.learn``). The teacher is the model as it is at first, or the one
-      given. What is saved does not think in ``generate`` unless it is asked to.
+    - ``teacher``: another model, which is frozen and replaces that teacher;
+    - ``stages``: thought length, lookahead and steps of successive stages, such as ``"16-8:50,8-4:50"``;
+    - ``distil``: ``"kl"`` or ``"reward"``: train the prediction without thoughts on the teacher's prediction after
+      thoughts (``quietstar.training.distil.learn``). The teacher is the initial model, or the one given. By default the
+      saved model does not think in ``generate``.
 
-    ``compute_metrics`` is given the mixed logits [texts, L, V] after the first thought behind every position, and
-    ``predict`` returns them; ``preprocess_logits_for_metrics`` keeps less of them.
+    ``compute_metrics`` receives, and ``predict`` returns, the mixed logits [texts, L, V] after the first thought at
+    every position; ``preprocess_logits_for_metrics`` can reduce them.
 
     Raises:
-        TypeError: another model.
-        ValueError: a loss of one's own or label smoothing, where the objective is the model's; Liger kernels, which go
-            around its thoughts; several GPUs in one process; batches without labels; a checkpoint to resume that is not
-            whole; weights of 4 bits that a CPU cannot train any more; a teacher that nothing asks, or whose weights
-            DeepSpeed ZeRO-3 shards; stages that do not fit the model or ``max_steps``.
+        TypeError: the model is not a ``QuietStarForCausalLM``.
+        ValueError: a custom loss or label smoothing is given (the objective is the model's); Liger kernels are enabled
+            (they bypass its thoughts); there are several GPUs in one process; batches have no labels; the checkpoint to
+            resume from is incomplete; a CPU can no longer train 4-bit weights; a teacher is given but not used, or
+            DeepSpeed ZeRO-3 shards its weights; stages do not fit the model or ``max_steps``.
     """
 
     data_source: str | Sequence[str] | None = None
@@ -151,10 +151,10 @@ class QuietStarTrainer(Trainer):
         self.add_callback(_Hooks(self))
         self._stopwatch = Stopwatch()
         self._bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # 0: none yet
-        self._check_every_step = self.args.device.type == "cpu"  # elsewhere the device would have to be waited for
+        self._check_every_step = self.args.device.type == "cpu"  # elsewhere this would wait for the device
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint:  # True is the newest whole one
+        if resume_from_checkpoint:  # True means the newest complete one
             wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = to_resume(wanted, self.args.output_dir, self.args.save_only_model)
             self._gains.load(resume_from_checkpoint)
@@ -210,7 +210,7 @@ class QuietStarTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._check_loss()
-        if "loss" in logs:  # of steps, not of an evaluation or the summary at the end
+        if "loss" in logs:  # logs of steps, not of an evaluation or the summary at the end
             means, tokens = self._means(self._training_metrics)
             logs |= means | {"tokens_per_second": tokens / self._stopwatch.lap()}
         super().log(logs, start_time)
@@ -240,7 +240,7 @@ class QuietStarTrainer(Trainer):
             write_card(folder, self._plain_model(), training_table(self))
             if _internal_call:  # a checkpoint
                 self._gains.save(folder)
-                if self.args.push_to_hub:  # of which the Trainer copies weights and configuration there
+                if self.args.push_to_hub:  # from output_dir the Trainer then copies weights and configuration
                     write_code(self.args.output_dir)
 
     def create_model_card(
@@ -253,7 +253,7 @@ class QuietStarTrainer(Trainer):
         *_,
         **__,
     ) -> None:
-        """Write the model card of ``output_dir``, with what is known now, unless somebody wrote or changed it."""
+        """Write the model card of ``output_dir`` with present facts, unless somebody wrote or changed it."""
         if self.is_world_process_zero():
             write_card(
                 self.args.output_dir, self._plain_model(), training_table(self), language=language, license=license,
@@ -261,11 +261,11 @@ class QuietStarTrainer(Trainer):
             )  # fmt: skip
 
     def _plain_model(self) -> QuietStarForCausalLM:
-        """The model without what accelerate and adapters have put around it."""
+        """Return the model without the wrappers of accelerate and adapters."""
         return unwrap_peft_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _check_weights(self) -> None:
-        """All processes find the same, whichever holds the part of a weight that is not finite."""
+        """Check that weights are finite; all processes agree, whichever holds the part that is not finite."""
         parts = {name: part_here(parameter) for name, parameter in self.model.named_parameters()}
         bad = torch.stack([~part.isfinite().all() for part in parts.values()]).to(self.args.device, torch.int32)
         for name, count in zip(parts, self.accelerator.reduce(bad, reduction="sum").tolist(), strict=True):
@@ -274,7 +274,7 @@ class QuietStarTrainer(Trainer):
 
     @contextmanager
     def _whole_weights(self) -> Iterator[None]:
-        """Of FSDP that saves its shards as they lie, a model that is to be loaded again needs all in one."""
+        """Make FSDP save unsharded weights, as reloading the model needs, even if it is set to save shards."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is None:
             yield
@@ -287,7 +287,7 @@ class QuietStarTrainer(Trainer):
             plugin.set_state_dict_type(usual.name)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As of ``Trainer``; with ``policy_updates`` the rows of each step come so many times."""
+        """Like ``Trainer``'s; with ``policy_updates``, the rows of each step are repeated that many times."""
         updates, dataset, args = self._plain_model().config.policy_updates, self.train_dataset, self.args
         if updates == 1 or self.distil is not None or not isinstance(dataset, IterableDataset):
             return super().get_train_dataloader()
@@ -331,7 +331,7 @@ class QuietStarTrainer(Trainer):
         self._teacher.update(self.model, 1 if self.distil else self._plain_model().config.teacher_decay)
 
     def _save_what_goes_on(self, folder: str) -> None:
-        """What a checkpoint needs besides the model; all processes take part."""
+        """Save what a checkpoint needs besides the model; all processes must call this."""
         self._teacher.save(self.model, folder, self.args.should_save)
         if self.distil is None and self.state.global_step % self._plain_model().config.policy_updates:
             self._kept.save(folder, self.args.process_index, self.args.world_size)
@@ -341,7 +341,7 @@ class QuietStarTrainer(Trainer):
             return self._teacher.ask(model, self._plain_model(), question)
 
     def _compared_with(self, model: Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model's objective takes from a teacher, and the thoughts where these have to be known before."""
+        """Return the teacher's inputs to the objective, and the thoughts if the teacher needs them."""
         plain, labels, given = self._plain_model(), inputs["labels"], {}
         config, text = plain.config, text_of(inputs)
         if config.baseline == "teacher":
@@ -367,7 +367,7 @@ class QuietStarTrainer(Trainer):
 
     @torch.no_grad()
     def _rate_held_out_text(self) -> None:
-        """Base predictions of all held-out text; thoughts of no tokens are the least that the objective computes."""
+        """Rate all held-out text by base predictions, with empty thoughts, the cheapest that the objective computes."""
         if self.eval_dataset is None or not self._thinks_everywhere():
             return
         model = self.model_wrapped
@@ -376,7 +376,7 @@ class QuietStarTrainer(Trainer):
             for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]:
                 for inputs in self.get_eval_dataloader(name):
                     if "labels" not in inputs:
-                        continue  # evaluating would fail, training does not
+                        continue  # evaluation will fail on it, training need not
                     batch, length = inputs["labels"].shape
                     no_thoughts = inputs["labels"].new_empty(batch, 1, length, 0)
                     inputs = self._prepare_inputs({**inputs, "thought_tokens": no_thoughts})
@@ -390,11 +390,11 @@ class QuietStarTrainer(Trainer):
         return config.anchors_per_text is None and config.anchor_choice != "given"
 
     def _own_random_numbers(self) -> AbstractContextManager:
-        """Within it the state of the generators may change; behind it, it is as before."""
+        """Return a context manager that restores the state of the random number generators at its end."""
         return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     def _add_gains(self, inputs: dict[str, Tensor], outputs: QuietStarOutput) -> None:
-        """Of held-out text, from all processes; not where only some of its tokens are thought behind."""
+        """Add the gains on held-out text from all processes, unless only some positions think."""
         if outputs.anchors is not None:
             return
         mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -406,7 +406,7 @@ class QuietStarTrainer(Trainer):
 
     def _warn_of_large_policy_steps(self) -> None:
         rate = self.args.learning_rate
-        if self.optimizer is not None:  # of which a scheduler may have lowered the rate already
+        if self.optimizer is not None:  # a scheduler may already have lowered its present rate
             rate = max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
         if self.is_world_process_zero():
             warn_of_large_policy_steps(self.model.config, rate)
@@ -426,6 +426,6 @@ class QuietStarTrainer(Trainer):
 
 
 def _least_thoughts(config: QuietStarConfig) -> AbstractContextManager:
-    """One thought per position, of no tokens, that predicts one token."""
+    """Set the configuration to one empty thought per position that predicts one token."""
     least = {"thought_length": 0, "num_thoughts": 1, "lookahead": 1, "learned_thought_end": False}
     return fields(config, **least, **WITHOUT_TEACHER)

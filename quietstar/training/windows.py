@@ -1,4 +1,4 @@
-"""The windows of a run: those of all sources, mixed, to train on and to evaluate on."""
+"""The windows of a run for training and evaluation, mixed from all sources."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -17,11 +17,11 @@ Documents = Dataset | IterableDataset
 
 
 class StreamedWindows(torch.utils.data.IterableDataset):
-    """Windows of a stream. What is wrong with the text is said when it is read, as a DataError.
+    """Windows of a stream. Errors in the text become a DataError when it is read.
 
     Args:
-        windows: of ``datasets``.
-        sources: where they come from.
+        windows: iterable dataset of windows.
+        sources: names of its sources, for messages.
     """
 
     def __init__(self, windows: IterableDataset, sources: Sequence[str]):
@@ -32,14 +32,14 @@ class StreamedWindows(torch.utils.data.IterableDataset):
             yield from self.windows
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order in every epoch; transformers and accelerate call it."""
+        """Set the epoch, which changes the order; called by transformers and accelerate."""
         self.windows.set_epoch(epoch)
 
 
 class EndlessWindows(torch.utils.data.IterableDataset):
-    """Epochs of a stream one after the other, as one: a trainer that goes on finds its place in any of them.
+    """All epochs of a stream as a single one, so that a resumed trainer finds its place in any of them.
 
-    It is told neither how long an epoch is nor which one a checkpoint was in.
+    (The trainer knows neither the length of an epoch nor the epoch of a checkpoint.)
     """
 
     def __init__(self, windows: StreamedWindows):
@@ -60,11 +60,11 @@ class Corpus:
     """The text of a run.
 
     Args:
-        arguments: which text, and how it is cut.
-        seed: of what is held out, of the mixture and, of a stream, of the order.
+        arguments: the text and how it is cut into windows.
+        seed: seed of the held-out split, of the mixture and, for a stream, of the order.
 
     Raises:
-        ValueError: there is no such text, or it cannot be used; the argument is named.
+        ValueError: text does not exist or cannot be used; the message names the argument.
     """
 
     def __init__(self, arguments: DataArguments, seed: int):
@@ -85,10 +85,10 @@ class Corpus:
         return load_documents(name, config, split, self.arguments.text_column, self.arguments.streaming)
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[Dataset | StreamedWindows, Dataset]:
-        """Windows to train on, and to evaluate on (None where nothing is held out).
+        """Return windows to train on, and windows to evaluate on (None if nothing is held out).
 
         Raises:
-            ValueError: as of ``quietstar.training.data.pack_dataset``.
+            ValueError: as in ``quietstar.training.data.pack_dataset``.
         """
         training = self._mixed(
             self._documents, self.sources, self.weights, tokenizer, vocab_size, ends_with_the_first=True
@@ -110,7 +110,7 @@ class Corpus:
         self, parts: list[Documents], names: list[str], weights: list[float] | None,
         tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends_with_the_first: bool = False,
     ) -> Documents:  # fmt: skip
-        """Windows of all parts in turn, or by their weights; all of them once, or until a weighted part has no more."""
+        """Mix windows of all parts, in turn or by weights, until all (or one, ``ends_with_the_first``) are used up."""
         arguments = self.arguments
         windows = []
         for part, name in zip(parts, names, strict=True):
@@ -132,7 +132,7 @@ class Corpus:
         return interleave_datasets(windows, probabilities=shares, seed=self.seed, stopping_strategy=stop)
 
     def _first(self, windows: Documents, count: int, sources: Sequence[str]) -> Dataset:
-        """At most so many windows, at least one."""
+        """Take at most ``count`` windows; there must be at least one."""
         if isinstance(windows, Dataset):
             return windows.select(range(min(len(windows), count)))
         with explained(*sources):
@@ -146,7 +146,7 @@ class Corpus:
 
 
 def _labelled(windows: Documents) -> Documents:
-    """Windows with labels, their tokens where they have no others: all parts of a mixture have the same columns."""
+    """Add labels (the tokens) to windows without them, since all parts of a mixture need the same columns."""
     if "labels" in windows.column_names:
         return windows
     features = Features(windows.features | {"labels": windows.features["input_ids"]})

@@ -1,4 +1,4 @@
-"""A model as it is while it is trained: wrapped by DDP, FSDP, DeepSpeed or adapters, its weights perhaps in parts."""
+"""Access to a model during training, when DDP, FSDP, DeepSpeed or adapters wrap it and may shard its weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ Answer = TypeVar("Answer")
 
 
 def call_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Answer]) -> Answer:
-    """What ``function`` returns, called where ``model`` in its wrappers has its forward pass.
+    """Call ``function`` in place of ``model``'s forward pass inside its wrappers, and return its result.
 
-    Wrappers have the weights ready there, and nowhere else: methods of a model that FSDP has sharded, called from
-    outside, would find only parts of them.
+    Only there do wrappers make the weights available. Methods of a model sharded by FSDP, called from outside, would
+    find only parts of them.
     """
-    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile, which would compile the function
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # unwrap torch.compile, which would compile the function
     if wrapped is model and not _is_unit(model):
         return function()
-    usual = model.__dict__.get("forward")  # that accelerate has put there
+    usual = model.__dict__.get("forward")  # set by accelerate
 
     def restore() -> None:
         if usual is not None:
@@ -42,13 +42,13 @@ def call_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Ans
 
 
 def part_here(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, or its part where FSDP or DeepSpeed has sharded it."""
+    """Return this process's part of a parameter: all of it unless FSDP or DeepSpeed has sharded it."""
     parameter = getattr(parameter, "ds_tensor", parameter)
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def whole(part: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that lies on processes as ``parameter`` does, put together on all of them."""
+    """Gather on all processes a tensor that is sharded like ``parameter``."""
     if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor
@@ -58,7 +58,7 @@ def whole(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a whole tensor that this process has of ``parameter``; all processes have to ask."""
+    """Return this process's part of a whole tensor, sharded like ``parameter``; all processes must call this."""
     tensor = tensor.to(parameter.device)
     if not is_dtensor(parameter):
         return tensor
@@ -68,7 +68,7 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def forget_gathered(model: nn.Module) -> None:
-    """Make FSDP gather weights anew, and autocast convert them anew: the parts they are made of have changed."""
+    """Make FSDP gather weights again, and autocast convert them again, because their parts have changed."""
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         torch.clear_autocast_cache()
     for module in model.modules():
@@ -77,13 +77,13 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def _is_unit(module: nn.Module) -> bool:
-    """Of FSDP; nothing is imported where there are no processes."""
+    """Whether a module is an FSDP unit; without a process group, nothing is imported."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and is_fsdp_unit(module)
 
 
 @contextmanager
 def fields(config: QuietStarConfig, **values: Any) -> Iterator[None]:
-    """Other values of fields of a configuration, for a while; what contradicts what is not looked at."""
+    """Set fields of a configuration to other values inside the context, without checking for contradictions."""
     usual = {name: getattr(config, name) for name in values}
     try:
         for name, value in values.items():

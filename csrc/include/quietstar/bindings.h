@@ -1,4 +1,4 @@
-// The parts of quietstar._C: each makes its own submodule. And what both take for a tensor and for a thought mask.
+// The parts of quietstar._C, each of which creates its own submodule, and the tensor and mask arguments of both.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +21,7 @@ void bind_cpu(pybind11::module_& module);
 // _C.cuda, defined in csrc/cuda/bindings.cpp; only in builds with CUDA.
 void bind_cuda(pybind11::module_& module);
 
-// The address of a tensor and its strides, but for that of its vectors' elements.
+// The address of a tensor and its strides except that within vectors, which is 1.
 using Tensor = std::pair<std::uintptr_t, std::vector<std::int64_t>>;
 using Tensors = std::map<std::string, Tensor>;
 
@@ -40,15 +40,15 @@ inline const std::vector<std::int64_t>& strides_of(const char* name, const Tenso
   return tensor.second;
 }
 
-// Of [B, P], with the strides of both dimensions.
+// A tensor [B, P], with the strides of both dimensions.
 inline PerAnchor per_anchor(const char* name, const Tensor& tensor) {
   const std::vector<std::int64_t>& strides = strides_of(name, tensor, 2);
   if (strides[1] > 1) refuse(name, "have an anchor stride of at most 1", strides[1]);
   return {optional_pointer<const std::int64_t>(name, tensor.first), strides[0], strides[1]};
 }
 
-// Anchors, key_start and thought_lengths (address 0: none), window (0: none), whether it is from the step, causal,
-// scale, softcap (0: none).
+// Anchors, key_start and thought_lengths (address 0: none), window (0: none), whether it is measured from the step,
+// causal, scale, softcap (0: none).
 using MaskNumbers = std::tuple<Tensor, Tensor, Tensor, std::int64_t, bool, bool, float, float>;
 
 inline ThoughtMask thought_mask(const MaskNumbers& numbers) {

@@ -1,4 +1,4 @@
-// What native functions ask of the raw numbers they are called with. A breach is a ValueError in Python, not a crash.
+// Checks of the raw numbers that native functions are called with. A violation is a ValueError in Python, not a crash.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace quietstar {
 
-// Numbers by which Python names the dtypes; kept equal to quietstar/ops/_native.py.
+// Codes of the dtypes; must match quietstar/ops/_native.py.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 [[noreturn]] inline void refuse(const char* name, const std::string& wanted, std::int64_t got) {

@@ -1,8 +1,8 @@
-// The kernels of the cuda backend as C++ sees them: plain arguments, defined in the .cuh files of the same names.
+// The kernels of the cuda backend declared for C++, with plain arguments; defined in the .cuh files of the same names.
 //
-// Rows lie `stride` elements apart, elements of a row side by side; what says "contiguous" has no gaps. A pointer that
-// says "or null" is of something that is not wanted or not there. Logits may begin anywhere; where rows of all tensors
-// begin alike modulo 16 bytes, accesses are of 16 bytes.
+// Rows are `stride` elements apart, and the elements of a row are adjacent; "contiguous" means that there are no gaps.
+// "or null" marks pointers that are null if a result is not needed or an input not given. Logits may begin anywhere; if
+// the rows of all tensors begin at the same address modulo 16 bytes, accesses have 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace quietstar::cuda {
 
-// Where kernels run: the caller's device, and the caller's cudaStream_t.
+// The device and cudaStream_t, given by the caller, on which kernels run.
 struct Launch {
   int device;
   void* stream;
@@ -23,7 +23,7 @@ struct MatrixIn {
   std::int64_t stride;
 };
 
-// What all kernels of the mix read: z = b + w (t − b).
+// The inputs of all kernels of the mix z = b + w (t − b).
 struct Mix {
   MatrixIn base, thought;
   const float* weight;
@@ -61,7 +61,7 @@ void mixed_cross_entropy(DType dtype, const MixedCrossEntropy& arguments, const 
 void mixed_cross_entropy_backward(DType dtype, const MixedCrossEntropyBackward& arguments, const Launch& where);
 
 // Logits [rows, vocabulary] in float32, overwritten with the gradient of sum(scale · nll) − sum(entropy_scale ·
-// entropy) in gradient_dtype, whose rows begin where those of the logits do; not if there is no scale.
+// entropy) in gradient_dtype, whose rows begin where those of the logits do. Without scale there is no gradient.
 struct CrossEntropyRows {
   float* logits;
   std::int64_t stride;
@@ -75,7 +75,7 @@ struct CrossEntropyRows {
 
 void cross_entropy_rows(DType gradient_dtype, const CrossEntropyRows& arguments, const Launch& where);
 
-// Logits [rows, groups · 64], contiguous, aligned to 16 bytes, −∞ behind the vocabulary and for suppressed tokens. They
+// Logits [rows, groups · 64], contiguous, aligned to 16 bytes, −∞ after the vocabulary and for suppressed tokens. They
 // are capped in place.
 struct SampleRows {
   float* logits;
@@ -99,14 +99,14 @@ struct Steps {
 
 // Attention of thoughts, without gradients: see thought_attention/api.py.
 constexpr std::int64_t kLargestHead = 128;
-constexpr std::int64_t kTileRows = 128;  // the most query rows of one key/value head that a block takes
+constexpr std::int64_t kTileRows = 128;  // largest number of query rows, of one key/value head, in a block
 
 struct ThoughtAttention {
   Steps query, key, value, thought_key, thought_value;  // anchor_stride of key and value: from one position to the next
   ThoughtMask mask;
   void* output;  // contiguous [B, Hq, P, S, Dv]
   float* lse;    // contiguous [B, Hq, P, S]
-  // Of every split, contiguous: [splits, B, Hq, P, S, Dv] and [splits, B, Hq, P, S]; null if there is one split only.
+  // Results of every split, contiguous: [splits, B, Hq, P, S, Dv] and [splits, B, Hq, P, S]; null if there is only one.
   float *split_output, *split_lse;
   std::int64_t batch, query_heads, kv_heads, anchors_per_batch, steps, thought_steps, length, head_size, value_size,
       splits;

@@ -1,7 +1,7 @@
-// What kernels are written on: the few instructions and calls that are not plain CUDA C++.
+// The few instructions and calls used by kernels that are not plain CUDA C++.
 //
-// Kernels include nothing else of CUDA, and know neither Python nor torch. Compiled by another compiler than nvcc they
-// run in tests, under tests/csrc/simt.h, which has host meanings for all of this.
+// Kernels include nothing else of CUDA and depend neither on Python nor on torch. In tests they are compiled by an
+// ordinary compiler with tests/csrc/simt.h, which implements all of this on the host.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current, and afterwards the one that was.
+// Makes a device current, and restores the previous one at the end.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -43,14 +43,14 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// Starts a one-dimensional grid; one of no blocks is none. Neither allocates nor waits, so graphs can capture it.
+// Launches a one-dimensional grid, if it has any blocks. Neither allocates nor waits, so graphs can capture it.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
             const Launch& where, const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::invalid_argument("a launch has at most 2^31 - 1 blocks");
   const CurrentDevice current(where.device);
-  constexpr std::size_t kGranted = 32 << 10;  // of 48 KiB, static shared memory included; more must be asked for
+  constexpr std::size_t kGranted = 32 << 10;  // out of 48 KiB with static shared memory; more must be requested
   if (shared_bytes > kGranted) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           "shared memory of a kernel");
@@ -63,7 +63,7 @@ void launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std
   check(cudaLaunchKernelEx(&configuration, kernel, Parameters(arguments)...), "launch of a kernel");
 }
 
-// Shared memory of the block for one T; a second call for the same T gives the same.
+// Shared memory of the block for one T; further calls for the same T return the same memory.
 template <class T>
 __device__ __forceinline__ T& static_shared() {
   __shared__ alignas(128) unsigned char bytes[sizeof(T)];
@@ -95,7 +95,7 @@ __device__ __forceinline__ std::uint16_t float_to_bfloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
-// Copies 16 bytes to shared memory, or writes as many zeros there, at the latest when the group is waited for.
+// Copies 16 bytes, or as many zeros, to shared memory; complete once the group has been waited for.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(inside ? 16 : 0)
@@ -105,14 +105,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 // The copies since the last call form a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for this thread's groups but the last kPending.
+// Waits for all of this thread's groups except the last kPending.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit numbers. Lane i names row i % 8 of matrix i / 8, 16 aligned bytes of shared memory;
-// every lane gets two neighbours of each matrix: of row lane / 4 (column, if transposed) those at lane % 4 * 2.
+// Loads four 8×8 matrices of 16-bit numbers. Lane i gives the address of row i % 8 of matrix i / 8, 16 aligned bytes of
+// shared memory. Every lane gets two neighbours of each matrix, those at lane % 4 * 2 of row (or column) lane / 4.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(std::uint32_t (&registers)[4], const void* row) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));

@@ -38,7 +38,7 @@ __device__ __forceinline__ std::uint32_t packed(float first, float second) {
   return rounded<T>(first).bits | static_cast<std::uint32_t>(rounded<T>(second).bits) << 16;
 }
 
-// N neighbours, read or written by one instruction; aligned to their size.
+// N adjacent elements, read or written by one instruction; aligned to their total size.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T element[N];

@@ -1,13 +1,13 @@
 // The row kernel of the linear cross-entropies: a chunk of logits becomes nll, entropy and gradient.
 //
 // Bytes per logit: 4 read, and 2 of gradient written in half precision (4 in float32) into the same memory. A row has
-// one block, which holds up to 32,768 logits in registers, 32 a thread in eight loads of 16 bytes, all of them under
-// way at once. Longer rows are read twice, the second time mostly from the L2 cache.
+// one block, which holds up to 32,768 logits in registers, 32 per thread in eight loads of 16 bytes, all in flight at
+// once. Longer rows are read twice, the second time mostly from the L2 cache.
 //
-// A gradient of half the width covers, in the first half of its row, logits that other threads read: none is written
-// before all that it covers are read.
+// A gradient of half the width overwrites, in the first half of its row, logits that other threads read. So none is
+// written before all logits that it overwrites have been read.
 //
-// kMore: with a cap, an entropy or its gradient, too; half as many logits are then held.
+// kMore: with a cap, an entropy or its gradient; registers then hold half as many logits.
 #pragma once
 
 #include "quietstar/cuda_kernels.h"
@@ -16,8 +16,8 @@
 
 namespace quietstar::cuda {
 
-// Of a thread. With more, both logits and exponentials are needed for the gradient, and there are registers for half as
-// many.
+// Logits of a thread. With kMore, the gradient needs both logits and exponentials, and registers hold half as many
+// logits.
 template <bool kMore>
 constexpr int kRowVectors = kMore ? 4 : 8;
 constexpr int kRowWidth = kWidest<float>;
@@ -35,7 +35,7 @@ __device__ __forceinline__ RowVector load_logits(const float* row, std::int64_t 
   return vector;
 }
 
-// Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
+// Lower limit on differences of logits that are multiplied by their exponentials; −∞ times 0 would be NaN.
 constexpr float kFarBelow = -1e4f;
 
 // Largest logit, Σ e^z and Σ z e^z over the differences z = (logit − largest) / temperature.
@@ -65,7 +65,7 @@ struct RowSum {
   }
 };
 
-// Of the block, from those of its threads.
+// Combines the threads' results to that of the block.
 template <bool kMore>
 __device__ __forceinline__ RowSum<kMore> row_sum(RowSum<kMore> sum, float inverse_temperature) {
   struct Shared {
@@ -80,7 +80,7 @@ __device__ __forceinline__ RowSum<kMore> row_sum(RowSum<kMore> sum, float invers
   return sum.over_lanes(inverse_temperature);
 }
 
-// What turns logits into probabilities and gradients.
+// Numbers that turn logits into probabilities and gradients.
 template <bool kMore>
 struct RowGradient {
   float largest, inverse_temperature, inverse_total, factor;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kRowMostThreads) cross_entropy_row_kernel(Cros
       for (int i = 0; i < kRowWidth; ++i) of_thread.add(vector[j].element[i], a.inverse_temperature);
     }
   }
-  const auto sum = row_sum(of_thread, a.inverse_temperature);  // behind its barrier, all have read the row
+  const auto sum = row_sum(of_thread, a.inverse_temperature);  // after its barrier, all threads have read the row
   const float mean = sum.moment / sum.total;
   if (threadIdx.x == 0) {
     a.nll[row] = logf(sum.total) - (at_target - sum.largest) * a.inverse_temperature;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRowMostThreads) cross_entropy_row_kernel(Cros
   }
   for (std::int64_t begin = 0; begin < a.vocabulary; begin += step) {
     const RowVector again = load_capped(begin + first);
-    __syncthreads();  // what is written now covers logits of this step and earlier ones only
+    __syncthreads();  // writes from here on overwrite only logits of this step and earlier ones
     gradient.template store<G, kAligned>(output, begin + first, a.vocabulary, again);
   }
 }

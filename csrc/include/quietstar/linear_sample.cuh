@@ -1,14 +1,14 @@
 // The row kernel of sampling: one token for every row of a chunk of logits, with the noise of noise.cuh.
 //
-// Drawing the noise of a token costs about 80 instructions, several times what reading its logit does, so groups of
-// tokens that cannot win are not drawn. A row has one block, which reads it once, 4 bytes a logit: no token of a group
-// can score more than the group's largest logit against its first arrival. Then half-warps race: each draws its groups
-// in the order of these bounds, until none reaches the best score in the block. In which order they are drawn depends
-// on chance, the winner does not.
+// Drawing the noise of a token takes about 80 instructions, several times the cost of reading its logit, so groups of
+// tokens that cannot win are not drawn. A row has one block, which reads it once, 4 bytes per logit, and bounds the
+// scores of each group by its largest logit and its first arrival. Then half-warps race: each draws its groups in the
+// order of these bounds, until none reaches the best score in the block. The order in which groups are drawn depends on
+// timing, but the winner does not.
 //
 // top_k and top_p keep the logits from a threshold on. It is found by bisecting the bits of floats, among candidates
-// in shared memory: the logits that are not certain to be below it, usually few. Weights of top_p are added up as
-// integers, so that no order of summation decides a tie.
+// in shared memory: the logits that are not certain to be below it, usually few. Weights of top_p are summed as
+// integers, so that the order of summation cannot decide a tie.
 #pragma once
 
 #include "quietstar/cuda_kernels.h"
@@ -23,13 +23,13 @@ constexpr int kTeams = kSampleThreads / kTeamLanes;
 constexpr int kTeamWidth = kGroup / kTeamLanes;  // tokens of a lane
 constexpr int kMostCandidates = 3072;
 
-// In place of a token where none can be drawn: see linear_sample/inputs.py.
+// Returned if no token can be drawn: see linear_sample/inputs.py.
 constexpr std::int64_t kNoToken = -1;
 
-// Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
+// Added to bounds, because logarithms are not monotonic to the last bit; their error is far smaller than this.
 constexpr float kSlack = 1e-5f;
 
-// Float32 as an integer of the same order, the two zeros alike.
+// Converts float32 to an integer of the same order; both zeros become the same.
 __device__ __forceinline__ std::uint32_t order_of(float x) {
   const std::uint32_t bits = __float_as_uint(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -92,7 +92,7 @@ struct Weighed {
     return shared.sum;
   }
 
-  // The largest number such that all from it on together weigh `limit` or more; the lowest if they never do.
+  // The largest number from which on all numbers together weigh `limit` or more; the lowest if they never do.
   __device__ __forceinline__ std::uint32_t cut(unsigned long long limit) const {
     std::uint32_t low = order_of(-kInfinity), high = order_of(largest);
     while (low < high) {
@@ -127,8 +127,8 @@ struct Weighed {
   }
 };
 
-// The smallest logit that may be drawn: see keep_most_likely in linear_sample/reference.py. Of a row that has no token,
-// any number.
+// The smallest logit that may be drawn: see keep_most_likely in linear_sample/reference.py. Any number if the row has
+// no token.
 __device__ __forceinline__ float threshold(const SampleRows& a, const float* logits, const float* group_largest) {
   const std::int64_t size = a.groups * kGroup;
   const float largest = largest_in_block(group_largest, a.groups);
@@ -145,7 +145,7 @@ __device__ __forceinline__ float threshold(const SampleRows& a, const float* log
     all.by_probability = true;
     const unsigned long long total = all.from(cut);
     const auto limit = static_cast<unsigned long long>(ceil(a.top_p * static_cast<double>(total)));
-    // Logits that far below the largest weigh too little, all together, to be needed.
+    // Logits so far below the largest together weigh too little to be needed.
     const float spare = static_cast<float>(total - limit) * 0x1p-40f / static_cast<float>(size);
     const float floor = spare > 0 ? largest + 1.001f * a.temperature * logf(spare) - 1e-3f : -kInfinity;
     const std::uint32_t kept = max(cut, order_of(min(floor, largest)));
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kSampleThreads, 4) sample_kernel(SampleRows a)
     const float best = float_of(atomicMax(&shared.best, 0u));
     const bool goes_on = next.score > -kInfinity && next.score >= best && best < kInfinity;
     if (!__any_sync(kWholeWarp, goes_on)) break;
-    // A team that is done goes along with the other of its warp, without effect.
+    // A team that is done continues along with the other of its warp, without effect.
     const std::int64_t group = goes_on ? next.token : 0;
     const Noise::First first = noise.of_groups(static_cast<std::uint32_t>(group / 2));
     const float first_time = group % 2 ? first.time[1] : first.time[0];

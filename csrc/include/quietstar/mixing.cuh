@@ -1,12 +1,12 @@
-// mix_logits and mixed_cross_entropy: each logit is read once per pass, and the mix never written unless it is the
+// mix_logits and mixed_cross_entropy: each pass reads every logit once, and the mix is written only if it is the
 // result.
 //
-// Bytes per logit, e the size of one: mix 3e, its backward 5e (3e without the weight's gradient), cross-entropy 2e, its
-// backward 4e; about ten instructions a logit, so all are bound by memory. A row has one block. Every thread keeps
-// kInFlight accesses of 16 bytes to each tensor under way, 16 to 32 KiB a block.
+// Bytes per logit, where e is its size: mix 3e, its backward 5e (3e without the weight's gradient), cross-entropy 2e,
+// its backward 4e. At about ten instructions per logit, all are bound by memory. A row has one block. Every thread
+// keeps kInFlight accesses of 16 bytes to each tensor in flight, 16 to 32 KiB per block.
 //
-// With V = 32002, rows of half precision begin anywhere modulo 16 bytes, though all tensors' rows begin alike: the
-// first few logits up to a multiple of 16 bytes, and the last few, are then read one by one.
+// With V = 32002, rows of half precision begin anywhere modulo 16 bytes, though the same in all tensors. Then the first
+// few logits, up to a multiple of 16 bytes, and the last few are read one by one.
 #pragma once
 
 #include "quietstar/cuda_kernels.h"
@@ -27,7 +27,7 @@ __device__ __forceinline__ T* row_of(void* contiguous, std::int64_t row, std::in
   return contiguous ? static_cast<T*>(contiguous) + row * size : nullptr;
 }
 
-// A row of `kInputs` tensors, cut into vectors that one thread each takes.
+// A row of `kInputs` tensors, cut into vectors, each of which one thread processes.
 template <class T, int kInputs>
 struct RowReader {
   static constexpr int kInFlight = 6 / kInputs;
@@ -35,9 +35,9 @@ struct RowReader {
   const T* input[kInputs];
   std::int64_t size;
 
-  // Calls use(column, vectors) for all columns, where vectors[i] are some neighbours of input i, from that column on.
-  // Outputs that begin like the inputs modulo 16 bytes can be written by such vectors too; if one does not, or the
-  // inputs differ, all vectors have length 1.
+  // Calls use(column, vectors) for all columns, where vectors[i] holds adjacent elements of input i from that column
+  // on. Outputs that begin like the inputs modulo 16 bytes can be written with such vectors too. If one does not, or
+  // the inputs differ, all vectors have length 1.
   template <class Use>
   __device__ __forceinline__ void for_each_vector(bool outputs_alike, Use use) const {
     constexpr int N = kWidest<T>;
@@ -97,8 +97,8 @@ __device__ __forceinline__ void store_scaled(T* output, std::int64_t column, con
   store(output + column, vector);
 }
 
-// z = (1 − w) b + w t of a row, −∞ if both are, where else −∞ of a weight of exactly 0 adds nothing; and t − b, of
-// which infinities have no part.
+// Computes z = (1 − w) b + w t of a row, −∞ if both are −∞, else −∞ of weight exactly 0 adds nothing; and t − b, or 0
+// where either is infinite.
 struct RowMix {
   float weight;
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor) mix_backwar
     reader.input[1] = row_of<T>(a.mix.base, row);
     reader.input[2] = row_of<T>(a.mix.thought, row);
   }
-  Softmax sums;  // of which only the total is used: Σ grad · (t − b)
+  Softmax sums;  // only its total is used, for Σ grad · (t − b)
   const bool alike = begin_alike(d_base, reader.input[0]) && begin_alike(d_thought, reader.input[0]);
   reader.for_each_vector(alike, [&](std::int64_t column, const auto* vector) {
     constexpr int N = sizeof *vector / sizeof(T);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocksAProcessor)
   const float scale = a.scale[row];
   T* const d_base = row_of<T>(a.d_base, row, a.mix.vocabulary);
   T* const d_thought = row_of<T>(a.d_thought, row, a.mix.vocabulary);
-  if (scale == 0) {  // whatever the logits of such a row are: they may not even be finite
+  if (scale == 0) {  // the row's logits do not matter and need not be finite
     for (std::int64_t column = threadIdx.x; column < a.mix.vocabulary; column += kMixThreads) {
       if (d_base) d_base[column] = rounded<T>(0);
       if (d_thought) d_thought[column] = rounded<T>(0);

@@ -9,7 +9,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMostWarps = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// −∞ takes part in no arithmetic here: −∞ − (−∞) would be NaN. The largest of no numbers is this one.
+// The maximum of an empty set of numbers. −∞ is not used in arithmetic here, since −∞ − (−∞) would be NaN.
 constexpr float kLowest = -3.4e38f;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -28,7 +28,7 @@ __device__ __forceinline__ float reduce_lanes(float value, Combine combine, int 
 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 
-// A logit through cap · tanh(logit / cap), but infinities as they are: a token of probability 0 stays one.
+// Computes cap · tanh(logit / cap), but keeps infinities, so that a token of probability 0 stays impossible.
 __device__ __forceinline__ float capped(float logit, float cap) {
   return logit == kInfinity || logit == -kInfinity ? logit : cap * tanhf(logit / cap);
 }
@@ -70,7 +70,7 @@ __device__ __forceinline__ Softmax merged_over_lanes(Softmax value) {
   return value;
 }
 
-// Over the block; all threads get the result. To be called once in a kernel, or between barriers.
+// Reduces over the block; all threads get the result. Call it once in a kernel, or between barriers.
 __device__ __forceinline__ Softmax merged_over_block(Softmax value) {
   struct Shared {
     float peak[kMostWarps], total[kMostWarps], moment[kMostWarps];

@@ -1,17 +1,17 @@
-// The forward of thought attention: for a sampling step, and for decoding behind a long cache.
+// The forward of thought attention for a sampling step, and for decoding with a long cache.
 //
 // Layout: the rows of one key/value head are (anchor, step, head of the group), anchor-major, and a block takes up to
-// 128 of them, 16 a warp. Its keys come in tiles of 64: first those of the base sequence that any of its rows sees,
-// then those of the thought keys, anchor-major. A warp leaves out tiles in which its rows see nothing, so the
-// thought keys of other warps' anchors cost it nothing but the barrier. With few rows the tiles are split over blocks,
-// and a second kernel adds up the splits, in fixed order (flash-decoding).
+// 128 of them, 16 per warp. Keys come in tiles of 64: first those of the base sequence that any of the block's rows
+// sees, then the thought keys, anchor-major. A warp skips tiles in which its rows see nothing, so the thought keys of
+// other warps' anchors cost it only the barrier. With few rows, the tiles are split over blocks, and a second kernel
+// combines the splits in fixed order (flash-decoding).
 //
-// Base tiles that all rows see whole have a loop of their own, without masks and without thoughts. The others share one
-// that compares: edges of windows and padding come in front of it, the anchors' edges and their thoughts behind.
+// Base tiles that all rows see completely have their own loop, without masks and thoughts. Another loop, with masks,
+// runs before it for the edges of windows and padding, and after it for the anchors' edges and their thoughts.
 //
-// 4 · D FLOP for each row and key, on the matrix units in half precision (float32: thought_attention_float.cuh). Each
-// block reads 4 · D bytes a key; three tiles are under way, 32 KiB each at D = 128. Of a tile's row of 16-byte pieces,
-// piece c lies at c ^ (row mod 8), so that the eight rows that ldmatrix takes lie in different banks.
+// A row and key take 4 · D FLOPs, on tensor cores in half precision (float32: thought_attention_float.cuh). Each block
+// reads 4 · D bytes per key; three tiles are in flight, 32 KiB each at D = 128. In a tile's row of 16-byte pieces,
+// piece c is stored at c ^ (row mod 8), so that the eight rows that ldmatrix reads are in different banks.
 #pragma once
 
 #include "quietstar/thought_tiles.cuh"
@@ -45,7 +45,7 @@ struct HalfAttention {
     return key * kHead * 2 + (piece ^ (key & 7)) * 16;
   }
 
-  // Begins to bring a tile to shared memory.
+  // Starts to copy a tile to shared memory.
   __device__ __forceinline__ void fetch(int tile) const {
     if (tile < list.base_tiles) {
       fetch_base(tile);
@@ -60,8 +60,8 @@ struct HalfAttention {
     commit_copies();
   }
 
-  // Copies keys and values of a tile, but zeros for those that no row sees: 0 · NaN would not be 0. Of a vector a
-  // thread always takes the same piece, and it goes from one of its keys to the next by additions.
+  // Copies keys and values of a tile, but zeros for those that no row sees, since 0 · NaN is not 0. A thread always
+  // takes the same piece of a vector, and gets from one of its keys to the next by additions.
   template <bool kBase>
   __device__ __forceinline__ void copy_tile(int tile) const {
     const int thread = static_cast<int>(threadIdx.x), piece = thread % kPieces;
@@ -111,7 +111,7 @@ struct HalfAttention {
     }
   }
 
-  // A piece of a vector, of which `left` elements are left, or fewer than none: zeros behind them.
+  // Copies a piece of a vector that has `left` more elements (perhaps none or a negative number), padded with zeros.
   static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int left) {
     if constexpr (kAligned) {
       copy_async(to, from, left > 0);
@@ -124,7 +124,7 @@ struct HalfAttention {
   }
 };
 
-// Of a multiprocessor's blocks one may have all registers: without the 1, ptxas spills on sm_100 to make room for two.
+// A single block may use all registers of a multiprocessor; without the 1, ptxas spills on sm_100 to make room for two.
 template <class T, int kHead, bool kAligned>
 __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_kernel(ThoughtAttention a) {
   using Attention = HalfAttention<T, kHead, kAligned>;
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_k
   const TileList list = tile_list(a, place, static_cast<int>(blockDim.x) / 2);
   const Attention attention{a, head, list, dynamic_shared()};
 
-  // Of the 16 rows of its warp, a lane has lane / 4 and that + 8: in the layout of the matrix units, both of queries
-  // and of sums.
+  // A lane has rows lane / 4 and lane / 4 + 8 of the 16 rows of its warp: the tensor cores' layout of both queries and
+  // sums.
   const int lane = lane_number(), pair = lane % 4 * 2;
   const int own_row = warp_number() * kRowsOfWarp + lane / 4;
   const int row[2] = {place.first_row + own_row, place.first_row + own_row + 8};
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_k
   const bool is_capped = a.mask.softcap != 0;
   const float to_log2 = (is_capped ? 1 : a.mask.scale) * kLog2E;  // a capped score has been scaled
 
-  // A tile of base keys that all rows see (rows that see nothing do no harm), or one of any keys.
+  // Processes a tile of base keys that all rows see (rows that see nothing do no harm), or a tile of any keys.
   const auto attend = [&](int tile, auto is_full) {
     constexpr bool kFull = decltype(is_full)::value;
     float score[kTileKeys / 8][4] = {};
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_k
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int n = 0; n < kTileKeys / 16; ++n) {
-        // Keys n · 16 + 0 ... 7 and 8 ... 15, of each the two halves of this step.
+        // Keys n · 16 + 0 ... 7 and 8 ... 15, with both halves of this step for each.
         std::uint32_t b[4];
         const int key = n * 16 + lane / 16 * 8 + lane % 8;
         load_matrices<false>(b, keys + Attention::offset(key, k * 2 + lane / 8 % 2));
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_k
         for (float& s : of_keys) s = capped(s, a.mask);
       }
     }
-    // Of the tile's keys those that a row sees, counted from the lane's first.
+    // The tile's keys that a row sees, counted from the lane's first key.
     int from[2] = {0, 0}, to[2] = {0, 0};
     if constexpr (!kFull) {
       const auto [base, number] = list.key(tile, pair);
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kMostTileWarps* kWarpSize, 1) half_attention_k
   const int full_begin = begin < end ? begin : list.begin, full_end = begin < end ? end : list.begin;
   const auto arrived = [] {
     wait_for_copies<kStages - 2>();
-    __syncthreads();  // the tile is there for all, and all are done with the one before, which the next overwrites
+    __syncthreads();  // the tile is visible to all, and all are done with the previous one, which the next overwrites
   };
   int tile = list.begin;
 #pragma unroll 1

@@ -1,12 +1,12 @@
-// Attention of thoughts in float32, and the sum over splits of both dtypes; thought_attention.cuh draws the layout.
+// Attention of thoughts in float32, and the sum over splits for all dtypes; thought_attention.cuh describes the layout.
 #pragma once
 
 #include "quietstar/thought_tiles.cuh"
 
 namespace quietstar::cuda {
 
-// float32 has no matrix units at full precision: a warp takes one row at a time, and of a tile a key each lane, then of
-// the values a column each lane. Keys are read directly, those that rows share mostly from the L1 cache.
+// There are no tensor cores for full float32: a warp takes one row at a time; each lane takes a key of a tile, then a
+// column of the values. Keys are read directly, those that rows share mostly from the L1 cache.
 constexpr int kFloatWarps = 4, kFloatColumns = static_cast<int>(kLargestHead) / kWarpSize;
 
 __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4) float_attention_kernel(ThoughtAttention a) {

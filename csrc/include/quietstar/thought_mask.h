@@ -1,11 +1,11 @@
-// Which keys the queries of thought attention see, and what becomes of a score; see thought_attention/api.py.
+// Which keys the queries of thought attention see, and how scores are scaled and capped; see thought_attention/api.py.
 #pragma once
 
 #include <cstdint>
 
 namespace quietstar {
 
-// Integers [B, P] with neighbouring elements in the last dimension, or the same one; null if they are not there.
+// Integers [B, P] with stride 1, or 0 (all the same), in the last dimension; null if they are not given.
 struct PerAnchor {
   const std::int64_t* data;
   std::int64_t batch_stride, anchor_stride;  // the latter 1 or 0

@@ -1,4 +1,4 @@
-// What the kernels of thought attention share: which rows a block has, what they see, and where results go.
+// Shared parts of the kernels of thought attention: the rows of a block, what they see, and where results go.
 #pragma once
 
 #include "quietstar/cuda_kernels.h"
@@ -19,7 +19,7 @@ struct alignas(8) KeyRange {
   __device__ __forceinline__ bool meets_tile(int first) const { return first <= high && first + kTileKeys > low; }
 };
 
-// What one query row sees: base keys, and thought keys of the P · T of its text, anchor-major.
+// What one query row sees: base keys, and some of the P · T thought keys of its text, in anchor-major order.
 struct alignas(16) RowSight {
   KeyRange base, own;
 
@@ -38,7 +38,7 @@ struct AttentionHead {
         steps(static_cast<int>(a.steps)),
         rows(static_cast<int>(a.anchors_per_batch) * steps * group) {}
 
-  // Of an anchor; −1: it is inactive.
+  // The base position of an anchor; −1: it is inactive.
   __device__ __forceinline__ std::int64_t position(const ThoughtAttention& a, int anchor) const {
     return of_anchor(a.mask.anchors, anchor, anchor);
   }
@@ -90,14 +90,14 @@ struct AttentionHead {
            anchor * a.query.anchor_stride + step * a.query.step_stride;
   }
 
-  // The vector of a key or of its value: of a base position, or of a step of an anchor.
+  // The vector of a key, or of its value, of a base position or of a step of an anchor.
   template <class T>
   __device__ __forceinline__ const T* key(const Steps& tensor, int position_or_anchor, int step) const {
     return static_cast<const T*>(tensor.data) + batch * tensor.batch_stride + kv_head * tensor.head_stride +
            position_or_anchor * tensor.anchor_stride + step * tensor.step_stride;
   }
 
-  // Of the row in tensors [B, Hq, P, S].
+  // The row's offset in tensors [B, Hq, P, S].
   __device__ __forceinline__ std::int64_t place(const ThoughtAttention& a, int row) const {
     const int head = kv_head * group + row % group;
     return (batch * a.query_heads + head) * a.anchors_per_batch * steps + row / group;
@@ -112,7 +112,7 @@ struct BlockPlace {
   __device__ __forceinline__ BlockPlace(const ThoughtAttention& a, int block_rows) : head(a, 0) {
     const unsigned row_blocks = static_cast<unsigned>((head.rows - 1) / block_rows + 1);
     const unsigned splits = static_cast<unsigned>(a.splits);
-    // Later rows see more keys: those blocks start first, so that the last to finish are short.
+    // Later rows see more keys, so their blocks start first, and the last ones to finish are short.
     first_row = static_cast<int>(row_blocks - 1 - blockIdx.x % row_blocks) * block_rows;
     end_row = head.rows - first_row < block_rows ? head.rows : first_row + block_rows;
     split = static_cast<int>(blockIdx.x / row_blocks % splits);
@@ -120,7 +120,7 @@ struct BlockPlace {
   }
 };
 
-// Bits low ... high of 64, of which there is one at least.
+// A mask of bits low ... high of 64; it has at least one bit.
 __device__ __forceinline__ std::uint64_t bits_between(int low, int high) {
   return ~std::uint64_t{0} << max(low, 0) & ~std::uint64_t{0} >> (63 - min(high, 63));
 }
@@ -130,10 +130,10 @@ struct TileList {
   int low, high, first_key, base_tiles;  // base keys low ... high, in tiles that begin with first_key
   bool gaps;                             // there may be base keys between them that no row sees
   int first_own, own_end, begin, end;    // thought keys first_own ... own_end − 1; tiles begin ... end − 1 of both
-  int full_begin, full_end;              // tiles of which every row that sees anything sees all keys
+  int full_begin, full_end;              // tiles whose keys are all seen by every row that sees anything
   int first_anchor, end_anchor;          // of the rows
 
-  // Of a tile's place: whether it is a base key or a thought key, and which.
+  // Whether a tile's place is a base key or a thought key, and which.
   struct Key {
     bool base;
     int number;
@@ -143,7 +143,7 @@ struct TileList {
     return {base, (base ? first_key + tile * kTileKeys : first_own + (tile - base_tiles) * kTileKeys) + place};
   }
 
-  // Where it lies: the base position or the anchor, and the step.
+  // Its location: the base position, or the anchor and the step.
   struct Place {
     int position_or_anchor, step;
   };
@@ -153,8 +153,8 @@ struct TileList {
     return {key.number / steps, key.number % steps};
   }
 
-  // Which keys of a tile some row sees, by places; what rows of another block see may be left out, or not. All lanes
-  // of a warp ask together.
+  // Which keys of a tile some row sees, by places; keys seen only by rows of other blocks may be included or not. All
+  // lanes of a warp must call it together.
   template <bool kBase>
   __device__ __forceinline__ std::uint64_t seen(const ThoughtAttention& a, const AttentionHead& head, int tile) const {
     const int first = key(tile, 0).number;
@@ -169,8 +169,8 @@ struct TileList {
     return bits;
   }
 
-  // Between windows or documents there may be keys that are in none; mostly the first anchor sees a key. Of its queries
-  // the first sees most.
+  // Keys between windows or documents may be in none; usually the first anchor sees a key. Of an anchor's queries, the
+  // first sees most.
   __device__ __forceinline__ bool sees_base(const ThoughtAttention& a, const AttentionHead& head, int number) const {
     const std::int64_t reach = a.mask.window - (a.mask.window_from_step ? 1 + head.first_step(a) : 0);
     for (int anchor = first_anchor; anchor < end_anchor; ++anchor) {
@@ -192,18 +192,18 @@ struct TileList {
   }
 };
 
-// What rows of a block see: written by tile_list, of rows that there are not, too.
+// What the rows of a block see: written by tile_list, also for rows that do not exist.
 struct BlockSights {
   RowSight row[kTileRows];
 };
 
-// The tiles of a block's rows, and of these the part of its split. A block has more threads than rows.
+// Finds the tiles of a block's rows, and the part of them that its split takes. A block has more threads than rows.
 __device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const BlockPlace& place, int block_rows) {
   struct Shared {
     int least[3][kMostWarps], most[3][kMostWarps];
   };
   Shared& shared = static_shared<Shared>();
-  // Base keys that all rows see that see anything; base keys and thought keys that any row sees.
+  // Base keys seen by all rows that see anything; base keys and thought keys that any row sees.
   int least[3] = {INT32_MAX, INT32_MAX, INT32_MAX}, most[3] = {-1, -1, -1};
   int &all_high = least[0], &low = least[1], &own_low = least[2];
   int &all_low = most[0], &high = most[1], &own_high = most[2];
@@ -261,7 +261,7 @@ __device__ __forceinline__ TileList tile_list(const ThoughtAttention& a, const B
   return list;
 }
 
-// Where results of a row go: those of a split apart from those of others, as float32.
+// Where the results of a row go; those of splits are stored separately, as float32.
 template <class T>
 struct RowResult {
   T* output;

@@ -1,12 +1,12 @@
-"""How rows of text and of thoughts lie in one pass, and the attention function through which they reach a decoder.
+"""Layouts, which define how rows of text and thoughts see each other in a pass, and the attention function.
 
-Whatever the family, the rows of a pass go through the decoder's own forward; what they see of each other is a layout's,
-which reaches ``quietstar_attention`` as a keyword argument:
+Whatever the family, the rows of a pass go through the decoder's own forward. A layout, passed to
+``quietstar_attention`` as a keyword argument, decides what they see of each other:
 
 - ``BaseStates``: a base pass whose keys and values are kept for the thoughts that follow;
-- ``TextCache``: base passes over texts that grow each at its own pace (generation with drafts);
+- ``TextCache``: base passes over texts that each grow at their own pace (generation with drafts);
 - ``ThoughtCache``: steps of thoughts on kept base states (inference, sampling);
-- ``BaseAndThoughts``: a base pass and the first steps of the thoughts behind it at once;
+- ``BaseAndThoughts``: a base pass together with the first steps of its thoughts;
 - ``ThoughtTree``: base text and all thought steps in one sequence (training).
 """
 

@@ -1,4 +1,4 @@
-"""Few thoughts laid out as text, for one library call per layer (generation on a CPU)."""
+"""A few thoughts laid out as text, for one library call per layer (generation on a CPU)."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,21 @@ from torch import Tensor
 from quietstar.models.layouts.attention import Layer
 from quietstar.models.layouts.text import BaseStates, TextCache
 
-# Masks that serve many tokens are made for texts so much longer than the present one.
+# Masks are created for texts longer than the present one by this many tokens, so that they serve many tokens.
 _MASKED_AHEAD = 256
 
 
 class ThoughtsAsText:
-    """Thoughts laid out as text behind the base keys, all steps there will be; the keys of those to come are masked.
+    """Thoughts laid out as text after the base keys, with room for all steps; keys of future steps are masked.
 
-    Made once per thought and window; what a pass needs, once for all its layers of that window.
+    Created once per thought and window size. The mask of a pass is created once for all its layers of that window.
 
     Args:
         base: the base pass.
-        layer: any of that window.
-        anchors, key_start: as of ``ThoughtCache``, but indices into the base keys of the layer.
+        layer: any layer with that window.
+        anchors, key_start: those of ``ThoughtCache``, but as indices into the base keys of the layer.
         max_steps: T at the end of the thought.
-        masks: what is made here for later thoughts, and was made for earlier ones.
+        masks: cache of masks, shared with earlier and later thoughts.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class ThoughtsAsText:
         self.end = base.seen(layer.index)[0].shape[2]
         self.width = self.end + self.num_anchors * max_steps
         self.own_columns = torch.arange(self.end, self.width).view(self.num_anchors, max_steps)
-        self.kept: Tensor | None = None  # int64 [B, P'], which of the thoughts go on; None is all
+        self.kept: Tensor | None = None  # int64 [B, P'], which of the thoughts continue; None means all
         self.text: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, steps: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, end + P·T, D] of a layer, with the new ones [B, Hkv, P·S, D] behind ``steps``."""
+        """Insert a layer's new keys and values [B, Hkv, P·S, D] after ``steps``; returns all [B, Hkv, end + P·T, D]."""
         if layer not in self.text:
             self.text[layer] = self.base.with_room(layer, self.width - self.end)
         if self.steps != steps:
@@ -58,7 +58,7 @@ class ThoughtsAsText:
         return self.text[layer]
 
     def keep(self, chosen: Tensor, needed: Tensor) -> None:
-        """As of ``ThoughtCache``; what the others have left stays where it is, and is not looked at."""
+        """See ``ThoughtCache``. Keys and values of the other thoughts stay in place but are not seen."""
         self.kept = chosen if self.kept is None else self.kept.gather(1, chosen)
         self.anchors = self.anchors.gather(1, chosen).masked_fill(~needed, -1)
         if self.key_start is not None and self.key_start.dim() == 2:
@@ -66,7 +66,7 @@ class ThoughtsAsText:
         self.steps = -1
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """0 for the keys that rows of ``query`` [B, Hq, rows, D] see, else −inf: [B, 1, Hq / Hkv · rows, end + P·T]."""
+        """Return a mask [B, 1, Hq / Hkv · rows, end + P·T]: 0 where ``query`` [B, Hq, rows, D] sees keys, else −inf."""
         if self.rows is None:
             base_row, groups = query.shape[2] > key.shape[2], query.shape[1] // key.shape[1]
             self.rows = self._shared_rows(base_row, groups, query) if self._ends_the_text() else None
@@ -78,13 +78,13 @@ class ThoughtsAsText:
         return self.base.mask(self.layer, self.window)
 
     def _ends_the_text(self) -> bool:
-        """Whether there is one thought, behind the last key of texts without padding."""
+        """Whether there is a single thought per text, after its last key, and no padding."""
         if self.num_anchors > 1 or self.key_start is not None or self._base_mask() is not None:
             return False
         return int(self.anchors.min()) == self.end - 1
 
     def _shared_rows(self, base_row: bool, groups: int, like: Tensor) -> Tensor:
-        """The mask where it depends only on the distance from the end: made once, and cut to length for every token."""
+        """Return a mask that depends only on the distance from the end: created once, and cut to length per token."""
         which = self.window, self.new.start, self.new.stop, base_row, groups
         if which not in self.masks or self.masks[which].shape[-1] < self.width:
             end = self.end + _MASKED_AHEAD
@@ -92,7 +92,7 @@ class ThoughtsAsText:
         return self.masks[which][..., -self.width :]
 
     def _rows(self, anchors: Tensor, end: int, base_row: bool, groups: int, like: Tensor) -> Tensor:
-        """The mask of the new steps behind ``anchors`` [B, P], in front of them a row of the base pass or none."""
+        """Return the mask of the new steps after ``anchors`` [B, P], preceded by a row of the base pass or none."""
         anchors, column = anchors[:, :, None, None], torch.arange(end)
         steps = torch.arange(self.max_steps)
         new = steps[self.new, None]

@@ -1,4 +1,4 @@
-"""Where transformers' attention layers meet thought attention: the function that every layer of a decoder calls."""
+"""The attention function that every layer of a decoder calls, which connects transformers and thought attention."""
 
 from typing import NamedTuple, Protocol
 
@@ -12,30 +12,31 @@ from quietstar.ops import thought_attention
 
 ATTENTION_NAME = "quietstar"
 
-# Arguments of a decoder's forward that its layers hand on to their attention, and that say nothing about it.
+# Arguments of a decoder's forward that its layers pass on to the attention function but that do not affect it.
 _SAYS_NOTHING = {
     "cache_position", "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 
 
 class Layer(NamedTuple):
-    """What is peculiar to the attention of a layer, as its call says."""
+    """The parameters of a layer's attention, taken from its call."""
 
     module: nn.Module
     scale: float
-    window: int | None  # a token sees so many, itself included; None is all
+    window: int | None  # how many tokens a token sees, including itself; None means all
     softcap: float | None
 
     @property
     def index(self) -> int:
-        """Number of the layer in the decoder."""
+        """Index of the layer in the decoder."""
         return self.module.layer_idx
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of text: [B, H, rows, D] in, [B, rows, Hq, D] out.
+        """Compute attention of text: [B, H, rows, D] in, [B, rows, Hq, D] out.
 
         Args:
-            mask: [B, 1, rows, keys], bool or what is added to the scores; None is plain causal, the rows at the end.
+            query, key, value: rows of text, and the keys and values that they may see.
+            mask: [B, 1, rows, keys], bool or to be added to the scores; None means plain causal, with rows at the end.
         """
         if self.softcap is None:
             return sdpa_attention_forward(self.module, query, key, value, mask, scaling=self.scale)[0]
@@ -45,9 +46,9 @@ class Layer(NamedTuple):
         self, query: Tensor, base: tuple[Tensor, Tensor], key: Tensor, value: Tensor, anchors: Tensor,
         key_start: Tensor | None, lengths: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention of thoughts [B, H, P, S or T, D] on ``base`` keys and values [B, Hkv, L, D]: [B, P·S, Hq, D].
+        """Compute attention of thoughts [B, H, P, S or T, D] on ``base`` keys and values [B, Hkv, L, D].
 
-        Steps of an anchor from its ``lengths``, int [B, P], on do not exist.
+        Thoughts have ``lengths``, int [B, P]: later steps do not exist. Returns [B, P·S, Hq, D].
         """
         output = thought_attention(
             query,
@@ -66,10 +67,10 @@ class Layer(NamedTuple):
 
 
 class Layout(Protocol):
-    """What the rows of a pass see of each other."""
+    """Defines what the rows of a pass see of each other."""
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, H, rows, D] in, [B, rows, Hq, D] out."""
+        """Compute attention: [B, H, rows, D] in, [B, rows, Hq, D] out."""
 
 
 def quietstar_attention(
@@ -89,11 +90,11 @@ def quietstar_attention(
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers: [B, H, rows, D] in, [B, rows, Hq, D] out.
 
-    Without ``thoughts`` it is ordinary attention.
+    Without ``thoughts`` it computes ordinary attention.
 
     Raises:
-        ValueError: the layer asks for what would be silently left out, or did not hand on the layout of the pass; it is
-            trained without one.
+        ValueError: the layer passes an option that would be silently ignored, did not pass on the layout of the pass,
+            or is trained without one.
     """
     unknown = [name for name, value in options.items() if value is not None and name not in _SAYS_NOTHING]
     unknown += ["dropout"] * bool(dropout) + ["is_causal=False"] * (is_causal is False)
@@ -102,7 +103,7 @@ def quietstar_attention(
     layer = Layer(module, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     if thoughts is not None:
         return thoughts.attend(layer, query, key, value), None
-    if attention_mask is not None and attention_mask.numel() == 0:  # of a pass that has a layout
+    if attention_mask is not None and attention_mask.numel() == 0:  # the dummy mask of a pass that has a layout
         raise ValueError(f"layers around {type(module).__name__} must hand on keyword arguments to think, got none")
     check_thinks(module, query)
     return layer.attend(query, key, value, attention_mask), None
@@ -115,7 +116,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:  # fmt: skip
-    """As ``Layer.attend``, with scores c · tanh(score / c), which no attention library has on every device."""
+    """Like ``Layer.attend``, with scores c · tanh(score / c), which no attention library supports on every device."""
     rows, keys = query.shape[2], key.shape[2]
     packed = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the heads of a group are rows of one head
     scores = torch.tanh((packed @ key.mT).float() * (scale / softcap)) * softcap
@@ -124,7 +125,7 @@ def _softcapped(
         mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     else:
         mask = mask[:, :, None]
-    # Not −∞: transformers' masks have rows of padding that see nothing, and NaN would spread from there.
+    # Not −∞: in transformers' masks rows of padding see nothing, and would spread NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     output = scores.softmax(dim=-1).to(query.dtype).flatten(2, 3) @ value
     return output.unflatten(2, (-1, rows)).flatten(1, 2).transpose(1, 2)

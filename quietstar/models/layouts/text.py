@@ -1,4 +1,4 @@
-"""Rows of text: what they see, and the keys and values that they leave to the thoughts behind them."""
+"""Rows of text: what they see, and the keys and values that they keep for thoughts."""
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,22 @@ class TextRows:
     """The rows of a base pass, and what each sees of the text.
 
     Args:
-        columns: int64 [B or 1, rows], where they stand in their texts.
-        starts: where documents begin, see ``quietstar.models.documents``; None is in front of all keys.
-        together: whether no text has keys behind its last row, and all are of one length.
+        columns: int64 [B or 1, rows], columns of the rows in their texts.
+        starts: where documents begin, see ``quietstar.models.documents``; None: before all keys.
+        together: whether all texts have the same length and no keys after their last row.
     """
 
     def __init__(self, columns: Tensor, starts: Tensor | None = None, together: bool = True):
         self.columns, self.starts, self.together = columns, starts, together
-        self._masks: dict[int | None, Tensor | None] = {}  # layers of one window see the same
+        self._masks: dict[int | None, Tensor | None] = {}  # by window, whose layers share a mask
 
     def mask(self, keys: int, first: int, window: int | None) -> Tensor | None:
-        """The keys that each row sees, bool [B or 1, 1, rows, keys]; None is plain causal.
+        """Return which keys each row sees, bool [B or 1, 1, rows, keys]; None means plain causal.
 
         Args:
-            keys: how many there are.
-            first: where in the text the first of them stands.
-            window: of the layer.
+            keys: the number of keys.
+            first: the first key's column in the text.
+            window: the layer's window.
         """
         if window not in self._masks:
             self._masks[window] = self._mask(keys, first, window)
@@ -44,17 +44,17 @@ class TextRows:
             visible = visible & (column >= self.starts.view(len(self.starts), -1, 1))
         if window is not None:
             visible = visible & (own - column < window)
-        return (visible | (column == own))[:, None]  # padding sees itself: rows that see nothing may be NaN
+        return (visible | (column == own))[:, None]  # padding sees itself, since rows that see nothing may be NaN
 
 
 class BaseStates:
-    """The base keys and values each layer attended to in a base pass, whatever the kind of cache.
+    """The keys and values that each layer attended to in a base pass, with any kind of cache or none.
 
     ``keys[layer]`` and ``values[layer]`` are [B, Hkv, L, D], cached tokens first.
 
     Args:
-        rows: of the pass.
-        cache: transformers' cache, which the new keys and values go to; None without.
+        rows: rows of the pass.
+        cache: transformers' cache, to which new keys and values are added; None if there is none.
     """
 
     def __init__(self, rows: TextRows, cache: Cache | None = None) -> None:
@@ -72,38 +72,38 @@ class BaseStates:
         return self.rows.mask(self.keys[layer].shape[2], self._first[layer], window)
 
     def first(self, layer: int) -> int:
-        """Where in the text the first key of a layer stands: with a sliding window some may have been dropped."""
+        """Return the column of a layer's first key; with a sliding window, earlier keys may have been dropped."""
         return self._first[layer]
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new keys and values of a layer; all that the pass sees."""
         self._first[layer] = 0
         if self.cache is not None:
-            self._first[layer] = self.cache.get_mask_sizes(key.shape[2], layer)[1]  # changed by the update
+            self._first[layer] = self.cache.get_mask_sizes(key.shape[2], layer)[1]  # before the update changes it
             key, value = self.cache.update(key, value, layer)
         self.keys[layer], self.values[layer] = key, value
         return key, value
 
     def seen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer that the pass saw."""
+        """Return the keys and values of a layer that the pass saw."""
         return self.keys[layer], self.values[layer]
 
     def with_room(self, layer: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [B, Hkv, L + steps, D], the last of them to be written to."""
+        """Return keys and values of a layer, [B, Hkv, L + steps, D], the last ``steps`` of which may be written to."""
         if self.cache is not None and isinstance(self.cache.layers[layer], GrowingLayer):
             return self.cache.layers[layer].with_room(steps)
         return tuple(_padded(states, steps) for states in self.seen(layer))
 
 
 class TextCache:
-    """Base keys and values of texts that grow each at its own pace, and may be cut back.
+    """Base keys and values of texts that each grow at their own pace and may be cut back.
 
-    ``keys[layer]`` and ``values[layer]`` are [B, Hkv, capacity, D] (thoughts laid out as text make room for themselves
-    behind that); key j of row b belongs to column j of that row's text. What lies behind the end of a text is never
-    looked at: to cut a text back is to forget its end.
+    ``keys[layer]`` and ``values[layer]`` are [B, Hkv, capacity, D] (thoughts laid out as text add room for themselves
+    after that). Key j of row b belongs to column j of that row's text. Keys after the end of a text are never read, so
+    cutting a text back needs no work here.
 
     Args:
-        capacity: columns of the longest text.
+        capacity: number of columns of the longest text.
     """
 
     def __init__(self, capacity: int):
@@ -112,12 +112,12 @@ class TextCache:
         self.values: dict[int, Tensor] = {}
 
     def extend(self, rows: TextRows, end: int) -> "TextCache":
-        """Prepare a pass over ``rows``; ``end``, a host copy of their largest column + 1: no later key is read."""
+        """Prepare a pass over ``rows``; no key from ``end`` on, their largest column + 1 (a host number), is read."""
         self.rows, self.end = rows, end
         return self
 
     def first(self, _layer: int) -> int:
-        """Where in the text the first key stands: nothing is dropped."""
+        """Return the column of the first key; nothing is dropped here."""
         return 0
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -144,11 +144,11 @@ class TextCache:
         return self.seen(layer)
 
     def seen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer that the pass sees."""
+        """Return the keys and values of a layer that the pass sees."""
         return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
 
     def with_room(self, layer: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer that a pass sees and ``steps`` behind them, to be written to until texts grow."""
+        """Return keys and values of a layer, and ``steps`` more that may be written to until texts grow."""
         for states in (self.keys, self.values):
             if states[layer].shape[2] < self.end + steps:
                 states[layer] = _padded(states[layer], steps)
@@ -156,6 +156,6 @@ class TextCache:
 
 
 def _padded(states: Tensor, steps: int) -> Tensor:
-    """Keys or values [B, Hkv, L, D] and room for ``steps`` more."""
+    """Pad keys or values [B, Hkv, L, D] with room for ``steps`` more."""
     # Zeros: attention libraries multiply masked values by a probability of 0, and 0 · NaN is NaN.
     return F.pad(states, (0, 0, 0, steps))

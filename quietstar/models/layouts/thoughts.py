@@ -1,4 +1,4 @@
-"""Rows of thoughts: steps behind anchors of a base pass, by themselves, beside that pass, or all in one sequence."""
+"""Rows of thoughts: steps after anchors, in passes of their own, in the base pass, or all in one sequence."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ from quietstar.models.layouts.as_text import ThoughtsAsText
 from quietstar.models.layouts.attention import Layer
 from quietstar.models.layouts.text import BaseStates, TextCache, TextRows
 
-_TEXT_KEYS = 256  # the most keys of thoughts that ``generate`` attends to as if they were text, on a CPU
+_TEXT_KEYS = 256  # up to this many keys of thoughts are laid out as text by ``generate`` on a CPU
 
 
 class ThoughtStates:
-    """What one thought leaves to the next in ``generate``: room for keys and values, masks, where the texts begin.
+    """State kept from one thought to the next in ``generate``: memory for keys and values, masks, starts of texts.
 
-    The room is allocated at the first thought and reused by all that follow.
+    The memory is allocated for the first thought and reused by all that follow.
 
     Args:
-        max_anchors: thoughts per sequence that there will be at most; more of them make the room anew.
+        max_anchors: the largest number of thoughts per sequence; with more, the memory is reallocated.
     """
 
     def __init__(self, max_anchors: int = 1) -> None:
         self.max_anchors = max_anchors
-        self.masks: dict[tuple, Tensor] = {}  # of ``ThoughtsAsText``
-        self.parts: Any = None  # of the model, which are the same for all thoughts
+        self.masks: dict[tuple, Tensor] = {}  # those of ``ThoughtsAsText``
+        self.parts: Any = None  # parts of the model, the same for all thoughts
         self._room: dict[int, tuple[Tensor, Tensor]] = {}
         self._first_key: tuple[Tensor | None] | None = None
 
     def first_key(self, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-        """``documents.first_key``; a mask [B, L] is looked at once, since texts only grow at their end."""
+        """Cache ``documents.first_key``: a mask [B, L] is read only once, since texts only grow at their end."""
         if attention_mask is not None and attention_mask.dim() == 1:
             return attention_mask
         if self._first_key is None:
@@ -39,7 +39,7 @@ class ThoughtStates:
         return self._first_key[0]
 
     def of_layer(self, layer: int, key: Tensor, value: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, P, max_steps, D] of a layer, for new ones [B, Hkv, P, S, D]."""
+        """Return memory [B, Hkv, P, max_steps, D] for a layer's keys and values, given new ones [B, Hkv, P, S, D]."""
         room = self._room.get(layer)
         batch, heads, num_anchors, _, size = key.shape
         wanted = batch, heads, max(num_anchors, self.max_anchors), max_steps, size
@@ -48,7 +48,7 @@ class ThoughtStates:
         return room[0][:, :, :num_anchors], room[1][:, :, :num_anchors]
 
     def keep(self, layer: int, chosen: Tensor, steps: int) -> None:
-        """Move what the ``chosen`` anchors, int64 [B, P], have left in their first steps to the front."""
+        """Move the first ``steps`` keys and values of the ``chosen`` anchors, int64 [B, P], to the front."""
         for states in self._room[layer]:
             states[:, :, : chosen.shape[1], :steps] = of_anchors(states[:, :, :, :steps], chosen)
 
@@ -62,19 +62,19 @@ def _new_room(like: Tensor, shape: tuple[int, ...], value_size: int) -> tuple[Te
 
 
 def of_anchors(states: Tensor, chosen: Tensor) -> Tensor:
-    """``states`` [B, Hkv, P, S, D] of the ``chosen`` anchors int64 [B, P']."""
+    """Select ``states`` [B, Hkv, P, S, D] of the ``chosen`` anchors, int64 [B, P']."""
     return states.gather(2, chosen[:, None, :, None, None].expand(-1, states.shape[1], -1, *states.shape[3:]))
 
 
 class ThoughtCache:
-    """Thoughts growing step by step behind anchors in a finished base pass.
+    """Thoughts that grow step by step after anchors of a finished base pass.
 
     Args:
         base: the base pass.
         anchors: int [B, P] or [P], columns of the text; −1 is inactive.
         max_steps: T at the end of the thought.
         key_start: int [B] or [B, P], first column of each anchor's text; None if it is 0 for all.
-        states: room for the thought keys and values, of earlier thoughts; default new.
+        states: memory for keys and values, reused from earlier thoughts. Default: new.
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class ThoughtCache:
         self.steps = 0
         self._generates = states is not None
         self._states = ThoughtStates() if states is None else states
-        self._as_text: dict[int | None, ThoughtsAsText] = {}  # by window, as the next
+        self._as_text: dict[int | None, ThoughtsAsText] = {}  # by window, like the next
         self._base_keys: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self._differentiable = torch.is_grad_enabled()
         self._grown: dict[int, tuple[Tensor, Tensor]] = {}
         num_anchors = anchors.shape[-1]
-        self._in_room: set[int] = set()  # layers whose keys and values are among the states
+        self._in_room: set[int] = set()  # layers whose keys and values are in the memory of the states
         self._few = num_anchors == 1 or (self._generates and num_anchors * max_steps <= _TEXT_KEYS)
 
     def keep(self, chosen: Tensor, needed: Tensor) -> None:
-        """Go on with some of the thoughts only.
+        """Continue with only some of the thoughts.
 
         Args:
-            chosen: int64 [B, P'], their places among the anchors so far.
-            needed: bool [B, P'], which of them are looked at; the others are there because other rows have more.
+            chosen: int64 [B, P'], indices of these thoughts among the anchors so far.
+            needed: bool [B, P'], which of them are used; the others only pad rows that have fewer.
         """
         self.anchors = self.anchors.gather(1, chosen).masked_fill(~needed, -1)
         if self.key_start is not None and self.key_start.dim() == 2:
@@ -117,7 +117,7 @@ class ThoughtCache:
             as_text.keep(chosen, needed)
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Rows are anchor-major: P anchors of S new steps each."""
+        """Compute attention of rows in anchor-major order: P anchors with S new steps each."""
         if self.is_text(layer, query):
             return self.attend_as_text(layer, query, key, value)
         query, key, value = (x.unflatten(2, (self.anchors.shape[-1], -1)) for x in (query, key, value))
@@ -126,7 +126,7 @@ class ThoughtCache:
         return layer.think(query, base, thought_key, thought_value, *self._in_base_keys(layer))
 
     def _in_base_keys(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """Anchors and ``key_start`` as indices into the base keys of a layer; those of one window drop alike."""
+        """Return anchors and ``key_start`` as indices into a layer's base keys, which depend only on its window."""
         if layer.window not in self._base_keys:
             first, anchors, key_start = self.base.first(layer.index), self.anchors, self.key_start
             if first:
@@ -136,8 +136,8 @@ class ThoughtCache:
         return self._base_keys[layer.window]
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All thought keys and values [B, Hkv, P, steps, D] of a layer, the new ones behind those there are."""
-        if self._differentiable:  # what autograd has saved must not be written to
+        """Append new thought keys and values of a layer, and return all of them, [B, Hkv, P, steps, D]."""
+        if self._differentiable:  # tensors saved by autograd must not be overwritten
             if layer in self._grown:
                 key, value = (torch.cat(pair, dim=3) for pair in zip(self._grown[layer], (key, value), strict=True))
             self._grown[layer] = key, value
@@ -150,22 +150,23 @@ class ThoughtCache:
         return tuple(states[:, :, :, :total] for states in room)
 
     def is_text(self, layer: Layer, query: Tensor) -> bool:
-        """Whether ``generate`` has so few thoughts that they are text: on a CPU calls cost more than masked keys.
+        """Whether to lay out thoughts as text, as for a few thoughts in ``generate`` on a CPU.
 
-        One library call on the base keys and the keys of all thoughts is then several times as fast as the op.
+        There, calls cost more than masked keys: one library call on the base keys and the keys of all thoughts is
+        several times as fast as the op.
         """
         on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
         return self._few and on_cpu and not self._differentiable and layer.softcap is None
 
     def attend_as_text(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Rows of ``query`` as in ``attend``, and in front of them one row of the base pass or none."""
+        """Like ``attend``, but one row of the base pass may precede the rows of thoughts."""
         as_text = self._as_text.get(layer.window)
         if as_text is None:
             as_text = self._as_text[layer.window] = ThoughtsAsText(
                 self.base, layer, *self._in_base_keys(layer), self.max_steps, self._states.masks
             )
         text_key, text_value = as_text.extend(layer.index, self.steps, key, value)
-        # The heads of a group are rows of one head: keys and values need not be repeated.
+        # The heads of a group become rows of one head, so keys and values need not be repeated.
         packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
         output = F.scaled_dot_product_attention(
             packed, text_key, text_value, attn_mask=as_text.mask(query, key), scale=layer.scale
@@ -174,7 +175,7 @@ class ThoughtCache:
 
 
 class BaseAndThoughts:
-    """The rows of a base pass and behind them the first steps of the thoughts, which see its keys and values."""
+    """The rows of a base pass, followed by the first steps of the thoughts, which see its keys and values."""
 
     def __init__(self, base: BaseStates | TextCache, base_rows: int, thoughts: ThoughtCache):
         self.base, self.base_rows, self.thoughts = base, base_rows, thoughts
@@ -191,13 +192,13 @@ class BaseAndThoughts:
 
 
 class ThoughtTree:
-    """Base text (rows 0..L−1) and behind it P anchors of S steps each, anchor-major, in one sequence.
+    """One sequence of the base text (rows 0..L−1) followed by P anchors with S steps each, in anchor-major order.
 
     Args:
-        rows: of the text.
+        rows: rows of the text.
         anchors: int [P] or [B, P], base positions.
         key_start: int [B] or [B, P], first base key of each anchor's text; None if it is 0 for all.
-        lengths: int [B, P], steps of each anchor that there are; None is S for all.
+        lengths: int [B, P], number of steps of each anchor that exist; None means S for all.
     """
 
     def __init__(

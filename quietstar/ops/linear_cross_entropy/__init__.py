@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, plain or on mixed hidden states, without ever holding the logits of all rows."""
+"""Cross-entropy of a linear head, on plain or mixed hidden states, without ever storing the logits of all rows."""
 
 from quietstar.ops.linear_cross_entropy.api import linear_cross_entropy, mixed_linear_cross_entropy
 

@@ -1,4 +1,4 @@
-"""The public functions: checks, choice of backend, dispatch."""
+"""The public linear cross-entropies: they check their arguments, choose a backend and call it."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, overload
@@ -82,53 +82,54 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Cross-entropy of the logits ``hidden @ weight.T / temperature``, which are never held for all rows.
+    """Compute the cross-entropy of ``hidden @ weight.T / temperature`` without storing the logits of all rows.
 
         nll[r] = log Σ_v exp(z[r, v]) − z[r, target[r]],    z = hidden · weightᵀ / temperature, −∞ where suppressed
         entropy[r] = log Σ_v exp(z[r, v]) − Σ_v p[r, v] · z[r, v],    p = softmax(z)
 
-    For "mean" and "sum" the gradients are made in the forward, with the logits at hand: three matmuls in all. For
-    "none" the backward computes the logits again: four. A gradient that nobody needs costs nothing; nor, on a CPU, does
-    a row that is ignored or weighs nothing. Differentiable (once) in hidden, weight, row_weight and entropy_weight. The
-    entropy comes of the same pass over the logits.
+    For "mean" and "sum", gradients are computed in the forward while the logits are at hand, with three matmuls in all.
+    For "none", the backward recomputes the logits, which makes four. Gradients that are not needed cost nothing, and
+    neither do, on a CPU, rows that are ignored or have weight 0. The entropy needs no further pass over the logits.
+    Differentiable (once) in hidden, weight, row_weight and entropy_weight.
 
     Extra memory: the gradients, one chunk of logits (``quietstar.ops._rows.CHUNK_BYTES``), and d weight in float32.
 
     Args:
         hidden: [rows, H], floating point, H ≥ 1.
-        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype). A DTensor, sharded
-            by FSDP or replicated, is gathered for the call; its gradient is the mean over the processes, as FSDP's.
+        weight: [V, H], in the dtype of ``hidden`` (inside autocast both are cast to the autocast dtype). A DTensor,
+            sharded by FSDP or replicated, is gathered for the call. Its gradient is the mean over processes.
         target: int [rows], token ids in [0, V) or ``ignore_index``.
-        temperature: from 1e-30 to 1e30; divides the logits.
-        suppress: token ids that get probability 0, as integers (a few; each is sent to a GPU by itself) or an int
-            tensor [n] on the device of ``weight``.
-        softcap: c > 0, from 1e-30 to 1e30: logits become c · tanh(logits / c), before the temperature divides them
-            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default none.
+        temperature: divisor of the logits, from 1e-30 to 1e30.
+        suppress: token ids that get probability 0: an int tensor [n] on the device of ``weight``, or integers (only a
+            few: on a GPU each is sent separately).
+        softcap: c from 1e-30 to 1e30: logits become c · tanh(logits / c) before they are divided by the temperature
+            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default: no cap.
         ignore_index: rows with this target have nll and entropy 0 and no gradient, whatever they hold.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none".
         row_weight: [rows], floating point, only with "sum": the loss is sum(row_weight · nll). A row of weight 0 adds
             neither to the loss nor to a gradient, even if its nll is not finite.
-        entropy_weight: a number, or [rows], floating point, only with "sum", with or without row_weight: from the loss
-            sum(entropy_weight · entropy) is taken, to which a row of weight 0 adds nothing.
-        return_nll: also return the per-row nll, detached.
-        return_entropy: also return the per-row entropy of the distribution that the nll is of, in nats, detached.
+        entropy_weight: a number, or [rows], floating point, only with "sum", with or without row_weight:
+            sum(entropy_weight · entropy) is subtracted from the loss. A row of weight 0 contributes nothing.
+        return_nll: if True, also return the per-row nll, detached.
+        return_entropy: if True, also return the per-row entropy of softmax(z), in nats, detached.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
-        The loss, a scalar, or [rows] for "none"; with ``return_nll`` or ``return_entropy`` a tuple of it, the nll
-        [rows] and the entropy [rows], as far as asked for. In float32, float64 for float64 inputs.
+        The loss, a scalar, or [rows] for "none"; with ``return_nll`` or ``return_entropy``, a tuple of the loss
+        followed by the nll [rows] and the entropy [rows], as requested. In float32 (float64 for float64 inputs).
 
     Example:
         >>> linear_cross_entropy(torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor([0, 1, -100]))
         tensor(0.6931)
 
     Raises:
-        TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
-        ValueError: shapes or devices that disagree, a target or suppressed id out of range, a suppressed target,
-            everything suppressed, a temperature or softcap out of range, H = 0, an unknown reduction, ``row_weight``
-            or ``entropy_weight`` without "sum", an ``entropy_weight`` that is not finite, an unknown or unavailable
-            backend. Values of tensors are read on the CPU only; on CUDA, and when compiled, nll and entropy of a row
-            with a wrong target are NaN instead (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
+        TypeError: an argument has the wrong type, or ``hidden`` and ``weight`` have different dtypes.
+        ValueError: shapes or devices disagree, a target or suppressed id is out of range, a target is suppressed, every
+            token is suppressed, ``temperature`` or ``softcap`` is out of range, H = 0, the reduction is unknown,
+            ``row_weight`` or ``entropy_weight`` is given without "sum", ``entropy_weight`` is not finite, or the
+            backend is unknown or unavailable. Values of tensors are checked on the CPU only; on CUDA, and inside
+            ``torch.compile``, nll and entropy of a row with an invalid target are NaN instead
+            (``QUIETSTAR_CHECK_VALUES`` turns the checks on for CUDA too).
     """
     weight = gathered("weight", weight)
     dims = Dims()
@@ -178,21 +179,22 @@ def mixed_linear_cross_entropy(
     return_nll: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of the prediction mixed from hidden states without and with a thought.
+    """Compute the cross-entropy of a linear head on a mix of the hidden states without and with a thought.
 
-    Row r of the head's input is (1 − w[r]) · base_hidden[base_index[r]] + w[r] · thought_hidden[r]. The head being
-    linear, this interpolates the logits, and the log-probabilities up to normalisation (Quiet-STaR, arXiv 2403.09629,
+    Row r of the head's input is (1 − w[r]) · base_hidden[base_index[r]] + w[r] · thought_hidden[r]. Since the head is
+    linear, this interpolates the logits and, up to normalisation, the log-probabilities (Quiet-STaR, arXiv 2403.09629,
     section 4.3). Cost and memory are those of ``linear_cross_entropy``. Differentiable (once) in base_hidden,
     thought_hidden, mixing_weight, weight and row_weight.
 
     Args:
-        base_hidden: [base rows, H], floating point; without ``base_index`` [rows, H].
+        base_hidden: [base rows, H], floating point; [rows, H] without ``base_index``.
         thought_hidden: [rows, H], in the dtype of ``base_hidden``.
         mixing_weight: [rows], weight w of the thought, unbounded; in the dtype of ``base_hidden`` or float32.
-        weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three take the autocast dtype).
+        weight: [V, H], in the dtype of ``base_hidden`` (inside autocast all three are cast to the autocast dtype).
         target: int [rows], token ids in [0, V) or ``ignore_index``.
-        base_index: int [rows], values in [0, base rows), in any order, with repeats. Default: row r mixes with row r.
-        temperature: as in ``linear_cross_entropy``, and so are all that follow.
+        base_index: int [rows], values in [0, base rows), in any order, with repeats: the base row that each row mixes
+            with. Default: row r mixes with base row r.
+        temperature: see ``linear_cross_entropy``, also for the following arguments.
         softcap: likewise.
         ignore_index: likewise.
         reduction: likewise.
@@ -201,7 +203,7 @@ def mixed_linear_cross_entropy(
         backend: likewise.
 
     Returns:
-        As ``linear_cross_entropy``.
+        See ``linear_cross_entropy``.
 
     Example:
         >>> hidden = torch.eye(2)
@@ -209,7 +211,7 @@ def mixed_linear_cross_entropy(
         tensor(0.6931)
 
     Raises:
-        TypeError, ValueError: as ``linear_cross_entropy``; also for ``base_index`` out of range.
+        TypeError, ValueError: as in ``linear_cross_entropy``; also if a value of ``base_index`` is out of range.
     """
     weight = gathered("weight", weight)
     dims = Dims()
@@ -238,7 +240,7 @@ def mixed_linear_cross_entropy(
 
 
 class _Reduction(NamedTuple):
-    """What is returned: arguments of the public functions."""
+    """Those arguments of the public functions that determine what is returned."""
 
     reduction: str
     ignore_index: int
@@ -257,7 +259,7 @@ def _cross_entropy(
     reduce: _Reduction,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """What both functions share, from the checks of the rows on."""
+    """The part that both functions share: it checks the per-row arguments and runs the op."""
     check_integer("target", target)
     check_reduction(reduce.reduction, reduce.ignore_index, reduce.row_weight, target)
     entropy_weight = checked_entropy_weight(reduce.entropy_weight, reduce.reduction, target, weight.dtype)

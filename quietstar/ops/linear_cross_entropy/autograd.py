@@ -1,7 +1,7 @@
 """The registered op of the linear cross-entropies and the autograd functions around it.
 
-The op computes nll and entropy and, if asked, all gradients at once. It takes the parts of a ``.inputs.Call`` one
-by one, and the name of the backend.
+The op computes nll and entropy and, if needed, all gradients at once. It takes the fields of an ``inputs.Call`` one
+by one, and a backend's name.
 """
 
 import torch
@@ -57,10 +57,10 @@ _cross_entropy_op = register_op(
 
 
 def _scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """New tensor gradient · factor, multiplied in the compute dtype.
+    """Return gradient · factor as a new tensor, multiplied in the compute dtype.
 
-    With a factor of as many dimensions, PyTorch converts element by element, on a GPU in the one pass; a CPU does so in
-    temporary tensors, hence the blocks.
+    With a factor of as many dimensions as the gradient, PyTorch converts element by element. On a GPU this takes a
+    single pass; on a CPU it uses temporary tensors, so the work is done in blocks.
     """
     release_logits_buffer()  # the gradient is about to be held twice
     result = torch.empty_like(gradient, dtype=dtype)
@@ -79,9 +79,9 @@ _scaled_gradient_op = register_op(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, *, again: bool) -> Tensor:
-    """Gradient · factor, in the memory of the gradient unless that is to be scaled ``again``.
+    """Return gradient · factor, in the memory of the gradient unless it will be scaled ``again``.
 
-    For a factor of 1 it is the gradient itself: a CPU sees that, on a GPU the kernel does.
+    If the factor is 1, the gradient is returned unchanged; on a CPU this is checked here, on a GPU in the kernel.
     """
     if gradient.dtype == dtype and not torch.compiler.is_compiling():
         if gradient.device.type == "cpu":
@@ -95,12 +95,12 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, 
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another through the same graph: it was told to retain it."""
+    """Whether the running backward retains the graph, so that another may follow through it."""
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _peak(scales: Scales, temperature: float) -> Tensor:
-    """The largest |scale| / temperature: divided by it, gradients of logits are of the order of 1, within float16."""
+    """The largest |scale| / temperature. Gradients of logits divided by it are of order 1, well within float16."""
     if scales.nll.shape[0] == 0:
         return scales.nll.new_ones(())
     peak = scales.nll.abs().amax()
@@ -111,12 +111,12 @@ def _peak(scales: Scales, temperature: float) -> Tensor:
 
 
 def link_to(*inputs: Tensor | None) -> Tensor:
-    """An empty tensor that depends on the inputs, for ``once_differentiable`` to tie gradients to; it keeps none."""
+    """Create an empty tensor that depends on the inputs without storing them, for ``once_differentiable``."""
     return torch.cat([x[:0].flatten() for x in inputs if x is not None])
 
 
 def _at_their_places(d_hidden, d_thought, d_mixing_weight, d_weight, d_nll_scale=None, d_entropy_scale=None) -> tuple:
-    """Gradients of the arguments of the op."""
+    """Arrange gradients in the order of the op's arguments."""
     return (
         d_hidden,
         d_thought,
@@ -131,9 +131,10 @@ def _at_their_places(d_hidden, d_thought, d_mixing_weight, d_weight, d_nll_scale
 
 
 class ReducedCrossEntropy(torch.autograd.Function):
-    """Σ of scaled nll − Σ of scaled entropy, with both; the gradients are made in the forward, three matmuls in all.
+    """Σ scaled nll − Σ scaled entropy, together with nll and entropy: ``apply(*call.flat(), backend, link)``.
 
-    ``apply(*call.flat(), backend, link)``, where ``link`` is ``link_to`` the tensors that may need a gradient.
+    The gradients are computed in the forward, with three matmuls in all. ``link`` is the result of ``link_to`` for the
+    tensors that may need a gradient.
     """
 
     @staticmethod
@@ -142,7 +143,7 @@ class ReducedCrossEntropy(torch.autograd.Function):
         call = Call.of(*arguments)
         needs_scale = ctx.needs_input_grad[9:11]
         scales, peak = call.scales, call.scales.nll.new_ones(())
-        # What 1 / rows would push below the smallest float16 is brought to size together with the incoming gradient.
+        # 1 / rows could push gradients below the smallest float16; it is multiplied in with the incoming gradient.
         if call.weight.dtype == torch.float16:
             peak = _peak(scales, call.softmax.temperature)
         scaled = call._replace(
@@ -176,9 +177,9 @@ class ReducedCrossEntropy(torch.autograd.Function):
 
 
 class RowCrossEntropy(torch.autograd.Function):
-    """Per-row nll, and entropy; the backward recomputes the logits, four matmuls in all.
+    """Per-row nll and entropy of a call without scales: ``apply(*call.flat(), backend)``.
 
-    ``apply(*call.flat(), backend)`` of a call without scales.
+    The backward recomputes the logits, with four matmuls in all.
     """
 
     @staticmethod

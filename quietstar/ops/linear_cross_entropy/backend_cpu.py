@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: logits become nll in the caches; they are written once and read once."""
+"""The ``cpu`` backend: its kernels turn logits into nll while they are in the cache, and write and read them once."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from quietstar.ops.linear_cross_entropy.inputs import Chunk, ChunkResult, MixedH
 
 __all__ = ["MixedHidden", "solve_chunk"]
 
-# Rows of the largest tile of the kernels.
+# Rows of the kernels' largest tile.
 _TILE_ROWS = 12
 
 
 def solve_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
-    """Nll, entropy and gradients of one chunk: see ``.chunks.ChunkKernel``."""
+    """Compute nll, entropy and gradients of one chunk: see ``.chunks.ChunkKernel``."""
     (rows, size), vocabulary = chunk.hidden.shape, chunk.weight.shape[0]
     hidden, weight, target = unit_columns(chunk.hidden), unit_columns(chunk.weight), chunk.target.contiguous()
     suppress = None if chunk.softmax.suppress is None else chunk.softmax.suppress.contiguous()

@@ -1,4 +1,4 @@
-"""Row kernel of the ``cuda`` backend: the chunk is read from memory once and written once."""
+"""The row kernel of the ``cuda`` backend, which reads the chunk of logits once and writes it once."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see ``.chunks.RowKernel``."""
+    """Compute nll and entropy of every row and overwrite its logits with their gradient: see ``.chunks.RowKernel``."""
     rows, vocabulary = logits.shape
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))

@@ -1,12 +1,12 @@
-"""Row kernel of the ``torch`` backend: library calls that each pass over the chunk in place.
+"""The row kernel of the ``torch`` backend: library calls, each of which passes over the chunk in place.
 
-Five passes over n·V·4 bytes in place of one, yet little next to the matmuls: at V = 32002, H = 512 a row takes one CPU
-core 64 µs here and 1400 µs there. Cut into blocks that fit a cache it would be 53 µs, but on a busy machine far more:
-every parallel call waits for the slowest core, so there should be few. The library's softmax would be three of the
-passes in one and save about 10 µs, but it first copies rows that have a gap between them, as those of the chunk have,
-and then takes several times as long as all of this.
+It makes five passes over n·V·4 bytes where a fused kernel makes one, but this is little next to the matmuls: at
+V = 32002, H = 512, a row takes one CPU core 64 µs here and 1400 µs there. Working in blocks that fit a cache would take
+53 µs, but far more on a busy machine: every parallel call waits for the slowest core, so there should be few calls. The
+library's softmax would combine three of the passes and save about 10 µs, but it first copies rows with a gap between
+them, which the rows of a chunk have, and then takes several times as long as all passes here.
 
-A cap and an entropy need one more tensor of the size of the logits each. With them, blocks it is.
+A cap and an entropy each need one more tensor of the size of the logits, so with them the work is done in blocks.
 """
 
 import torch
@@ -28,7 +28,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see ``.chunks.RowKernel``."""
+    """Compute nll and entropy of every row and overwrite its logits with their gradient: see ``.chunks.RowKernel``."""
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
     rows = len(logits)
@@ -47,7 +47,7 @@ def cross_entropy_rows(
 def _solve(
     logits: Tensor, softmax: Softmax, target: Tensor, scales: Scales | None, nll: Tensor, entropy: Tensor | None
 ) -> None:
-    """Fill nll and entropy, and with scales the logits with their gradient. All but the logits are [n, 1]."""
+    """Fill nll and entropy and, if there are scales, replace the logits by their gradient. Other tensors are [n, 1]."""
     slope = None
     if softmax.softcap is not None:
         cap_logits_(logits, softmax.softcap)
@@ -60,7 +60,7 @@ def _solve(
     total = logits.exp_().sum(dim=1, keepdim=True)
     torch.sub(total.log(), target_logit, out=nll)
     if entropy is not None:
-        terms = torch.special.xlogy(logits, logits)  # z eᶻ, of the differences z to the largest; 0 for −∞
+        terms = torch.special.xlogy(logits, logits)  # z eᶻ, where z is the difference to the largest; 0 for −∞
         mean = terms.sum(dim=1, keepdim=True).div_(total)
         torch.sub(total.log(), mean, out=entropy)
     if scales is None:
@@ -71,7 +71,7 @@ def _solve(
     else:  # p (scale + entropy_scale (z − mean))
         entropy_scale = scales.entropy / softmax.temperature
         logits.mul_((scale - entropy_scale * mean) / total).addcmul_(terms, entropy_scale / total)
-    logits.scatter_add_(1, target, -scale)  # p − 1, formed before any rounding to a narrower dtype
+    logits.scatter_add_(1, target, -scale)  # p − 1, computed before any rounding to a narrower dtype
     if slope is not None:
         logits.mul_(slope)
 

@@ -2,19 +2,19 @@
 
 The row kernel turns a chunk of logits into nll, entropy and gradient.
 
-Bytes per logit: the matmul writes 4 of float32, the row kernel reads them, and writes 2 of gradient in half precision
-(4 in float32) into the same memory, so that nothing but the one chunk is held. The gradient keeps the rows' pitch: row
-r of it lies in what row r of the logits took, aligned for the matmuls that follow.
+Bytes per logit: the matmul writes 4 (float32); the row kernel reads them and writes 2 of gradient in half precision (4
+in float32) into the same memory, so that only one chunk is stored. The gradient keeps the pitch of the rows: its row r
+is at the place of row r of the logits, aligned for the matmuls that follow.
 
-A row of up to 32,768 logits stays in the registers of its program, at most 32 a thread: 6 bytes per logit, each moved
-once. Longer rows are read twice, for the sum and for the gradient: 10 bytes; of V = 128,256 and 152,064 neither the
-registers nor the shared memory of a multiprocessor, 483 KiB, hold one. The second read begins where the first has
-ended: 132 rows of 501 KiB are in flight, and the 50 MB of the L2 cache may have the last half of them still. With a
-cap, or the gradient of an entropy, up to 8,192 stay.
+A row of up to 32,768 logits stays in the registers of its program, at most 32 per thread: 6 bytes per logit, each moved
+once. Longer rows are read twice, for the sum and for the gradient: 10 bytes per logit. For V = 128,256 and 152,064, a
+row fits neither the registers nor the shared memory of a multiprocessor (483 KiB together). The second read begins
+where the first ended: 132 rows of 501 KiB are in flight, and the 50 MB of L2 cache may still hold the last half of
+them. With a cap, or with the gradient of an entropy, rows of up to 8,192 logits stay in registers.
 
-Hidden states are mixed, and their gradient split, in one pass over rows x H each. Bytes per element in half precision:
-6 to mix (two reads, one write); 14 to split the gradient (reads float32 dX, base and thought, writes two gradients; 2
-more where base rows repeat). Library calls move about 34 and 60.
+Mixing of hidden states, and splitting of their gradient, take one pass over rows x H each. Bytes per element in half
+precision: 6 to mix (two reads, one write), and 14 to split the gradient (reads float32 dX, base and thought, writes two
+gradients; 2 more if base rows repeat). Library calls move about 34 and 60.
 """
 
 from typing import NamedTuple
@@ -36,14 +36,14 @@ __all__ = ["MixedHidden", "scale_", "solve_chunk"]
 
 _LONGEST_RESIDENT = 32768
 
-# Rows of logits begin at multiples of this many elements (see _rows.logits_buffer) and may be read and written up to
-# one: a mask that ends there still allows 16-byte accesses, one that ends at V = 32002 does not.
+# Rows of logits begin at multiples of this many elements (see _rows.logits_buffer) and may be read and written up to a
+# multiple: a mask that ends there allows 16-byte accesses, one that ends at V = 32002 does not.
 _ALIGNMENT = 16
 
-# The largest of no logits: −inf − (−inf) would be NaN.
+# The maximum of an empty set of logits; −inf − (−inf) would be NaN.
 _LOWEST = tl.constexpr(-3.4e38)
 
-# Differences of logits are no less where they are multiplied with their exponentials: −∞ times 0 would be NaN.
+# Lower limit on differences of logits that are multiplied by their exponentials; −∞ times 0 would be NaN.
 _FAR_BELOW = tl.constexpr(-1e4)
 
 
@@ -53,18 +53,18 @@ class Launch(NamedTuple):
     places: int
     """Elements of a row that a thread takes at a time."""
     num_warps: int
-    """At most, where a whole row is taken at a time."""
+    """Number of warps; the largest, if a whole row is taken at a time."""
 
     def options(self) -> dict[str, int]:
-        """Of a kernel that takes a row block by block; fused multiply-adds by name: Triton's default is to change."""
+        """Options of a kernel that takes a row block by block; FMAs are explicit, as Triton's default will change."""
         return {"BLOCK": 32 * self.num_warps * self.places, "num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
 RESIDENT, STREAMING, STREAMING_WIDE = "resident", "streaming", "streaming wide"
 MIX_HIDDEN, SPLIT_GRADIENT = "mix hidden", "split gradient"
 
-# By kernel and architecture. Of a streamed row threads keep two numbers a place; "wide" is with an entropy, which is a
-# third, or with a cap, which takes registers.
+# By kernel and architecture. For a streamed row, threads keep two numbers per place; "wide" is with an entropy, which
+# needs a third, or with a cap, which takes registers.
 LAUNCHES: dict[tuple[str, str], Launch] = {
     (RESIDENT, ANY): Launch(16, 32),
     (STREAMING, ANY): Launch(16, 16),
@@ -76,9 +76,9 @@ LAUNCHES: dict[tuple[str, str], Launch] = {
 
 @triton.jit
 def _at(row, columns):
-    """Pointers of which a thread takes four in a row, 16 bytes of logits.
+    """Return pointers arranged so that a thread takes four consecutive logits, 16 bytes.
 
-    By the gradient's dtype it would take eight, and each load of a warp half of every sector it touches.
+    The gradient's dtype would make it take eight, and each load of a warp would use half of every sector it touches.
     """
     return tl.max_contiguous(row + columns, 4)
 
@@ -91,13 +91,13 @@ def _load(row, columns, vocabulary, limit):
 
 @triton.jit
 def _difference(logits, top, inverse_temperature):
-    """Z − largest, of a size that 0 may be multiplied with."""
+    """Compute z − largest, limited in size so that its product with 0 is 0."""
     return tl.maximum((logits - top) * inverse_temperature, _FAR_BELOW)
 
 
 @triton.jit
 def _derivative(exponential, excess, logits, top, mean, factor, entropy_factor, inverse_temperature, softcap):
-    """Of the raw logits: p · factor, where excess is p, or p − 1 at the target; all with the row's total for 1."""
+    """Compute the gradient of raw logits, excess · factor, where excess is p (p − 1 at the target) times the total."""
     derivative = excess * factor
     if entropy_factor is not None:
         derivative += exponential * (_difference(logits, top, inverse_temperature) - mean) * entropy_factor
@@ -109,14 +109,14 @@ def _derivative(exponential, excess, logits, top, mean, factor, entropy_factor, 
 
 @triton.jit
 def _factor(scale, row, inverse_temperature, total):
-    """What makes a gradient of exponentials."""
+    """Return the factor that turns exponentials into a gradient."""
     return tl.load(scale + row) * inverse_temperature / total
 
 
 @triton.jit
 def _store_at_target(gradient, place, derivative):
-    """The target's gradient, of p − 1 in place of p; the difference is taken before anything rounds."""
-    tl.debug_barrier()  # after whichever thread wrote it with the others
+    """Store the target's gradient, with p − 1 in place of p; the difference is computed before rounding."""
+    tl.debug_barrier()  # after the thread that has stored it together with the others
     tl.store(gradient + place, derivative)
 
 
@@ -125,14 +125,14 @@ def resident_kernel(
     logits, target, scale, entropy_scale, nll, entropy, gradient, stride, gradient_stride, vocabulary, limit,
     inverse_temperature, softcap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row, read once. Grid: rows. Without ``scale`` no gradient is written, without ``entropy`` none of it."""
+    """Process one row, read once. Writes no gradient without ``scale``, no entropy without ``entropy``. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     columns = tl.arange(0, BLOCK)
     place = tl.load(target + row).to(tl.int32)
     at_target = tl.load(logits + place)
     z = _load(logits, columns, vocabulary, limit)
-    tl.debug_barrier()  # all threads have read before one writes the gradient into the same memory
+    tl.debug_barrier()  # all threads must read before any writes the gradient into the same memory
     if softcap is not None:
         z, at_target = capped(z, softcap), capped(at_target, softcap)
     top = tl.max(z, 0)
@@ -166,10 +166,10 @@ def streaming_kernel(
     logits, target, scale, entropy_scale, nll, entropy, gradient, stride, gradient_stride, vocabulary, limit,
     inverse_temperature, softcap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of any length, read twice. Grid: rows. Without ``scale`` it is read once and no gradient written.
+    """Process one row of any length, read twice, or without ``scale`` once and without a gradient. Grid: rows.
 
-    Each of BLOCK places keeps its own running maximum and sum of exponentials: threads wait for each other once a row,
-    not once a block. Whichever of maximum and logit is larger, one exponential brings the other to its scale.
+    Each of BLOCK places keeps its own running maximum and sum of exponentials, so threads synchronise once per row, not
+    once per block. Whichever of maximum and logit is larger, one exponential rescales the other.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -206,13 +206,13 @@ def streaming_kernel(
         if entropy_scale is not None:
             entropy_factor = _factor(entropy_scale, row, inverse_temperature, total)
         blocks = tl.cdiv(vocabulary, BLOCK)
-        for done in tl.range(0, blocks, num_stages=1):  # from the end, which the L2 cache still has
+        for done in tl.range(0, blocks, num_stages=1):  # from the end, which is still in the L2 cache
             columns = (blocks - 1 - done) * BLOCK + tl.arange(0, BLOCK)
             z = _load(logits, columns, vocabulary, limit)
             if softcap is not None:
                 z = capped(z, softcap)
             exponential = tl.exp((z - top) * inverse_temperature)
-            tl.debug_barrier()  # half as wide, the gradient of a block covers logits of this block and later ones
+            tl.debug_barrier()  # the gradient, half as wide, overwrites logits of this block and later ones
             derivative = _derivative(
                 exponential, exponential, z, top, mean, factor, entropy_factor, inverse_temperature, softcap
             )  # fmt: skip
@@ -232,7 +232,7 @@ def cross_entropy_rows(
     entropy: bool,
     gradient_dtype: torch.dtype,
 ) -> RowResult:
-    """Nll and entropy of every row and, over the logits, its gradient: see ``.chunks.RowKernel``."""
+    """Compute nll and entropy of every row and overwrite its logits with their gradient: see ``.chunks.RowKernel``."""
     rows, vocabulary = logits.shape
     if softmax.suppress is not None:
         logits.index_fill_(1, softmax.suppress, float("-inf"))
@@ -240,7 +240,7 @@ def cross_entropy_rows(
     nll_scale, entropy_scale = (None, None) if scales is None else scales
     aligned = logits.stride(0) % _ALIGNMENT == 0
     limit = triton.cdiv(vocabulary, _ALIGNMENT) * _ALIGNMENT if aligned else vocabulary
-    # Both logits and exponentials are needed for the gradient then: of more, some would not fit the registers.
+    # The gradient then needs both logits and exponentials, which would not fit the registers for longer rows.
     longest = _LONGEST_RESIDENT if softmax.softcap is None and entropy_scale is None else _LONGEST_RESIDENT // 4
     if vocabulary <= longest:
         kernel, launch = resident_kernel, row_for(LAUNCHES, RESIDENT, logits)
@@ -250,7 +250,7 @@ def cross_entropy_rows(
     else:
         kernel, plain = streaming_kernel, softmax.softcap is None and not entropy
         options = row_for(LAUNCHES, STREAMING if plain else STREAMING_WIDE, logits).options()
-    # Where a row is gone through from its end, a gradient half as wide lies in the second half of the row.
+    # If a row is processed from its end, a gradient half as wide is stored in the second half of the row.
     halved = kernel is streaming_kernel and gradient_dtype.itemsize < logits.element_size()
     first = vocabulary // _ALIGNMENT * _ALIGNMENT if halved else 0
     gradient = logits.view(gradient_dtype)[:, first : first + vocabulary]
@@ -266,7 +266,7 @@ solve_chunk = chunk_solver(cross_entropy_rows)
 
 @triton.jit
 def _load_pair(base, thought, index, row, columns, inside, base_strides, thought_strides):
-    """Elements of a row of thought, and of the row of base it is mixed with, in float32."""
+    """Load elements of a row of thought, and of the row of base that it is mixed with, in float32."""
     base_row = row
     if index is not None:
         base_row = tl.load(index + row).to(tl.int64)
@@ -281,7 +281,7 @@ def mix_hidden_kernel(
     base, thought, mixing_weight, index, mixed, first_row, base_strides, thought_strides, hidden_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row of the mix, [rows, H] contiguous, of the rows from ``first_row`` on. Grid: rows, blocks."""
+    """Compute a block of a row of the mix, [rows, H] contiguous, for rows from ``first_row`` on. Grid: rows, blocks."""
     place = tl.program_id(0).to(tl.int64)
     row = first_row + place
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -296,7 +296,7 @@ def split_gradient_kernel(
     d_mixed, base, thought, mixing_weight, index, d_base, d_thought, d_weight, first_row, base_strides,
     thought_strides, hidden_size, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of base, thought and weight, those that are not None, from that of a row of the mix. Grid: rows.
+    """Compute those gradients of base, thought and weight that are not None from that of a row of the mix. Grid: rows.
 
     All are contiguous and begin at ``first_row``, like ``d_mixed``, which may be ``d_base``.
     """
@@ -321,7 +321,7 @@ def split_gradient_kernel(
 
 
 class MixedHidden(inputs.MixedHidden):
-    """As in ``inputs.py``, in Triton kernels; rows picked by number, as only a CPU does, are left to the library."""
+    """Like the class in ``inputs.py``, with Triton kernels. Rows given by number, as on a CPU only, use the library."""
 
     def __init__(self, *arguments: object):
         super().__init__(*arguments)

@@ -1,4 +1,4 @@
-"""The backends of the linear cross-entropies: they take what ``hidden`` lies on and is of.
+"""The backends of the linear cross-entropies. The device and dtype of ``hidden`` decide which can run.
 
 Each is a module with
 
@@ -6,7 +6,7 @@ Each is a module with
     MixedHidden                                                                (``inputs.MixedHidden``)
     scale_(gradient, factor), in place, if it runs on GPUs                     (``chunks.scale_``)
 
-The reference is called by itself: its gradients are made by autograd.
+The reference is called directly, and autograd computes its gradients.
 """
 
 from types import ModuleType

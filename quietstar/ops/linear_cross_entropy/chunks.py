@@ -1,4 +1,4 @@
-"""The loop over chunks of rows that every backend shares: logits of size rows · V are never held as a whole."""
+"""The loop over chunks of rows that all backends share, so that logits [rows, V] are never stored as a whole."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -23,20 +23,20 @@ from quietstar.ops.linear_cross_entropy.inputs import (
 
 
 class ChunkKernel(Protocol):
-    """What a backend provides: nll, entropy and gradients of the rows of one chunk."""
+    """The function that a backend provides for the nll, entropy and gradients of one chunk."""
 
     def __call__(self, chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
-        """Nll and entropy of every row, and the gradients of what the chunk's scales say.
+        """Compute nll and entropy of every row, and the gradients of the loss given by the chunk's scales.
 
         Args:
-            chunk: its rows.
-            d_weight: [V, H] in the compute dtype, to which the chunk's part is added in place. None: it is 0.
-            needs_hidden, needs_weight: which gradients are wanted; none without scales.
+            chunk: the rows.
+            d_weight: [V, H] in the compute dtype, to which the chunk's part is added in place. None stands for 0.
+            needs_hidden, needs_weight: which gradients are needed; neither without scales.
         """
 
 
 class RowKernel(Protocol):
-    """What a backend provides: one pass over the rows of a chunk of logits."""
+    """The function that a backend provides for one pass over the rows of a chunk of logits."""
 
     def __call__(
         self,
@@ -47,28 +47,29 @@ class RowKernel(Protocol):
         entropy: bool,
         gradient_dtype: torch.dtype,
     ) -> RowResult:
-        """Per-row nll and entropy, and the gradient for the raw logits of what the scales say.
+        """Compute per-row nll and entropy, and the gradient, w.r.t. the raw logits, of the loss given by the scales.
 
         Args:
             logits: [n, V] in float32 (float64), unit stride in the last dimension. Overwritten.
             softmax: suppressed tokens get probability 0, and gradient 0.
             target: int64 [n], all in [0, V) and none suppressed.
-            scales: [n] in the dtype of the logits, 0 for rows without a gradient. None: no gradient is wanted.
-            entropy: whether the entropy is wanted, as it is for its gradient.
-            gradient_dtype: what the following matmuls take. p − 1 of the target is formed before rounding to it.
+            scales: [n] in the dtype of the logits, 0 for rows without a gradient. None: no gradient is needed.
+            entropy: whether the entropy is needed, as it is for its gradient.
+            gradient_dtype: dtype of the following matmuls. p − 1 of the target is computed before rounding to it.
         """
 
 
 def chunk_solver(row_kernel: RowKernel) -> ChunkKernel:
-    """A chunk between library matmuls: to logits, the row kernel of a backend, matmuls for the gradients.
+    """Create a chunk kernel from a row kernel: a library matmul for the logits, the row kernel, matmuls for gradients.
 
-    For one chunk of n rows: 2nHV FLOP for the logits and as many for each of d hidden and d weight, against n·V·4 bytes
-    of logits, which are written by the matmul, turned into their gradient in place by the row kernel, and read by two
+    One chunk of n rows takes 2nHV FLOPs for the logits and as many for each of d hidden and d weight, against n·V·4
+    bytes of logits. These are written by the matmul, replaced by their gradient in the row kernel, and read by two
     matmuls.
 
-    Logits of half precision would halve these bytes, but round the largest logits by more than all else: of rows whose
-    target has a logit of 10 (H = 1024, V = 8000, bfloat16) the nll would be off by 1.2e-2 and d hidden by 0.43 %, where
-    the rounding of the hidden states costs 2.6e-3 and 0.09 %; at 20 by 6.2e-5 and 1.3 % against 1.3e-5 and 0.27 %.
+    Half-precision logits would halve these bytes, but rounding the largest logits would then be the largest error. For
+    rows whose target has a logit of 10 (H = 1024, V = 8000, bfloat16), the nll would be off by 1.2e-2 and d hidden by
+    0.43 %, while rounding the hidden states costs 2.6e-3 and 0.09 %; for a logit of 20, by 6.2e-5 and 1.3 % against
+    1.3e-5 and 0.27 %.
     """
 
     def solve_chunk(chunk: Chunk, d_weight: Tensor | None, needs_hidden: bool, needs_weight: bool) -> ChunkResult:
@@ -76,7 +77,7 @@ def chunk_solver(row_kernel: RowKernel) -> ChunkKernel:
         wide = compute_dtype(weight.dtype)
         logits = logits_buffer(hidden.shape[0], weight.shape[0], wide, weight.device)
         logits_into(logits, hidden, weight)
-        # A CPU multiplies half precision in float32 (see _head_matmuls); a GPU wants both operands alike.
+        # A CPU multiplies half precision in float32 (see _head_matmuls); a GPU needs two operands of one dtype.
         gradient_dtype = weight.dtype if weight.is_cuda else wide
         nll, entropy, d_logits = row_kernel(
             logits, chunk.softmax, chunk.target, chunk.scales, chunk.entropy, gradient_dtype
@@ -89,25 +90,26 @@ def chunk_solver(row_kernel: RowKernel) -> ChunkKernel:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """The gradient times the scalar ``factor`` on its device, in place, by the library: a pass whatever the factor."""
+    """Multiply the gradient in place by the scalar tensor ``factor`` with library calls: one pass, even if it is 1."""
     gradient.mul_(factor)
 
 
 def cross_entropy_in_chunks(
     chunk_kernel: ChunkKernel, hidden: PlainHidden | MixedHidden, call: Call, contributing: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Nll and entropy of every row, and the gradients: of the weight returned, the others left in ``hidden``.
+    """Compute nll and entropy of every row, and the gradients; those other than d weight are stored in ``hidden``.
 
     Args:
-        chunk_kernel: of the backend.
+        chunk_kernel: the backend's kernel.
         hidden: the head's input rows.
-        call: what is wanted.
-        contributing: bool [rows], which rows have a target and, if there are any, a scale other than 0. Of the others,
-            whatever they hold, nothing reaches a gradient.
+        call: the call, which says what is needed.
+        contributing: bool [rows], which rows have a target and, if there are scales, one that is not 0. Other rows
+            contribute to no gradient, whatever they hold.
 
     Returns:
-        nll [rows] and entropy [rows] in the compute dtype, d weight [V, H] in that of ``weight_gradient_dtype``: summed
-        over chunks in the compute dtype, of a single one rounded by its matmul. None where not wanted.
+        nll [rows] and entropy [rows] in the compute dtype, and d weight [V, H] in the dtype of
+        ``weight_gradient_dtype``. Several chunks are summed in the compute dtype; a single one is rounded by its
+        matmul. None where not needed.
     """
     weight, target, scales = call.weight, call.target, call.scales
     wide = compute_dtype(weight.dtype)
@@ -148,9 +150,9 @@ def cross_entropy_in_chunks(
 
 
 def _without_absent(rows: Tensor, contributing: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows with 0 in those that are absent, and which are: those that only make up the chunk, and broken ones.
+    """Zero rows that are absent (fillers of the chunk and broken rows), and return also which rows they are.
 
-    They do not contribute. But d weight would be NaN if one of them were, since 0 · NaN is.
+    Such rows do not contribute, but if one held NaN, d weight would be NaN, since 0 · NaN is NaN.
     """
     others = ~contributing
     if others.device.type == "cpu" and not others.any():
@@ -161,10 +163,10 @@ def _without_absent(rows: Tensor, contributing: Tensor, wanted: Tensor) -> tuple
 
 
 def _chunks(contributing: Tensor, wanted: Tensor, most: int) -> Iterator[tuple[Rows, bool]]:
-    """Chunks of at most ``most`` rows, each with whether it contributes to what the gradients are of.
+    """Yield chunks of at most ``most`` rows, each with whether it contributes to the gradients.
 
-    On a CPU only wanted rows are computed: about half of the rows of a policy loss have weight 0. Elsewhere finding
-    them would wait for the device, and all rows are computed.
+    On a CPU only wanted rows are computed, since about half of the rows of a policy loss have weight 0. Elsewhere all
+    rows are computed, since finding the wanted ones would wait for the device.
     """
     if contributing.device.type != "cpu":
         yield from ((rows, True) for rows in _even_slices(contributing.shape[0], most))
@@ -181,5 +183,5 @@ def _selected(mask: Tensor, most: int) -> Iterator[Rows]:
 
 
 def _even_slices(rows: int, most: int) -> Iterator[slice]:
-    """0..rows in as few slices as there can be, of about the same size: every chunk reads the whole weight."""
+    """Split 0..rows into as few slices as possible, of about equal size, since every chunk reads the whole weight."""
     return slices(rows, -(-rows // -(-rows // most))) if rows else iter(())

@@ -1,6 +1,6 @@
-"""What a linear cross-entropy is of, as its parts are handed from the public function down to the kernels.
+"""Arguments and results of the linear cross-entropies on their way from the public functions to the kernels.
 
-And where the head's input rows come from and their gradient goes: plain hidden states, or two of them mixed.
+``PlainHidden`` and ``MixedHidden`` read the rows of the head's input and store their gradients.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from quietstar.ops._vocabulary import Softmax
 
 
 class Hidden(NamedTuple):
-    """The head's input: rows of hidden states, or of (1 − w) · hidden[base_index] + w · thought."""
+    """The head's input: rows of hidden states, or (1 − w) · hidden[base_index] + w · thought."""
 
     hidden: Tensor  # [rows, H], or [base rows, H] with an index
     thought: Tensor | None  # [rows, H]
@@ -23,32 +23,32 @@ class Hidden(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What the gradients are of: Σ nll · (the nll of each row) − Σ entropy · (its entropy)."""
+    """Factors of the loss Σ scales.nll · nll − Σ scales.entropy · entropy, whose gradients are computed."""
 
     nll: Tensor  # [rows] in the compute dtype
     entropy: Tensor | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Scales":
-        """Both, changed alike."""
+        """Apply ``change`` to both."""
         return Scales(change(self.nll), None if self.entropy is None else change(self.entropy))
 
     @property
     def contributing(self) -> Tensor:
-        """Which rows count, bool [rows]."""
+        """Which rows contribute to the loss, bool [rows]."""
         return self.nll != 0 if self.entropy is None else (self.nll != 0) | (self.entropy != 0)
 
 
 class Call(NamedTuple):
-    """One call of the registered op, which takes these one by one."""
+    """The arguments of one call of the registered op, which takes them one by one."""
 
     hidden: Hidden
     weight: Tensor  # [V, H]
     softmax: Softmax
     target: Tensor  # int64 [rows], marked as in ``_vocabulary``
     scales: Scales | None  # None: no gradients
-    entropy: bool  # whether the entropy is wanted; it is with a scale
-    every_row: bool  # whether nll and entropy are, of rows with scales of 0, too: they may be 0 or NaN otherwise
-    needs: list[bool]  # gradients of hidden, thought, mixing_weight, weight
+    entropy: bool  # whether the entropy is needed, as it is if it has a scale
+    every_row: bool  # whether nll and entropy are needed for rows with scales of 0, too; else they may be 0 or NaN
+    needs: list[bool]  # which gradients are needed: hidden, thought, mixing_weight, weight
 
     @classmethod
     def of(cls, *flat) -> "Call":
@@ -61,19 +61,19 @@ class Call(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some rows of a call, none of them absent or of a target that is not in the vocabulary."""
+    """Some rows of a call; every one has a target in the vocabulary."""
 
     hidden: Tensor  # [n, H]
     weight: Tensor  # [V, H]
     softmax: Softmax
     target: Tensor  # int64 [n], all in [0, V) and none suppressed
-    scales: Scales | None  # [n]; None: no gradient is wanted
+    scales: Scales | None  # [n]; None: no gradient is needed
     entropy: bool
-    weight_dtype: torch.dtype  # in which d weight may be made
+    weight_dtype: torch.dtype  # dtype that d weight may have
 
 
 class ChunkResult(NamedTuple):
-    """Of a chunk, in the compute dtype, but for d weight; None where not wanted."""
+    """Results of a chunk, in the compute dtype except d weight; None if not needed."""
 
     nll: Tensor  # [n]
     entropy: Tensor | None  # [n]
@@ -82,14 +82,14 @@ class ChunkResult(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """Of a chunk of logits; None where not wanted."""
+    """Results of a row kernel for a chunk of logits; None if not needed."""
 
     nll: Tensor  # [n] in the dtype of the logits
     entropy: Tensor | None  # [n]
     gradient: Tensor | None  # [n, V], which may live in the memory of the logits
 
 
-# Row numbers of a chunk: a slice where the rows are consecutive, else an int64 tensor.
+# Row numbers of a chunk: a slice if the rows are consecutive, else an int64 tensor.
 Rows = slice | Tensor
 
 
@@ -105,11 +105,11 @@ class PlainHidden:
         return self.hidden[rows]
 
     def write_gradient(self, rows: Rows, d_hidden: Tensor) -> None:
-        """Keep the gradient of the rows that ``read(rows)`` returned, given in the compute dtype."""
+        """Store the gradient, in the compute dtype, of the rows that ``read(rows)`` returned."""
         self.gradient[rows] = d_hidden.to(self.gradient.dtype)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of hidden, thought_hidden, mixing_weight."""
+        """Return the gradients of hidden, thought_hidden and mixing_weight."""
         return self.gradient, None, None
 
 
@@ -129,7 +129,7 @@ class MixedHidden:
         needs: list[bool],
         not_counted: Tensor | None = None,
     ):
-        """Rows of ``not_counted``, bool [rows], have no gradient, whatever they hold: 0 times it might be NaN."""
+        """Rows marked by ``not_counted``, bool [rows], get no gradient whatever they hold: 0 times it might be NaN."""
         self.base, self.thought, self.index, self.not_counted = base, thought, index, not_counted
         self.weight = self.gradient_weight = widen(mixing_weight)[:, None]
         if not_counted is not None:
@@ -137,7 +137,7 @@ class MixedHidden:
         self.needs_gradient = any(needs)
         wide = compute_dtype(base.dtype)
         needs_base, needs_thought, needs_weight = needs
-        # Several rows may add to one base row: that sum is kept in the compute dtype.
+        # Several rows may add to one base row, so this sum is kept in the compute dtype.
         base_dtype = base.dtype if index is None else wide
         self.d_base = base.new_zeros(base.shape, dtype=base_dtype) if needs_base else None
         self.d_thought = thought.new_zeros(thought.shape) if needs_thought else None
@@ -167,7 +167,7 @@ class MixedHidden:
             self._add_to_base(rows, d_base)
 
     def _add_to_base(self, rows: Rows, d_base: Tensor) -> None:
-        if d_base.is_cuda:  # index_add_ would use atomics there, whose order changes from run to run
+        if d_base.is_cuda:  # where index_add_ would use atomics, whose order changes from run to run
             self.d_base.index_put_((self.index[rows],), d_base, accumulate=True)
         else:
             self.d_base.index_add_(0, self.index[rows], d_base)

@@ -1,4 +1,4 @@
-"""The specification: dense logits, PyTorch's cross-entropy, gradients by autograd."""
+"""The specification of the linear cross-entropies: dense logits, PyTorch's cross-entropy, gradients by autograd."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ from quietstar.ops.linear_cross_entropy.inputs import Call, Hidden
 
 
 def input_rows(hidden: Hidden, absent: Tensor) -> Tensor:
-    """The head's input [rows, H], with 0 in rows that are ``absent``: what they hold has no effect.
+    """Return the head's input [rows, H], with 0 in rows that are ``absent``, so that what they hold has no effect.
 
-    (1 − w) · base + w · thought is rounded to the dtype of the hidden states, as the head would get them.
+    The mix (1 − w) · base + w · thought is rounded to the dtype of the hidden states, the dtype of the head's input.
     """
     rows, thought, mixing_weight, base_index = hidden
     if thought is not None:
@@ -23,7 +23,7 @@ def input_rows(hidden: Hidden, absent: Tensor) -> Tensor:
 
 
 def log_probabilities(hidden: Tensor, weight: Tensor, softmax: Softmax) -> Tensor:
-    """[rows, V], −∞ for suppressed tokens."""
+    """Compute log-probabilities [rows, V], −∞ for suppressed tokens."""
     logits = cap_logits(F.linear(widen(hidden), widen(weight)), softmax.softcap) / softmax.temperature
     if softmax.suppress is not None:
         logits = logits.index_fill(-1, softmax.suppress, float("-inf"))
@@ -31,7 +31,7 @@ def log_probabilities(hidden: Tensor, weight: Tensor, softmax: Softmax) -> Tenso
 
 
 def nll_and_entropy(call: Call, absent: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every row, [rows]. What rows that are ``absent`` hold has no effect."""
+    """Compute nll and entropy of every row, [rows]. What ``absent`` rows hold has no effect."""
     logs = log_probabilities(input_rows(call.hidden, absent), call.weight, call.softmax)
     nll = -logs.gather(-1, call.target.clamp_min(0)[:, None]).squeeze(-1)
     entropy = -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0)).sum(dim=-1)
@@ -39,7 +39,7 @@ def nll_and_entropy(call: Call, absent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted_nll_and_entropy(call: Call) -> tuple[Tensor, Tensor]:
-    """Of every row, but no gradient of rows that do not count."""
+    """Compute nll and entropy of every row; rows that do not contribute to the loss get no gradient."""
     ignored = call.target < 0
     if call.scales is None:
         return nll_and_entropy(call, ignored)

@@ -1,7 +1,7 @@
-"""Gradients times the incoming gradient, which is 1 where nothing was done to the loss: then none of them is moved.
+"""Scaling of gradients by the incoming gradient; if that is 1, as for an unchanged loss, no memory is moved.
 
-Only the device knows the factor. A program reads it, 4 bytes, and returns if it is 1: at 2048 x 4096 x 32000 that is
-1,100 programs in place of 4 bytes for each of 139 M elements in half precision, 0.12 ms at 4.8 TB/s.
+Only the device knows the factor. A program reads it, 4 bytes, and returns if it is 1. At 2048 x 4096 x 32000 this means
+1,100 programs instead of moving 4 bytes for each of 139 M elements in half precision, 0.12 ms at 4.8 TB/s.
 """
 
 import triton
@@ -13,7 +13,7 @@ _BLOCK, _STEPS = 8192, 16
 
 @triton.jit
 def scale_kernel(gradient, factor, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """In place, multiplied in float32. Grid: STEPS blocks of the ``size`` elements each."""
+    """Multiply in place, in float32. Grid: STEPS blocks of the ``size`` elements each."""
     by = tl.load(factor).to(tl.float32)
     if by != 1:
         first = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
@@ -24,7 +24,7 @@ def scale_kernel(gradient, factor, size, BLOCK: tl.constexpr, STEPS: tl.constexp
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """``gradient``, contiguous, times the scalar ``factor`` on its device, in place and without waiting for either."""
+    """Multiply a contiguous ``gradient`` in place by the scalar tensor ``factor`` on its device, without waiting."""
     size = gradient.numel()
     if size:
         grid = (triton.cdiv(size, _BLOCK * _STEPS),)

@@ -1,4 +1,4 @@
-"""What ``python -m quietstar.ops.tune`` tries for the linear cross-entropies: how a row is spread over threads."""
+"""The candidates of ``python -m quietstar.ops.tune`` for the linear cross-entropies: threads and blocks per row."""
 
 import itertools
 from collections.abc import Callable
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 TABLE = f"{backend_triton.__name__}.LAUNCHES"
 CANDIDATES = [Launch(*numbers) for numbers in itertools.product((4, 8, 16, 32), (4, 8, 16, 32))]
-_OF_WHOLE_ROWS = [Launch(16, warps) for warps in (8, 16, 32)]  # of long ones, all that it decides
+_OF_WHOLE_ROWS = [Launch(16, warps) for warps in (8, 16, 32)]  # rows are taken whole: only the number of warps matters
 _LONG = 128256  # a vocabulary whose rows do not fit the registers of a program
 _LOGITS_BYTES = 1 << 30
 
 
 def subjects(sizes: "Sizes") -> list[Subject]:
-    """Rows of logits to gradients, as far as they stay in registers and beyond, and mixing of hidden states."""
+    """Return calls for rows of logits, short ones that stay in registers and long ones, and mixing of hidden states."""
     longer = max(_LONG, sizes.vocabulary)
     return [
         _rows(RESIDENT, min(sizes.vocabulary, 32768), False, sizes),
@@ -64,7 +64,7 @@ def _rows(kernel: str, vocabulary: int, entropy: bool, sizes: "Sizes") -> Subjec
     def checked() -> list[Tensor]:
         return run(logits.clone())
 
-    # The gradient takes the place of the logits; it takes as long to read them as other ones.
+    # The gradient overwrites the logits, but reading it as logits takes as long.
     moved = logits.nbytes * (2 if kernel != RESIDENT else 1) + logits.numel() * sizes.dtype.itemsize
     return _subject(kernel, logits, partial(run, logits.clone()), moved, checked)
 

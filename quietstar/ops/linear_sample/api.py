@@ -1,4 +1,4 @@
-"""The public function, and the registered op, which has no gradient: checks, choice of backend, dispatch."""
+"""The public function ``linear_sample``, and the registered op, which has no gradient."""
 
 from collections.abc import Iterable
 
@@ -42,29 +42,29 @@ def linear_sample(
     seed: int | Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """Draw one token per row from softmax(hidden @ weight.T / temperature), without ever holding all the logits.
+    """Draw one token per row from softmax(hidden @ weight.T / temperature) without storing the logits of all rows.
 
-    Gumbel-max: the token with the largest sum of logit and noise wins. The noise is a function of seed, row number and
-    token id alone (``quietstar.ops.linear_sample.noise``), so neither chunks nor backend change the tokens, except
-    where two tokens tie to within the rounding of their logits. No gradient.
+    Uses the Gumbel-max trick: the token with the largest sum of logit and noise wins. The noise depends only on seed,
+    row number and token id (``quietstar.ops.linear_sample.noise``), so neither chunking nor the backend changes the
+    tokens, except where two tokens tie to within the rounding of their logits. Not differentiable.
 
-    A logit of −∞ is a token of probability 0. A row with a logit of NaN or +∞ that is not suppressed, or with no logit
-    above −∞, has no token: an error on the CPU, −1 in place of the token on CUDA and when compiled.
+    A logit of −∞ means probability 0. No token can be drawn from a row if a logit that is not suppressed is NaN or +∞,
+    or if all logits are −∞. On the CPU this raises an error; on CUDA, and inside ``torch.compile``, the token is −1.
 
     Args:
         hidden: [rows, H], floating point, H ≥ 1.
-        weight: [V, H], in the dtype of ``hidden`` (inside autocast both take the autocast dtype). A DTensor, sharded
-            by FSDP or replicated, is gathered for the call.
-        temperature: 0, or from 1e-30 to 1e30; divides the logits. 0 is greedy: the largest logit, lowest id on ties.
-        suppress: token ids never to draw, as integers (a few; each is sent to a GPU by itself) or an int tensor [n] on
-            the device of ``weight``.
-        softcap: c > 0, from 1e-30 to 1e30: logits become c · tanh(logits / c), before the temperature divides them
-            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default none.
-        top_k: ≥ 1, draw only from the k likeliest tokens, and those as likely as the k-th.
-        top_p: in (0, 1], draw only from the smallest set of likeliest tokens that together have at least this
-            probability (at this temperature, after ``top_k``), and those as likely as the last of them.
-        seed: integer of 64 bits, or an int64 scalar tensor, on the device of ``weight`` or on the CPU. On the device
-            of ``weight`` it is not read on the host: a captured CUDA graph draws anew after ``seed.add_(1)``.
+        weight: [V, H], in the dtype of ``hidden`` (inside autocast both are cast to the autocast dtype). A DTensor,
+            sharded by FSDP or replicated, is gathered for the call.
+        temperature: divisor of the logits, from 1e-30 to 1e30, or 0 for greedy: the largest logit, lowest id on ties.
+        suppress: token ids that are never drawn: an int tensor [n] on the device of ``weight``, or integers (only a
+            few: on a GPU each is sent separately).
+        softcap: c from 1e-30 to 1e30: logits become c · tanh(logits / c) before they are divided by the temperature
+            (Gemma 2, arXiv 2408.00118); infinite ones stay as they are. Default: no cap.
+        top_k: ≥ 1: draw only from the k most likely tokens and any as likely as the k-th. Default: all tokens.
+        top_p: in (0, 1]: draw only from the smallest set of most likely tokens whose total probability (at this
+            temperature, after ``top_k``) is at least this, and any as likely as the last of them. Default: all tokens.
+        seed: 64-bit integer, or an int64 scalar tensor on the device of ``weight`` or on the CPU. A tensor on the
+            device of ``weight`` is not read by the host: a captured CUDA graph draws anew after ``seed.add_(1)``.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
@@ -75,11 +75,11 @@ def linear_sample(
         tensor([0, 1, 2])
 
     Raises:
-        TypeError: an argument of the wrong type, or hidden and weight of different dtypes.
-        ValueError: shapes or devices that disagree, H = 0, a temperature or softcap out of range, top_k < 1, top_p
-            outside (0, 1], a suppressed id out of range, everything suppressed, a seed beyond 64 bits, an unknown or
-            unavailable backend; on the CPU also a row from which no token can be drawn (``QUIETSTAR_CHECK_VALUES``
-            turns the check on for CUDA too).
+        TypeError: an argument has the wrong type, or ``hidden`` and ``weight`` have different dtypes.
+        ValueError: shapes or devices disagree, H = 0, ``temperature`` or ``softcap`` is out of range, ``top_k`` < 1,
+            ``top_p`` is outside (0, 1], a suppressed id is out of range, every token is suppressed, the seed exceeds 64
+            bits, or the backend is unknown or unavailable; on the CPU also if no token can be drawn from a row
+            (``QUIETSTAR_CHECK_VALUES`` turns the check on for CUDA too).
     """
     tokens = draw(
         hidden, weight, temperature=temperature, suppress=suppress, softcap=softcap, top_k=top_k, top_p=top_p,
@@ -102,7 +102,7 @@ def draw(
     seed: int | Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """As ``linear_sample``, but a row without a token has −1 on every device: the caller looks for NaN itself."""
+    """Like ``linear_sample``, but returns −1 for a row without a token on every device; the caller checks for NaN."""
     weight = gathered("weight", weight)
     dims = Dims()
     dims.bind("hidden", hidden, "rows H")
@@ -147,7 +147,7 @@ def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
             return seed
         if seed.device.type != "cpu":
             raise ValueError(f"seed must be on the device of weight, {device}, or on the CPU, got {seed.device}")
-        # Filled in on the device, see suppressed_ids.
+        # Filled on the device, see suppressed_ids.
         return torch.empty((), dtype=torch.int64, device=device).fill_(seed)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer or an int64 scalar, got {type(seed).__name__}")

@@ -1,4 +1,4 @@
-"""The ``cpu`` backend of sampling: logits are made in the caches, and only what can win is written and drawn."""
+"""The ``cpu`` backend of sampling: logits are computed in the cache; only those that can win are written and drawn."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from quietstar.ops.linear_sample.chunks import sample_in_chunks
 from quietstar.ops.linear_sample.inputs import Sampling
 from quietstar.ops.linear_sample.noise import GROUP
 
-# A single row is bound by reading the weight either way.
+# A single row is bound by reading the weight in either case.
 FEWEST_ROWS = 2
 
 
@@ -27,9 +27,9 @@ def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
 
 
 def sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids int64 [rows], see ``reference.linear_sample``.
+    """Draw token ids int64 [rows]: see ``reference.linear_sample``.
 
-    Of many rows, the logits are made in the caches and only those that can win are written.
+    For many rows, logits are computed in the cache and only those that can win are written.
     """
     (rows, size), vocabulary = hidden.shape, weight.shape[0]
     if rows < FEWEST_ROWS or sampling.temperature == 0 or sampling.filtered:

@@ -1,4 +1,4 @@
-"""The ``cuda`` backend: its row kernel. logits are read from memory once, and only what can win is drawn."""
+"""The row kernel of the ``cuda`` backend: it reads the logits once and draws noise only for tokens that can win."""
 
 from functools import partial
 

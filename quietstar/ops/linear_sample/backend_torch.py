@@ -1,9 +1,9 @@
-"""The ``torch`` backend: its row kernel.
+"""The row kernel of the ``torch`` backend.
 
-Drawing noise for every token costs several times the matmul at hidden size 256. So the noise of a token is drawn only
-if it can matter: the largest logit of a group and the first arrival in it bound what any of its tokens can score. The
-groups with the largest bounds are drawn first, then those whose bound reaches the best score so far. The tokens are
-exactly those that drawing everything would give.
+Drawing noise for every token costs several times the matmul at hidden size 256, so it is drawn only for tokens that can
+win. The largest logit of a group and the first arrival in it bound the score of all its tokens. The groups with the
+largest bounds are drawn first, then those whose bound reaches the best score so far. The resulting tokens are exactly
+the same as if all noise were drawn.
 """
 
 from functools import partial
@@ -17,13 +17,13 @@ from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling, best_token
 from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 from quietstar.ops.linear_sample.reference import keep_most_likely
 
-# Groups drawn before any is ruled out: with flat logits one suffices, and more are drawn where they are needed.
+# Groups drawn before any is ruled out. For flat logits one is enough; more are drawn where needed.
 _FIRST_DRAWN = 4
 
 # Groups whose tokens are drawn in one call: about 20 MiB of noise.
 _DRAWN_TOGETHER = 1 << 14
 
-# Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
+# Added to bounds, because computed logarithms are not monotonic to the last bit; their error is far smaller than this.
 _SLACK = 1e-5
 
 
@@ -38,14 +38,14 @@ def sample_rows(logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
 
 
 class _Race:
-    """The race of some rows, run group by group."""
+    """The race between the tokens of some rows (see ``noise.py``), run group by group."""
 
     def __init__(self, logits: Tensor, rows: Tensor, seed: Tensor, temperature: float):
         self.rows, self.seed, self.temperature = rows, seed, temperature
         self.shape = logits.shape[0], logits.shape[1] // GROUP
         self.logits = logits.view(*self.shape, GROUP).flatten(0, 1)
         self.first, self.places = first_arrivals(seed, rows, self.shape[1])
-        # Of every group: the best score, and the place of its token. Groups not drawn cannot win.
+        # The best score of every group, and the place of its token. Groups that are not drawn cannot win.
         self.score = logits.new_full(self.shape, float("-inf"))
         self.place = torch.zeros_like(self.places)
 
@@ -69,7 +69,7 @@ class _Race:
         self._draw((bound >= best).flatten().nonzero().squeeze(1))
 
     def _draw(self, chosen: Tensor) -> None:
-        """Draw the tokens of the chosen groups, numbered through all rows."""
+        """Draw the tokens of the chosen groups, which are numbered consecutively over all rows."""
         for part in slices(chosen.shape[0], _DRAWN_TOGETHER):
             some = chosen[part]
             row, group = some // self.shape[1], some % self.shape[1]

@@ -1,9 +1,9 @@
-"""Sampling for few rows: noise and argmax in the epilogue of the matmul, so that no logits are ever written.
+"""Sampling for few rows: noise and argmax are computed in the epilogue of the matmul, so that no logits are written.
 
-For n rows the head is read once, V·H elements, against 2·n·V·H FLOP: up to 128 rows that is bound by memory, on an H200
-at V = 32,002, H = 4096 in half precision 0.06 ms. A program has BLOCK_V tokens, whole groups of the noise, and all the
-rows; tokens come first in its products, because a tile of the matrix units has at least 64 of those, but as few as 8
-columns. It keeps one winner for every row, and a second kernel picks the best of all programs. The noise of all tokens
+For n rows the head is read once, V·H elements, against 2·n·V·H FLOPs. Up to 128 rows this is bound by memory: 0.06 ms
+on an H200 at V = 32,002, H = 4096 in half precision. A program has BLOCK_V tokens, in whole groups of the noise, and
+all rows. Tokens are the rows of its products, because a tensor core tile has at least 64 rows but as few as 8 columns.
+A program keeps one winner for every row, and a second kernel picks the best over all programs. The noise of all tokens
 is drawn: at 128 rows, 80 instructions for each of n·V logits take about 0.01 ms.
 """
 
@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 
 SAMPLE = "sample"
 
-# By kernel, architecture and rows, rounded up; for half precision: two programs and about 64 KiB of the head in flight
-# on each processor. Full precision takes half the step.
+# By kernel, architecture and rows, rounded up. For half precision, with two programs and about 64 KiB of the head in
+# flight on each multiprocessor. Full precision uses half the step.
 TILES: dict[tuple[str, str, int], Tile] = {
     (SAMPLE, ANY, 16): Tile(64, 128, 4, 4),
     (SAMPLE, ANY, 32): Tile(64, 128, 4, 4),
@@ -51,7 +51,7 @@ TILES: dict[tuple[str, str, int], Tile] = {
 def _store_winners(
     logits, first_row, first_token, seed, suppressed, scores, tokens, rows, vocabulary, temperature, softcap
 ):  # fmt: skip
-    """Best score, +∞ also for NaN, and its token for every column of ``logits`` [tokens, rows]."""
+    """Store the best score (+∞ also for NaN) and its token for every column of ``logits`` [tokens, rows]."""
     BLOCK_V: tl.constexpr = logits.shape[0]
     BLOCK_M: tl.constexpr = logits.shape[1]
     token = first_token + tl.arange(0, BLOCK_V)
@@ -72,7 +72,7 @@ def _store_winners(
 
 @triton.jit
 def _halves(logits):
-    """The left and the right half of the columns."""
+    """Return the left and the right half of the columns."""
     BLOCK_V: tl.constexpr = logits.shape[0]
     HALF: tl.constexpr = logits.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(logits, (BLOCK_V, 2, HALF)), (0, 2, 1)))
@@ -84,9 +84,9 @@ def matmul_sample_kernel(
     temperature, softcap, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Winner of every row among BLOCK_V tokens, greedily if ``temperature`` is None. Grid: blocks of tokens."""
+    """Find the winner of every row among BLOCK_V tokens; greedy if ``temperature`` is None. Grid: blocks of tokens."""
     first_token = tl.program_id(0) * BLOCK_V
-    # Tokens and rows beyond the last repeat it, and are dropped at the end.
+    # Tokens and rows beyond the last repeat the last, and are dropped at the end.
     token = tl.minimum(first_token + tl.arange(0, BLOCK_V), vocabulary - 1).to(tl.int64)
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -102,7 +102,7 @@ def matmul_sample_kernel(
         acc = tl.dot(w, tl.trans(h), acc, input_precision="ieee")
         weight += BLOCK_K * weight_strides[1]
         hidden += BLOCK_K * hidden_strides[1]
-    if BLOCK_M == 128:  # a quarter of the rows at a time: the noise of all would not fit the registers
+    if BLOCK_M == 128:  # a quarter of the rows at a time, as the noise of all would not fit the registers
         left, right = _halves(acc)
         left_left, left_right = _halves(left)
         right_left, right_right = _halves(right)
@@ -118,7 +118,7 @@ def matmul_sample_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def pick_kernel(scores, candidates, tokens, blocks, rows, ALL_BLOCKS: tl.constexpr):
-    """The best of a row's candidates [blocks, rows], the first on ties, if its score is finite. Grid: rows."""
+    """Pick the best of a row's candidates [blocks, rows], the first on ties, if its score is finite. Grid: rows."""
     row = tl.program_id(0)
     block = tl.arange(0, ALL_BLOCKS)
     score = tl.load(scores + block * rows + row, mask=block < blocks, other=float("-inf"))
@@ -128,7 +128,7 @@ def pick_kernel(scores, candidates, tokens, blocks, rows, ALL_BLOCKS: tl.constex
 
 
 def sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids int64 [rows], see ``reference.linear_sample``."""
+    """Draw token ids int64 [rows]: see ``reference.linear_sample``."""
     if not 0 < hidden.shape[0] <= MOST_ROWS or sampling.filtered:
         return sample_in_chunks(sample_rows, hidden, weight, sampling)
     (rows, hidden_size), vocabulary = hidden.shape, weight.shape[0]

@@ -1,4 +1,4 @@
-"""The backends of sampling: they take what ``hidden`` lies on and is of.
+"""The backends of sampling. The device and dtype of ``hidden`` decide which can run.
 
 Each is a module with
 

@@ -1,4 +1,4 @@
-"""The chunk loop of sampling: matmul to logits, row kernel to tokens."""
+"""The chunk loop of sampling: a matmul computes logits, and a row kernel draws tokens from them."""
 
 from typing import Protocol
 
@@ -14,21 +14,21 @@ from quietstar.ops.linear_sample.noise import GROUP
 
 
 class SampleKernel(Protocol):
-    """What a backend provides: one token for every row of a chunk of logits."""
+    """The function that a backend provides to draw one token for every row of a chunk of logits."""
 
     def __call__(self, logits: Tensor, first_row: int, sampling: Sampling) -> Tensor:
-        """Token ids [n], int64; ``inputs.NO_TOKEN`` where none can be drawn.
+        """Draw token ids [n], int64; ``inputs.NO_TOKEN`` where none can be drawn.
 
         Args:
             logits: contiguous [n, V rounded up to whole groups of the noise] in float32 (float64), −∞ from V on.
-                May be overwritten, but for the −∞ from V on.
+                May be overwritten, except for the −∞ from V on.
             first_row: row number of the chunk's first row, for the noise.
-            sampling: of a temperature that is not 0.
+            sampling: how to draw; its temperature is not 0.
         """
 
 
 def sample_in_chunks(row_kernel: SampleKernel, hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids int64 [rows], by the row kernel of a backend, or by argmax if the temperature is 0."""
+    """Draw token ids int64 [rows] with a backend's row kernel, or by argmax if the temperature is 0."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype, padded = compute_dtype(hidden.dtype), -(-vocabulary // GROUP) * GROUP
     tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
@@ -47,7 +47,7 @@ def sample_in_chunks(row_kernel: SampleKernel, hidden: Tensor, weight: Tensor, s
 
 
 def cap_and_suppress_(logits: Tensor, sampling: Sampling) -> None:
-    """Cap logits in place, by the library, and leave out what is suppressed."""
+    """Cap logits and set those of suppressed tokens to −∞, in place, with library calls."""
     cap_logits_(logits, sampling.softcap)
     if sampling.suppress is not None:
         logits.index_fill_(1, sampling.suppress, float("-inf"))

@@ -1,4 +1,4 @@
-"""How tokens are drawn, as it is handed from the public function down to the kernels, and which token wins a row."""
+"""The arguments that say how tokens are drawn, in the form that kernels take, and the choice of a row's token."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from quietstar.ops._checks import can_read_values
 
 
 class Sampling(NamedTuple):
-    """Arguments of ``linear_sample``, checked; ``top_k`` and ``top_p`` are None where they leave no token out."""
+    """Checked arguments of ``linear_sample``; ``top_k`` and ``top_p`` are None if they exclude no token."""
 
     seed: Tensor  # int64 scalar on the device of the logits
     temperature: float
@@ -19,22 +19,22 @@ class Sampling(NamedTuple):
 
     @property
     def filtered(self) -> bool:
-        """Whether only the likeliest tokens are drawn."""
+        """Whether only the most likely tokens may be drawn."""
         return self.top_k is not None or self.top_p is not None
 
 
-# In place of the token of a row from which none can be drawn: a logit is NaN or +∞, or all of them are −∞.
+# Returned for a row from which no token can be drawn: a logit is NaN or +∞, or all of them are −∞.
 NO_TOKEN = -1
 
 
 def best_token(scores: Tensor) -> Tensor:
-    """The lowest of the largest scores of every row [..., V]; ``NO_TOKEN`` unless that score is finite."""
+    """Return the token with the largest score of every row [..., V], the lowest on ties; ``NO_TOKEN`` if not finite."""
     token = scores.argmax(dim=-1, keepdim=True)  # NaN counts as the largest
     return token.masked_fill(~scores.gather(-1, token).isfinite(), NO_TOKEN).squeeze(-1)
 
 
 def check_drawn(tokens: Tensor) -> None:
-    """A row without a token is an error where values may be read; elsewhere ``NO_TOKEN`` says so."""
+    """Raise an error for a row without a token if values may be read here; else ``NO_TOKEN`` marks it."""
     if not can_read_values(tokens):
         return
     missing = (tokens == NO_TOKEN).nonzero()

@@ -1,12 +1,12 @@
 """The noise of sampling: a pure function of (seed, row, token) that every backend computes from the same bits.
 
 Sampling is a race. Token v of a row gets an arrival time E(v), exponentially distributed with mean 1 and independent of
-all others, and the token with the largest z(v) − log E(v) wins, which happens with probability softmax(z)(v): −log E
-is Gumbel noise (Maddison, Tarlow, Minka, "A* Sampling", arXiv 1411.0030).
+all others. The token with the largest z(v) − log E(v) wins. Since −log E is Gumbel noise, token v wins with probability
+softmax(z)(v) (Maddison, Tarlow, Minka, "A* Sampling", arXiv 1411.0030).
 
-Bits. philox(i, s) are the four 32-bit words of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011) with counter (i, row mod 2³², row div 2³², s) and key (seed mod 2³², seed div 2³²), the seed taken
-as 64 bits in two's complement. A word x becomes the exponential
+Bits. philox(i, s) denotes the four 32-bit words of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) with counter (i, row mod 2³², row div 2³², s) and key (seed mod 2³², seed div 2³²), where the seed is
+taken as 64 bits in two's complement. A word x becomes the exponential
 
     u = min((float32(x) + ½) · 2⁻³², 1 − 2⁻²⁴)        exponential(x) = −log1p(−u)        all in float32
 
@@ -18,13 +18,13 @@ are
 
     first(g) = exponential(x) / 64        winner(g) = 64g + (y div 2²⁶)
 
-and, with x the word v mod 4 of philox(v div 4, 0), the arrival times of all its tokens
+and, with x the word v mod 4 of philox(v div 4, 0), the arrival times of all its tokens are
 
     E(v) = first(g) if v is winner(g), else first(g) + exponential(x)
 
-The first of 64 exponentials is itself exponential, with mean 1/64, falls on each token with equal probability, and
-says nothing about how much later the others are: so all E(v) are independent with mean 1, as if drawn one by one. But
-half a Philox call now bounds 64 tokens, and a sampler may skip groups that cannot win without drawing their tokens.
+The first of 64 exponentials is itself exponential with mean 1/64, belongs to each token with equal probability, and is
+independent of how much later the others arrive. So all E(v) are independent with mean 1, as if drawn one by one. But
+half a Philox call now bounds 64 tokens, and a sampler can skip groups that cannot win without drawing their tokens.
 """
 
 import torch
@@ -40,13 +40,13 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
-# Philox is some hundred integer operations per call. On a CPU they stay in the cache, and below the 32768 elements from
-# which PyTorch splits an operation over threads: on a busy machine a hundred splits cost far more than they gain.
+# Philox takes about a hundred integer operations per call. On a CPU, blocks of this size stay in the cache, and below
+# the 32768 elements from which PyTorch uses threads: on a busy machine a hundred forks cost far more than they gain.
 _SERIAL = 30000
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four words from four words of counter and two of key. Words are int64 tensors in [0, 2³²)."""
+    """Compute Philox4x32-10: four words from a counter of four and a key of two. Words are int64 in [0, 2³²)."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     rounds = torch.arange(_ROUNDS, device=c0.device)
     round_keys = [(word[..., None] + rounds * step).unbind(-1) for word, step in zip(key, _KEY_STEPS, strict=True)]
@@ -61,7 +61,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def _words(seed: Tensor, rows: Tensor, index: Tensor, stream: int) -> Tensor:
-    """philox(index, stream) of every row, int64 [..., 4]; ``rows`` and ``index`` broadcast to [...]."""
+    """Compute philox(index, stream) of every row, int64 [..., 4]; ``rows`` and ``index`` broadcast to [...]."""
     key = seed & _WORD, (seed >> 32) & _WORD
     rows, index = torch.broadcast_tensors(rows, index)
     words = torch.empty(*index.shape, 4, dtype=torch.int64, device=index.device)
@@ -74,12 +74,12 @@ def _words(seed: Tensor, rows: Tensor, index: Tensor, stream: int) -> Tensor:
 
 
 def exponential_(word: Tensor) -> Tensor:
-    """Words, exact or rounded to float32, as exponentials from 2⁻³³ to 16.6; in place."""
+    """Turn words, exact or rounded to float32, into exponentials from 2⁻³³ to 16.6, in place."""
     return word.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
 def first_arrivals(seed: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """First arrival times (float32) and their tokens' places in the group (int64, 0 … 63), [rows, groups].
+    """Compute first arrival times (float32) and their tokens' places in the group (int64, 0 … 63), [rows, groups].
 
     Args:
         seed: int64 scalar.
@@ -92,13 +92,13 @@ def first_arrivals(seed: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Ten
 
 
 def arrivals(seed: Tensor, rows: Tensor, groups: Tensor, first: Tensor, places: Tensor) -> Tensor:
-    """Arrival times E(v) of all tokens of some groups, float32 [..., 64].
+    """Compute the arrival times E(v) of all tokens of some groups, float32 [..., 64].
 
     Args:
         seed: int64 scalar.
         rows: int64 row numbers, broadcastable against ``groups``.
         groups: int64 group numbers [...].
-        first, places: of these groups, [...], from ``first_arrivals``.
+        first, places: [...], results of ``first_arrivals`` for these groups.
     """
     calls = torch.arange(GROUP // 4, device=groups.device)
     words = _words(seed, rows[..., None], groups[..., None] * (GROUP // 4) + calls, _TOKENS)

@@ -1,4 +1,4 @@
-"""The specification: dense logits, dense noise, argmax."""
+"""The specification of sampling: dense logits, dense noise, argmax."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from quietstar.ops.linear_sample.noise import GROUP, arrivals, first_arrivals
 
 
 def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits with −∞ at all but the most likely tokens. Equally likely tokens stay or go together.
+    """Replace the logits of all but the most likely tokens by −∞. Equally likely tokens are kept or dropped together.
 
-    NaN and +∞ stay, whatever else does.
+    NaN and +∞ are always kept.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -22,13 +22,13 @@ def keep_most_likely(logits: Tensor, temperature: float, top_k: int | None, top_
         ordered = logits.sort(dim=-1, descending=True).values
         probabilities = (ordered / temperature).softmax(dim=-1)
         likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of the tokens before each
-        last = ((likelier < top_p).sum(dim=-1, keepdim=True) - 1).clamp_min(0)  # where they are NaN
+        last = ((likelier < top_p).sum(dim=-1, keepdim=True) - 1).clamp_min(0)  # −1 where they are NaN
         logits = logits.masked_fill(logits < ordered.gather(-1, last), float("-inf"))
     return logits
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, sampling: Sampling) -> Tensor:
-    """Token ids [rows], ``inputs.NO_TOKEN`` where none can be drawn."""
+    """Draw token ids [rows]; ``inputs.NO_TOKEN`` where none can be drawn."""
     logits = cap_logits(F.linear(widen(hidden), widen(weight)), sampling.softcap)
     if sampling.suppress is not None:
         logits = logits.index_fill(-1, sampling.suppress, float("-inf"))

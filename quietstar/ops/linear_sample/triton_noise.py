@@ -14,10 +14,10 @@ _BELOW_ONE = tl.constexpr(1 - 2.0**-24)
 
 @triton.jit
 def exponential(word):
-    """−log1p(−u) of the u that a word stands for.
+    """Compute −log1p(−u) for the u that a word stands for.
 
-    With y = 1 − u rounded, log(y)·u/(1 − y) has the error of y neither in small u, where log(y) alone would have lost
-    all digits, nor in large ones.
+    With y = 1 − u rounded, log(y)·u/(1 − y) is free of the error of y, both for small u, where log(y) alone would have
+    lost all digits, and for large u.
     """
     u = tl.minimum((word.to(tl.float32) + 0.5) * _UNIT, _BELOW_ONE)
     y = 1 - u
@@ -26,13 +26,13 @@ def exponential(word):
 
 @triton.jit
 def row_words(rows):
-    """The two words of the counter that hold int64 row numbers."""
+    """Return the two words of the counter that hold int64 row numbers."""
     return (rows & 0xFFFFFFFF).to(tl.uint32), ((rows >> 32) & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
 def first_arrivals(seed, row_low, row_high, groups):
-    """First arrival time in each group and the place of its token, 0 … 63; ``groups`` broadcasts against the rows."""
+    """Compute each group's first arrival time and its token's place, 0 … 63; ``groups`` broadcasts against the rows."""
     x0, y0, x1, y1 = tl.philox(seed, groups // 2, row_low, row_high, _GROUPS)
     even = groups % 2 == 0
     return exponential(tl.where(even, x0, x1)) / GROUP, (tl.where(even, y0, y1) >> 26).to(tl.int32)
@@ -40,7 +40,7 @@ def first_arrivals(seed, row_low, row_high, groups):
 
 @triton.jit
 def arrivals(seed, rows, first_group, GROUPS: tl.constexpr):
-    """Arrival times [GROUPS · 64, M] of the tokens of consecutive groups, for int64 rows [M]."""
+    """Compute arrival times [GROUPS · 64, M] of the tokens of consecutive groups, for int64 rows [M]."""
     M: tl.constexpr = rows.shape[0]
     CALLS: tl.constexpr = GROUPS * GROUP // 4
     row_low, row_high = row_words(rows[None, :])

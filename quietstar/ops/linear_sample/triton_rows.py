@@ -1,12 +1,13 @@
-"""The row kernel of the ``triton`` backend: one token for every row of a chunk of logits.
+"""The row kernel of the ``triton`` backend: draws one token for every row of a chunk of logits.
 
-Drawing the noise of a token costs about 80 instructions, several times what reading its logit does; so groups of tokens
-that cannot win are not drawn. One kernel reads the logits, once, and bounds what each group of 64 can score, by its
-largest logit and its first arrival: 4 bytes a logit and little else. Another runs the race of a row, a warp to a row:
-it draws the groups in the order of their bounds until no bound reaches the best score, 5 to 50 of V = 32,002's 501.
+Drawing the noise of a token takes about 80 instructions, several times the cost of reading its logit, so groups of
+tokens that cannot win are not drawn. One kernel reads the logits once and bounds the score of each group of 64 by its
+largest logit and its first arrival: 4 bytes per logit and little else. Another kernel runs the race of a row, with one
+warp per row: it draws the groups in the order of their bounds until no bound reaches the best score. For V = 32,002
+these are 5 to 50 of 501 groups.
 
-top_k and top_p keep the logits from a threshold on, which ``triton_thresholds`` finds before. The bounds are of what is
-kept: noise and thresholds meet in the one read, and the race needs no other.
+top_k and top_p keep the logits from a threshold on, which ``triton_thresholds`` finds first. The bounds cover only
+logits that are kept, so thresholds need no further read of the logits.
 """
 
 import torch
@@ -20,30 +21,30 @@ from quietstar.ops.linear_sample.inputs import NO_TOKEN, Sampling
 from quietstar.ops.linear_sample.triton_noise import GROUP, arrivals, first_arrivals, row_words
 from quietstar.ops.linear_sample.triton_thresholds import threshold_kernel
 
-_GROUPS_A_PROGRAM = 64  # 4096 logits: 32 a thread in flight
+_GROUPS_A_PROGRAM = 64  # 4096 logits, 32 per thread in flight
 
-# Places of a row, and room for candidates, when thresholds are looked for: 16 a thread. 2 to 19 logits a place: more
-# places take more memory and barriers, fewer leave wide brackets, of which less fits the list.
+# Places of a row, and room for candidates, in the search for thresholds: 16 per thread, with 2 to 19 logits per place.
+# More places take more memory and barriers; with fewer, brackets are wider and less of them fits the list.
 _FEW_LOGITS, _PLACES, _MANY_PLACES = 65536, 4096, 8192
 
-# Added to bounds: logarithms are exact to far less than this, but not monotonic to the last bit.
+# Added to bounds, because computed logarithms are not monotonic to the last bit; their error is far smaller than this.
 _SLACK = tl.constexpr(1e-5)
 
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 
-# Compiler options of all kernels here: a score is rounded alike wherever it is made, and whatever Triton's default.
+# Compiler options of all kernels here, so that a score is rounded alike in all of them, whatever Triton's default is.
 AS_WRITTEN = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def without_nan(logits):
-    """+∞ for NaN, which maxima would pass over: a row that holds either has no token."""
+    """Replace NaN, which maxima would ignore, by +∞: no token can be drawn from a row that has either."""
     return tl.where(logits < float("inf"), logits, float("inf"))
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperature, GROUPS: tl.constexpr):
-    """The most that any token of each group can score, +∞ for NaN. Grid: rows · blocks of GROUPS groups."""
+    """Compute an upper bound on the scores in each group, +∞ for NaN. Grid: rows · blocks of GROUPS groups."""
     blocks = tl.cdiv(groups, GROUPS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     group = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)
@@ -60,7 +61,7 @@ def bounds_kernel(logits, thresholds, seed, bounds, first_row, groups, temperatu
 
 @triton.jit(do_not_specialize=["first_row"])
 def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, temperature, ALL_GROUPS: tl.constexpr):
-    """The winner of a row, the lowest token on ties; none if a bound is +∞, or all are −∞. Grid: rows."""
+    """Find the winner of a row, the lowest token on ties; none if a bound is +∞ or all are −∞. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, ALL_GROUPS)
     bound = tl.load(bounds + row * groups + every, mask=every < groups, other=float("-inf"))
@@ -73,7 +74,7 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
         z = tl.load(logits + (row * groups + group) * GROUP + place)
         if thresholds is not None:
             z = tl.where(z >= tl.load(thresholds + row), z, float("-inf"))
-        # One column as a sum: a reshape to one dimension is reordered by the compiler, and the places with it.
+        # The single column is taken by a sum: the compiler may reorder a reshape to one dimension, and so the places.
         score, place = tl.max(tl.sum(z / temperature - tl.log(times), 1), 0, return_indices=True)
         token = group * GROUP + place
         better = (score > best) | ((score == best) & (token < winner))
@@ -85,7 +86,7 @@ def race_kernel(logits, thresholds, seed, bounds, tokens, first_row, groups, tem
 
 
 def _thresholds(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What a logit of each row must reach to be drawn."""
+    """Return for each row the threshold that a logit must reach to be drawn."""
     rows, size = logits.shape
     block = _PLACES if size <= _FEW_LOGITS else _MANY_PLACES
     thresholds, candidates = logits.new_empty(rows), logits.new_empty(rows, block)

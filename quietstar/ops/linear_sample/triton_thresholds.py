@@ -1,48 +1,48 @@
-"""Which logits of a row top_k and top_p keep, in Triton: those from a threshold on, found in two to four reads.
+"""The threshold from which top_k and top_p keep the logits of a row, found in two to four reads of the row.
 
-Both look for the smallest key, a float's bits as an integer of the same order, above which the tokens weigh less than a
-limit: by number, or by probability. One read of the row leaves the largest logit and the total probability of every
-place, one of BLOCK, in registers. A place holds between its largest and all of its tokens above any key, which brackets
-the one looked for: of top_k = 50 in V = 128,256, 50 places reach its lower end, and of top_p with a few likely tokens
-few more do. Where more tokens may lie in the bracket than BLOCK, a read weighs all against 32 pivots at once, and
-narrows it to a 28th in most cases. The last read lists what lies in the bracket, and bisecting the list, in registers,
-ends the search.
+Both search for the smallest key (a float's bits as an integer of the same order) above which the tokens' weight, their
+number or their probability, is below a limit. The first read of the row leaves the largest logit and the total
+probability of each of BLOCK places in registers. The weight of a place above any key lies between that of its largest
+token and that of all its tokens, which gives a bracket for the key: with top_k = 50 in V = 128,256, 50 places reach its
+lower end, and with top_p and a few likely tokens, not many more. If the bracket may contain more than BLOCK tokens, a
+read weighs all tokens against 32 pivots at once, which usually narrows it to a 28th. The last read lists the tokens in
+the bracket, and bisecting the list, in registers, ends the search.
 
-Reads of a row: top_k 2, above 100 to 400 of them 3; top_p 2 where few tokens are likely, else 3 or 4. For both together
-those of top_k, whose list has all that top_p may keep; only of more than BLOCK tokens top_p reads twice or thrice more.
-Weighing against pivots is bound by its 170 instructions per logit, the other reads by memory. Everything is summed in
-one order: a row gives the same threshold in every call.
+Reads of a row: for top_k 2, or 3 if it is above 100 to 400; for top_p 2 if few tokens are likely, else 3 or 4. Both
+together need only those of top_k, whose list contains all that top_p may keep; only with more than BLOCK tokens, top_p
+needs two or three more. Weighing against pivots is bound by its 170 instructions per logit, the other reads by memory.
+Sums have a fixed order, so that a row gives the same threshold in every call.
 """
 
 import triton
 import triton.language as tl
 
-_LOWEST = tl.constexpr(-3.4e38)  # the largest of no logits: −inf − (−inf) would be NaN
+_LOWEST = tl.constexpr(-3.4e38)  # the maximum of an empty set of logits; −inf − (−inf) would be NaN
 _KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 _MOST_KEY = tl.constexpr(0x7FFFFFFF)
 
 _PIVOTS = tl.constexpr(32)
-# Of these, spaced evenly in value. Four more are in bits, so that the bracket narrows whatever the logits are.
+# So many of these are spaced evenly in value. Four more are spaced evenly in bits, so that the bracket always narrows.
 _BY_VALUE = tl.constexpr(27)
 
 
 @triton.jit
 def _key(x):
-    """Float32 as int32 of the same order."""
-    # −0 comes before 0, but that moves no threshold: those are compared as floats.
+    """Convert float32 to int32 of the same order."""
+    # −0 comes before 0, but this moves no threshold, since thresholds are compared as floats.
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _value(key):
-    """The float32 of a key."""
+    """Convert a key back to float32."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _weight(logits, top, inverse_temperature, COUNT: tl.constexpr):
-    """What a token weighs: 1, or its probability by that of the likeliest."""
+    """Return the weight of a token: 1 if COUNT, else its probability relative to that of the most likely token."""
     if COUNT:
         return tl.full(logits.shape, 1.0, tl.float32)
     else:
@@ -51,7 +51,7 @@ def _weight(logits, top, inverse_temperature, COUNT: tl.constexpr):
 
 @triton.jit
 def _smallest_cut(keys, weights, above, limit, low, high):
-    """The smallest key from ``low`` to ``high`` above which ``weights``, and what is ``above`` all, sum to < limit."""
+    """Find the smallest key from ``low`` to ``high`` above which ``weights`` plus ``above`` sum to less than limit."""
     while low < high:
         middle = (low & high) + ((low ^ high) >> 1)
         enough = above + tl.sum(tl.where(keys > middle, weights, 0.0), 0) < limit
@@ -62,7 +62,7 @@ def _smallest_cut(keys, weights, above, limit, low, high):
 
 @triton.jit
 def _places(row, size, inverse_temperature, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit of every place, and the sum of its exp((logit − largest) / temperature): columns modulo BLOCK."""
+    """Return each place's largest logit, and Σ exp((logit − largest) / temperature); places are columns mod BLOCK."""
     peak = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
@@ -79,11 +79,11 @@ def _places(row, size, inverse_temperature, MASS: tl.constexpr, BLOCK: tl.conste
 def _narrowed(
     row, size, limit, low, high, within, start, top, inverse_temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The bracket after one more read, how many tokens are in it at the most, and the weight from ``low`` on.
+    """Return the bracket after one more read, its largest possible number of tokens, and the weight from ``low`` on.
 
-    That is infinite if it is not known. Before the read ``within`` are in the bracket at the most.
-    All pivots but the last are keys from ``low`` to below ``high``, so that each moves one of them; by value they begin
-    at ``start``. Above the last is what is in the bracket or above it.
+    This weight is infinite if unknown. Before the read, at most ``within`` tokens are in the bracket.
+    All pivots except the last are keys from ``low`` to below ``high``, so that each narrows the bracket; those spaced
+    by value begin at ``start``. All tokens in or above the bracket are above the last pivot.
     """
     number = tl.arange(0, _PIVOTS)
     first, last = tl.maximum(_value(low), start), _value(high)
@@ -91,7 +91,7 @@ def _narrowed(
     by_bits = low + ((high.to(tl.int64) - low) * (number - _BY_VALUE + 1) // (_PIVOTS - _BY_VALUE)).to(tl.int32)
     pivots = tl.maximum(tl.minimum(tl.where(number < _BY_VALUE, by_value, by_bits), high - 1), low)
     pivots = tl.where(number == _PIVOTS - 1, low - 1, pivots)
-    PART: tl.constexpr = max(BLOCK // 32, 32)  # a logit, and half of the pivots, a thread
+    PART: tl.constexpr = max(BLOCK // 32, 32)  # each thread has one logit and half of the pivots
     sums = tl.zeros((_PIVOTS, PART), tl.float32)
     for begin in tl.range(0, size, PART, num_stages=6):
         columns = begin + tl.arange(0, PART)
@@ -104,7 +104,7 @@ def _narrowed(
     low = tl.maximum(low, tl.max(tl.where(enough, low, pivots + 1), 0))
     high = tl.maximum(tl.minimum(high, tl.min(tl.where(enough, pivots, _MOST_KEY), 0)), low)
     from_low = tl.min(tl.where(enough, float("inf"), above), 0)
-    # What weighs between the two, by what the lowest weighs.
+    # The weight between the two, divided by the weight of the lowest token.
     between = from_low - tl.max(tl.where(enough, above, 0.0), 0)
     lightest = 1.0 if COUNT else 0.999 * tl.exp((_value(low) - top) * inverse_temperature)
     return low, high, tl.minimum(within, between / lightest), from_low
@@ -115,8 +115,8 @@ def _listed(
     row, candidates, size, low, high, top, inverse_temperature, COUNT: tl.constexpr, BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits from ``low`` to ``high``, −∞ behind the last; what weighs more; BOTH: number and mass from ``low`` on."""
-    PART: tl.constexpr = BLOCK // 4  # with what is held beside it, this fits the registers
+    """List logits from ``low`` to ``high``, padded with −∞; also the weight above and, if BOTH, count and mass."""
+    PART: tl.constexpr = BLOCK // 4  # fits the registers together with everything else
     count = tl.zeros((), tl.int32)
     above = tl.zeros((PART,), tl.float32)
     number = tl.zeros((PART,), tl.float32)
@@ -131,9 +131,9 @@ def _listed(
             mass += tl.where(keys >= low, _weight(logits, top, inverse_temperature, False), 0.0)
         inside = ((keys >= low) & (keys <= high) & (columns < size)).to(tl.int32)
         place = count + tl.cumsum(inside, 0) - 1
-        tl.store(candidates + place, logits, mask=(inside != 0) & (place < BLOCK))  # more only if all are equal
+        tl.store(candidates + place, logits, mask=(inside != 0) & (place < BLOCK))  # beyond BLOCK all are equal
         count += tl.sum(inside, 0)
-    tl.debug_barrier()  # the list is read by other threads than wrote it
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
     place = tl.arange(0, BLOCK)
     logits = tl.load(candidates + place, mask=place < count, other=float("-inf"))
     tl.debug_barrier()  # before another list is written over it
@@ -144,12 +144,12 @@ def _listed(
 def _searched(
     row, candidates, size, top_p, low, high, within, number, mass, start, top, temperature, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The bracket of top_p, narrow enough for a list, the list, and what weighs more than all of it.
+    """Return top_p's bracket, narrow enough for a list, the list, and the weight above all of it.
 
-    There are ``mass`` and at most ``number`` tokens to choose from, at most ``within`` of them in the bracket.
+    The tokens to choose from have total ``mass``; they are at most ``number``, at most ``within`` in the bracket.
     """
     inverse_temperature = 1 / temperature
-    # All that is lower weighs, together, less than what may be left out.
+    # All lower tokens together weigh less than what may be left out.
     spare = tl.log((1 - top_p) * mass / number) - 1e-2
     low = tl.minimum(tl.maximum(low, _key(top + tl.minimum(spare, 0.0) * temperature)), high)
     while (within > BLOCK) & (low < high):
@@ -162,7 +162,7 @@ def _searched(
 
 @triton.jit
 def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, top_p, BLOCK: tl.constexpr):
-    """The smallest logit of a row that may be drawn; top_k or top_p may be None. Grid: rows.
+    """Find the smallest logit of a row that may be drawn; top_k or top_p may be None. Grid: rows.
 
     ``candidates`` is room for BLOCK logits of each row.
     """
@@ -174,7 +174,7 @@ def threshold_kernel(logits, candidates, thresholds, size, temperature, top_k, t
     peak, masses = _places(logits, size, inverse_temperature, top_k is None, BLOCK)
     top = tl.max(peak, 0)
     highest = _key(top)
-    start = 2 * tl.min(peak, 0) - top  # about the smallest logit, if as many are small as are large
+    start = 2 * tl.min(peak, 0) - top  # about the smallest logit if logits are distributed symmetrically
     in_a_place = tl.cdiv(size, BLOCK)
     cut = tl.full((), _KEY_OF_MINUS_INFINITY, tl.int32)
 

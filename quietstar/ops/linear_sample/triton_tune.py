@@ -1,4 +1,4 @@
-"""What ``python -m quietstar.ops.tune`` tries for sampling: tiles of the product with the head, by number of rows."""
+"""The candidates of ``python -m quietstar.ops.tune`` for sampling: tiles of the product with the head, by rows."""
 
 import itertools
 from functools import partial
@@ -21,7 +21,7 @@ TABLE = f"{backend_triton.__name__}.TILES"
 
 
 def candidates(rows: int, shared_memory: int) -> list[Tile]:
-    """Tiles in half precision whose steps in flight fit ``shared_memory`` [bytes], and whose sums the registers do."""
+    """Return half-precision tiles whose steps in flight fit ``shared_memory`` [bytes] and whose sums fit registers."""
     tiles = itertools.starmap(Tile, itertools.product((GROUP, 2 * GROUP), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5, 6)))
 
     def fits(tile: Tile) -> bool:
@@ -32,7 +32,7 @@ def candidates(rows: int, shared_memory: int) -> list[Tile]:
 
 
 def subjects(sizes: "Sizes") -> list[Subject]:
-    """A draw for each number of rows that has its own tile."""
+    """Return a draw for each number of rows that has its own tile."""
     make = partial(torch.randn, dtype=sizes.dtype, device=sizes.device)
     weight = make(sizes.vocabulary, sizes.hidden_size) * sizes.hidden_size**-0.5
     seed = torch.zeros((), dtype=torch.int64, device=sizes.device)

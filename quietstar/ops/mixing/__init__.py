@@ -1,4 +1,4 @@
-"""Mixing two predictions given as logits, and the cross-entropy of the mix without writing it."""
+"""Mixing of two predictions given as logits, and the cross-entropy of the mix without storing the mix."""
 
 from quietstar.ops.mixing.api import mix_logits, mixed_cross_entropy
 

@@ -1,4 +1,4 @@
-"""The public functions: checks, choice of backend, dispatch."""
+"""The public functions of mixing: they check their arguments, choose a backend and call it."""
 
 from torch import Tensor
 
@@ -23,12 +23,12 @@ def mix_logits(
 ) -> Tensor:
     """Interpolate two predictions: (1 − w) · base_logits + w · thought_logits.
 
-    Log-probabilities of the result are the interpolated log-probabilities up to normalisation (Quiet-STaR,
-    arXiv 2403.09629, section 4.3). Computed in float32 at least. Differentiable (once) in all three.
+    Up to normalisation, this interpolates the log-probabilities (Quiet-STaR, arXiv 2403.09629, section 4.3). It is
+    computed in float32 or wider. Differentiable (once) in all three tensors.
 
-    −∞ marks a token as impossible. In both predictions it is −∞ in the mix, whatever the (finite) weight; in one of
-    them, −∞ times its own weight, and the other prediction alone if that weight is exactly 0. Infinities have no part
-    in the gradient of the weight.
+    A logit of −∞ marks a token as impossible. If it is −∞ in both predictions, so it is in the mix, whatever the
+    (finite) weight. If it is −∞ in one, that −∞ is multiplied by its weight; if the weight is exactly 0, the mix is the
+    other prediction. Infinities do not contribute to the gradient of the weight.
 
     Args:
         base_logits: [..., V], floating point, any strides.
@@ -44,8 +44,8 @@ def mix_logits(
         tensor([[0.2500, 0.2500]])
 
     Raises:
-        TypeError: not a tensor, not floating point, or dtypes that disagree.
-        ValueError: shapes or devices that disagree, an unknown or unavailable backend.
+        TypeError: an argument is not a tensor or not floating point, or dtypes disagree.
+        ValueError: shapes or devices disagree, or the backend is unknown or unavailable.
     """
     _check_logits(base_logits, thought_logits, mixing_weight)
     name = select_backend("mix_logits", backend, BACKENDS, base_logits, base_logits=base_logits)
@@ -65,15 +65,15 @@ def mixed_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``mix_logits(base_logits, thought_logits, mixing_weight)``, which is never written.
+    """Compute the cross-entropy of ``mix_logits(base_logits, thought_logits, mixing_weight)`` without storing the mix.
 
         nll = log Σ_v exp(z_v) − z_target,    z = (1 − w) · b + w · t
         d nll / d w = E[t − b] − (t − b)_target,    the expectation under softmax(z)
 
-    Extra memory: the gradients and a few numbers per row. Differentiable (once) in the logits and the weight.
+    Extra memory: the gradients and a few numbers per row. Differentiable (once) in both logits and the weight.
 
-    A token that is −∞ in the mix has probability 0 and no gradient; as the target, an infinite nll. NaN or +∞ in the
-    mix, or nothing but −∞, makes the nll of the row NaN.
+    A token whose mixed logit is −∞ has probability 0 and no gradient; if it is the target, the nll is infinite. The nll
+    of a row is NaN if its mix contains NaN or +∞, or only −∞.
 
     Args:
         base_logits: [..., V], floating point, any strides.
@@ -85,17 +85,17 @@ def mixed_cross_entropy(
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``.
 
     Returns:
-        The loss, a scalar, or [...] for "none"; in float32, float64 for float64 logits.
+        The loss, a scalar, or [...] for "none"; in float32 (float64 for float64 logits).
 
     Example:
         >>> mixed_cross_entropy(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), torch.tensor([0]))
         tensor(0.6931)
 
     Raises:
-        TypeError: not a tensor, or dtypes that disagree or are not what is listed.
-        ValueError: shapes or devices that disagree, a target out of range (read on the CPU only; on CUDA, and when
-            compiled, its nll is NaN instead, see ``QUIETSTAR_CHECK_VALUES``), an unknown reduction, an unknown or
-            unavailable backend.
+        TypeError: an argument is not a tensor, or dtypes disagree or are not those listed above.
+        ValueError: shapes or devices disagree, a target is out of range (checked on the CPU only; on CUDA, and inside
+            ``torch.compile``, its nll is NaN instead, see ``QUIETSTAR_CHECK_VALUES``), the reduction is unknown, or the
+            backend is unknown or unavailable.
     """
     _check_logits(base_logits, thought_logits, mixing_weight)
     check_tensor("target", target)
@@ -107,7 +107,7 @@ def mixed_cross_entropy(
         )
     check_reduction(reduction, ignore_index, None, target)
     target = marked_target(target, base_logits.shape[-1], ignore_index)
-    # Rows without a target pass no gradient on, but a gradient of 0 times a weight of NaN is NaN.
+    # Rows without a target have an incoming gradient of 0, but 0 times a weight of NaN would be NaN.
     mixing_weight = mixing_weight.masked_fill(target < 0, 0)
     name = select_backend("mixed_cross_entropy", backend, BACKENDS, base_logits, base_logits=base_logits)
     if name == "reference":

@@ -1,6 +1,7 @@
-"""The registered ops of mixing and the autograd functions around them; a gradient nobody asked for is an empty tensor.
+"""The registered ops of mixing and the autograd functions around them.
 
-They take the tensors of a ``.backends.Mix`` one by one, and the name of the backend.
+The ops take the tensors of a ``.backends.Mix`` one by one, and a backend's name. They return an empty tensor in place
+of a gradient that is not needed.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The ``cpu`` and ``cuda`` backends: a logits row is read once a pass, and the mix written only if it is the result."""
+"""The ``cpu`` and ``cuda`` backends: each pass reads a logits row once, and only ``mix_logits`` writes the mix."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from quietstar.ops.mixing.backends import CrossEntropy, Mix
 
 
 class Native:
-    """The four functions of a backend by compiled kernels, those of ``_C.cpu`` or of ``_C.cuda``."""
+    """The four functions of a backend, implemented by the compiled kernels of ``_C.cpu`` or ``_C.cuda``."""
 
     def __init__(self, backend: str):
         self.backend = backend
@@ -57,17 +57,17 @@ class Native:
 
 
 class _Rows:
-    """Logits [..., V] and mixing weight [...] as the kernels of a backend take them."""
+    """Logits [..., V] and mixing weight [...] in the form that the kernels of a backend take."""
 
     def __init__(self, backend: str, mix: Mix):
-        # Kept until the kernel has been called: some may be copies.
+        # References to keep until the kernel has been called: some may be copies.
         self.tensors = as_rows(mix.base), as_rows(mix.thought), mix.weight.to(torch.float32).contiguous()
         base, thought, weight = self.tensors
         self.like = mix.base
         self.kernels = getattr(_C, backend)
         self.dtype = DTYPE_CODES[base.dtype]
         self.inputs = address(base), base.stride(0), address(thought), thought.stride(0), address(weight)
-        # By the backend, not by the device: tests run the kernels of ``cuda`` on a CPU.
+        # Decided by the backend, not by the device: tests run the kernels of ``cuda`` on a CPU.
         place = launch_place(base) if backend == "cuda" else (torch.get_num_threads(),)
         self.sizes_and_place = *base.shape, *place
 

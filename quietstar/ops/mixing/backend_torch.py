@@ -67,7 +67,7 @@ def cross_entropy_backward(
 
 
 def _mixed(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
-    """The mix of a block of the compute dtype, a new tensor: see ``reference.mixed``."""
+    """Return the mix of a block in the compute dtype as a new tensor: see ``reference.mixed``."""
     weight = mixing_weight[..., None].to(base.dtype)
     mix = torch.lerp(base, thought, weight)
     if _is_finite(mix):
@@ -76,13 +76,13 @@ def _mixed(base: Tensor, thought: Tensor, mixing_weight: Tensor) -> Tensor:
 
 
 def _difference(base: Tensor, thought: Tensor) -> Tensor:
-    """The difference thought − base, a new tensor, 0 where either is infinite."""
+    """Return thought − base as a new tensor, 0 where either is infinite."""
     difference = thought - base
     return difference if _is_finite(difference) else difference.masked_fill_(base.isinf() | thought.isinf(), 0)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, if that is known without waiting for a device."""
+    """Whether all numbers are known to be finite; False where finding out would synchronise with the device."""
     return tensor.device.type == "cpu" and bool(tensor.sum().isfinite())
 
 
@@ -92,7 +92,7 @@ def _blocks(logits: Tensor) -> Iterator[Index]:
 
 
 def _gradients(mix: Mix, needs: list[bool]) -> list[Tensor | None]:
-    """Uninitialised, of the tensors that need one."""
+    """Allocate an uninitialised gradient for every tensor of the mix that needs one; None for the others."""
     dtypes = mix.base.dtype, mix.base.dtype, compute_dtype(mix.base.dtype)
     return [
         mix.base.new_empty(x.shape, dtype=dtype) if needed else None
@@ -101,7 +101,7 @@ def _gradients(mix: Mix, needs: list[bool]) -> list[Tensor | None]:
 
 
 def _split(mixed: Tensor, mixing_weight: Tensor, index: Index, d_base: Tensor | None, d_thought: Tensor | None) -> None:
-    """Hand the gradient of a block of the mix on to base and thought."""
+    """Split the gradient of a block of the mix into those of base and thought."""
     weight = mixing_weight[..., None].to(mixed.dtype)
     if d_base is not None:
         d_base[index] = mixed * (1 - weight)

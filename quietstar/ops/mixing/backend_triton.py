@@ -1,13 +1,13 @@
-"""The ``triton`` backend: each logit is read once per pass, and the mix never written unless it is the result.
+"""The ``triton`` backend: each pass reads every logit once, and only ``mix_logits`` writes the mix.
 
-Bytes per logit, e the size of one: mix_logits 3e, its backward 5e (3e without the weight's gradient); cross-entropy 2e,
-its backward 4e. At about 15 instructions a logit all are bound by memory. A row has one program (or, where nothing is
-reduced over the row, one per block): splitting it further would only speed up calls of fewer rows than the GPU has
-processors, which take microseconds.
+Bytes moved per logit, where e is its size: mix_logits 3e, its backward 5e (3e without the weight's gradient);
+cross-entropy 2e, its backward 4e. At about 15 instructions per logit, all are bound by memory. A row has one program
+(or, if nothing is reduced over the row, one per block). Splitting it further would only speed up calls with fewer rows
+than the GPU has multiprocessors, which take microseconds.
 
-Rows of any vocabulary: with V = 32002, rows of bfloat16 begin at multiples of 4 bytes only. Sizes and strides are
-therefore passed in units of ALIGN elements, the largest vector all rows are aligned to, which tells the compiler how
-wide its accesses may be.
+Rows of any vocabulary size are supported: with V = 32002, rows of bfloat16 begin at multiples of only 4 bytes. So sizes
+and strides are passed in units of ALIGN elements, the largest vector that all rows are aligned to, which tells the
+compiler how wide its accesses may be.
 """
 
 import itertools
@@ -27,17 +27,17 @@ class Block(NamedTuple):
     """Launch parameters of one kernel."""
 
     row_bytes: int
-    """Of each tensor, that a program takes at a time."""
+    """Elements of each tensor that a program takes at a time."""
     num_warps: int
     num_stages: int
-    """Steps of the loop whose loads are in flight, where there is a loop."""
+    """Steps of the loop, if there is one, whose loads are in flight."""
 
 
 MIX, MIX_BACKWARD = "mix", "mix backward"
 CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD = "cross entropy", "cross entropy backward"
 
-# By kernel and architecture. Enough bytes in flight: 16 a thread from each of two tensors, and as many of each of the
-# next num_stages - 1 blocks.
+# By kernel and architecture. They keep enough bytes in flight: 16 per thread from each of two tensors, and as many from
+# each of the next num_stages - 1 blocks.
 BLOCKS: dict[tuple[str, str], Block] = {
     (MIX, ANY): Block(4096, 8, 1),
     (MIX_BACKWARD, ANY): Block(4096, 8, 3),
@@ -45,17 +45,17 @@ BLOCKS: dict[tuple[str, str], Block] = {
     (CROSS_ENTROPY_BACKWARD, ANY): Block(4096, 8, 1),
 }
 
-# The largest of no logits: −inf − (−inf) would be NaN.
+# The maximum of an empty set of logits; −inf − (−inf) would be NaN.
 _LOWEST = tl.constexpr(-3.4e38)
 
-# The largest float32: what is beyond is infinite. No narrower dtype has it, so that logits are compared as float32, not
-# two at a time in their own dtype before they are widened.
+# The largest finite float32. No narrower dtype has it, so logits are compared as float32, not two at a time in their
+# own dtype before they are widened.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def _row_start(tensor, row, sizes, strides, ALIGN: tl.constexpr):
-    """Pointer to the first logit of a row; strides of all leading dimensions, sizes of all but the outermost."""
+    """Return a pointer to the first logit of a row; ``sizes`` lacks the outermost leading dimension, strides do not."""
     offset = row * 0
     for i in tl.static_range(len(sizes) - 1, -1, -1):
         offset += row % sizes[i] * strides[i + 1]
@@ -70,13 +70,13 @@ def _load(row_start, columns, inside):
 
 @triton.jit
 def _difference(b, t):
-    """The difference t − b, of which infinities have no part."""
+    """Compute t − b, or 0 where either is infinite."""
     return tl.where(tl.maximum(tl.abs(b), tl.abs(t)) > _LARGEST, 0.0, t - b)
 
 
 @triton.jit
 def _mixed(b, t, weight):
-    """(1 − w) b + w t; −∞ if both are, else −∞ of a weight of exactly 0 adds nothing."""
+    """Compute (1 − w) b + w t; −∞ if both are −∞, else −∞ of weight exactly 0 adds nothing."""
     no_base, no_thought = b < -_LARGEST, t < -_LARGEST
     of_base = tl.where(no_base, tl.where(weight == 1, 0.0, (weight - 1) * float("inf")), (1 - weight) * b)
     of_thought = tl.where(no_thought, tl.where(weight == 0, 0.0, weight * float("-inf")), weight * t)
@@ -85,7 +85,7 @@ def _mixed(b, t, weight):
 
 @triton.jit
 def _store_split(d_base, d_thought, first, columns, gradient, weight, inside):
-    """The gradient of the mix handed on to base and thought, contiguous, in a row that starts at ``first``."""
+    """Split the mix's gradient into those of base and thought (contiguous), in a row that starts at ``first``."""
     if d_base is not None:
         tl.store(d_base + first + columns, gradient * (1 - weight), mask=inside)
     if d_thought is not None:
@@ -97,7 +97,7 @@ def mix_kernel(
     base, thought, mixing_weight, mixed, sizes, base_strides, thought_strides, units, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row of the mix, contiguous. Grid: rows · blocks."""
+    """Compute a block of a row of the mix, contiguous. Grid: rows · blocks."""
     vocabulary = units * ALIGN
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -114,7 +114,7 @@ def mix_backward_kernel(
     grad, base, thought, mixing_weight, d_base, d_thought, d_weight, sizes, grad_strides, base_strides,
     thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are not None, of one row. Grid: rows."""
+    """Compute those gradients of one row that are not None. Grid: rows."""
     vocabulary = units * ALIGN
     row = tl.program_id(0).to(tl.int64)
     grad = _row_start(grad, row, sizes, grad_strides, ALIGN)
@@ -139,11 +139,11 @@ def cross_entropy_kernel(
     base, thought, mixing_weight, target, nll, slope, largest, log_total, sizes, base_strides, thought_strides,
     units, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A ``.backends.CrossEntropy``, for one row. Grid: rows.
+    """Compute a ``.backends.CrossEntropy`` for one row. Grid: rows.
 
     Each of BLOCK places keeps its own running maximum of the mix z, Σ exp(z − maximum) and
-    Σ exp(z − maximum)·(t − b): threads wait for each other once a row, not once a block. Whichever of maximum and z is
-    larger, one exponential brings the other to its scale.
+    Σ exp(z − maximum)·(t − b), so that threads synchronise once per row, not once per block. Whichever of maximum and z
+    is larger, one exponential rescales the other.
     """
     vocabulary = units * ALIGN
     row = tl.program_id(0).to(tl.int64)
@@ -183,7 +183,7 @@ def cross_entropy_backward_kernel(
     scale, base, thought, mixing_weight, target, largest, log_total, d_base, d_thought, sizes, base_strides,
     thought_strides, units, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are not None, of a block of a row. Grid: rows · blocks."""
+    """Compute those gradients of a block of a row that are not None. Grid: rows · blocks."""
     vocabulary = units * ALIGN
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -249,10 +249,10 @@ def _gradients(logits: Tensor, needs: list[bool]) -> list[Tensor | None]:
 
 
 class _Rows:
-    """Tensors of one shape [..., V] as a kernel sees them: where their rows are, and how many programs they need."""
+    """Tensors of one shape [..., V] in the form that a kernel takes: places of rows, and the number of programs."""
 
     def __init__(self, kernel: str, *tensors: Tensor):
-        # Any strides but that of the last dimension, which is 1: rows laid out otherwise are copied.
+        # Strides are arbitrary except that of the last dimension, which must be 1: other rows are copied.
         self.tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
         vocabulary, size = tensors[0].shape[-1], tensors[0].element_size()
         sizes, strides = _merged(self.tensors)
@@ -260,19 +260,19 @@ class _Rows:
         self.layout = sizes[1:], *(tuple(step // align for step in steps) for steps in strides), vocabulary // align
         row_bytes, num_warps, self.stages = row_for(BLOCKS, kernel, tensors[0])
         block = row_bytes // size
-        # Fused multiply-adds by name, since Triton's default is to change.
+        # Fused multiply-adds are set explicitly because Triton's default will change.
         self.options = {"ALIGN": align, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": True}
         self.whole = (math.prod(sizes),)
         self.blocks = (math.prod(sizes) * triton.cdiv(vocabulary, block),)
 
 
 def _merged(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Sizes of the leading dimensions, outermost first, and strides per tensor, of which dimensions as few as possible.
+    """Merge leading dimensions as far as possible; returns their sizes, outermost first, and strides per tensor.
 
-    An outer dimension joins the next where all tensors allow it. Those of size 1 say nothing, whatever their strides.
+    An outer dimension is merged with the next if all tensors allow it. Dimensions of size 1 are dropped.
     """
     leading = zip(tensors[0].shape[:-1], zip(*(x.stride()[:-1] for x in tensors), strict=True), strict=True)
-    merged = []  # size, stride in every tensor
+    merged = []  # size, and stride in every tensor
     for size, steps in reversed([dimension for dimension in leading if dimension[0] != 1]):
         inner, inner_steps = merged[0] if merged else (1, steps)
         if steps == tuple(inner * step for step in inner_steps):

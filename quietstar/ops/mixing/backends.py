@@ -1,14 +1,14 @@
-"""The backends of mixing: they take what the logits lie on and are of.
+"""The backends of mixing. The device and dtype of the logits decide which can run.
 
 Each is a module, or an object, with
 
     mix(mix) -> [..., V] in the dtype of the logits, computed in the compute dtype
     mix_backward(grad, mix, needs) -> gradients of base, thought and, in the compute dtype, weight
     cross_entropy(mix, target) -> CrossEntropy, from one pass over the logits
-    cross_entropy_backward(scale, mix, target, result, needs) -> gradients of sum(scale · nll) by base and thought
+    cross_entropy_backward(scale, mix, target, result, needs) -> gradients of sum(scale · nll) w.r.t. base and thought
 
 A gradient that is not needed is None. ``target`` [...] is int64, all in [0, V); ``scale`` [...] is 0 for rows without a
-gradient, whose logits may be anything. The reference is called by itself: its gradients are made by autograd.
+gradient, whose logits may be anything. The reference is called directly, and autograd computes its gradients.
 """
 
 from types import ModuleType
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Mix(NamedTuple):
-    """Two predictions, and what the second weighs: (1 − weight) · base + weight · thought."""
+    """Two predictions and the weight of the second: (1 − weight) · base + weight · thought."""
 
     base: Tensor  # [..., V]
     thought: Tensor  # [..., V]
@@ -31,15 +31,15 @@ class Mix(NamedTuple):
 
 
 class CrossEntropy(NamedTuple):
-    """Of every row [...], in the compute dtype.
+    """Results for every row [...], in the compute dtype.
 
-    What the backward needs to find the probabilities again is kept apart: the sum would lose digits where logits are
-    large.
+    The backward recomputes probabilities from ``largest`` and ``log_total``. They are kept apart because their sum
+    would lose digits where logits are large.
     """
 
     nll: Tensor
-    slope: Tensor  # derivative of nll by the weight: E[t − b] under the mix minus t − b at the target
-    largest: Tensor  # mixed logit
+    slope: Tensor  # derivative of nll w.r.t. the weight: E[t − b] under the mix minus t − b at the target
+    largest: Tensor  # largest mixed logit
     log_total: Tensor  # log Σ exp(z − largest)
 
 

@@ -1,4 +1,4 @@
-"""The specification: the mix written out, PyTorch's cross-entropy, gradients by autograd."""
+"""The specification of mixing: the mix is stored, then PyTorch's cross-entropy; gradients by autograd."""
 
 import math
 
@@ -11,7 +11,7 @@ from quietstar.ops._vocabulary import mark_rows
 
 
 class _Zeroed(torch.autograd.Function):
-    """0 where ``where`` says so, with the gradient of the unchanged tensor."""
+    """Zero the tensor where ``where`` is True, but pass its gradient on unchanged."""
 
     @staticmethod
     def forward(ctx, tensor, where):
@@ -23,9 +23,9 @@ class _Zeroed(torch.autograd.Function):
 
 
 def mixed(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) -> Tensor:
-    """(1 − w) · base + w · thought, in the compute dtype; with infinities, ``mixed_infinities``.
+    """Compute (1 − w) · base + w · thought in the compute dtype; for infinities see ``mixed_infinities``.
 
-    Gradients are those of the formula, but infinities have no part in that of w.
+    Gradients are those of the formula, except that infinities do not contribute to that of w.
     """
     base, thought = widen(base_logits), widen(thought_logits)
     weight = mixing_weight[..., None].to(base.dtype)
@@ -35,7 +35,7 @@ def mixed(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor) ->
 
 
 def mixed_infinities(base: Tensor, thought: Tensor, weight: Tensor) -> Tensor:
-    """The mix with the weight [..., 1]: −∞ if both are, else the sum, to which −∞ of weight exactly 0 adds nothing."""
+    """Mix with the weight [..., 1]: −∞ if both are −∞, else the sum, where −∞ of weight exactly 0 adds nothing."""
     no_base, no_thought = base.isneginf(), thought.isneginf()
     of_base = ((1 - weight) * base).masked_fill_(no_base & (weight == 1), 0)
     of_thought = (weight * thought).masked_fill_(no_thought & (weight == 0), 0)
@@ -43,7 +43,7 @@ def mixed_infinities(base: Tensor, thought: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixed_nll(base_logits: Tensor, thought_logits: Tensor, mixing_weight: Tensor, target: Tensor) -> Tensor:
-    """Per-row nll [...]; ``target`` marked as in ``_vocabulary``."""
+    """Compute the per-row nll [...]; ``target`` is marked as in ``_vocabulary``."""
     absent = (target < 0)[..., None]
     base_logits, thought_logits = base_logits.masked_fill(absent, 0), thought_logits.masked_fill(absent, 0)
     log_probabilities = F.log_softmax(mixed(base_logits, thought_logits, mixing_weight), dim=-1)

@@ -1,4 +1,4 @@
-"""What ``python -m quietstar.ops.tune`` tries for mixing: how much of a row a program takes at a time."""
+"""The candidates of ``python -m quietstar.ops.tune`` for mixing: how much of a row a program takes at a time."""
 
 import itertools
 from functools import partial
@@ -26,13 +26,13 @@ TABLE = f"{backend_triton.__name__}.BLOCKS"
 
 
 def subjects(sizes: "Sizes") -> list[Subject]:
-    """Every kernel, with calls that move logits and little else."""
+    """Return every kernel with a call that moves logits and little else."""
     make = partial(torch.randn, sizes.rows, dtype=sizes.dtype, device=sizes.device)
     mix = Mix(make(sizes.vocabulary), make(sizes.vocabulary), make().float())
     target = torch.randint(sizes.vocabulary, (sizes.rows,), device=sizes.device)
     result = backend_triton.cross_entropy(mix, target)
     scale, grad = torch.rand_like(mix.weight), torch.randn_like(mix.base)
-    # Kernels, whether they loop, what they are called by, and how many tensors of logits they read and write.
+    # Kernels, whether they loop, the calls that launch them, and how many tensors of logits they read and write.
     calls = {
         MIX: (False, lambda: [backend_triton.mix(mix)], 3),
         MIX_BACKWARD: (True, partial(backend_triton.mix_backward, grad, mix, [True, True, True]), 5),

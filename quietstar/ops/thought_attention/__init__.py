@@ -1,4 +1,4 @@
-"""Tokenwise-parallel thought attention: base keys shared by all anchors, plus each anchor's own thought."""
+"""Tokenwise-parallel thought attention: every anchor attends to the shared base keys and to its own thought."""
 
 from quietstar.ops.thought_attention.api import thought_attention
 

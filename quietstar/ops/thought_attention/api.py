@@ -1,4 +1,4 @@
-"""The public function: checks, choice of backend, dispatch."""
+"""The public function ``thought_attention``: checks its arguments, chooses a backend and calls it."""
 
 from typing import Literal, overload
 
@@ -60,50 +60,50 @@ def thought_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention of many thoughts over one shared base sequence (tokenwise-parallel, "diagonal" attention).
+    r"""Compute attention of many thoughts over one shared base sequence (tokenwise-parallel, "diagonal" attention).
 
-    Anchor p sits behind base position a = ``anchors[p]`` and has T extra tokens (steps). The query of step t sees the
-    base keys j ≤ a and its own anchor's thought keys 0..t, nothing else; the softmax runs over both sets together:
+    Anchor p follows base position a = ``anchors[p]`` and has T extra tokens (steps). The query of step t sees the base
+    keys j ≤ a and the thought keys 0..t of its own anchor, nothing else. One softmax runs over both sets of keys:
 
         output = softmax(scale · query · [key[j ≤ a]; thought_key[p, ≤ t]]ᵀ) · [value[j ≤ a]; thought_value[p, ≤ t]]
 
-    This is the attention of Quiet-STaR's parallel thought generation (arXiv 2403.09629, section 4.2); with S = 1 and
-    growing T it is also that of EAGLE-3's training-time test, and with ``causal=False`` that of block drafting, where
-    all steps of an anchor see each other. Differentiable (once) in all five tensors.
+    This is the attention of Quiet-STaR's parallel thought generation (arXiv 2403.09629, section 4.2). With S = 1 and
+    growing T it is also that of EAGLE-3's training-time test, and with ``causal=False``, where all steps of an anchor
+    see each other, that of block drafting. Differentiable (once) in all five tensors.
 
-    What no row of a sequence sees (base keys behind its last anchor, in front of ``key_start``, outside of all windows;
-    everything of an inactive anchor or a step that does not exist, incoming gradients included) may hold anything, NaN
-    too: it changes no result and gets no gradient. NaN in a key that some rows see may reach other rows of that
-    sequence.
+    Elements that no query of a sequence sees may hold anything, including NaN: they change no result and get no
+    gradient. These are base keys after the last anchor, before ``key_start`` or outside every window, and everything
+    (incoming gradients included) of an inactive anchor or a step that does not exist. NaN in a key that some queries
+    see may also reach other rows of that sequence.
 
     Args:
-        query: [B, Hq, P, S, D], the last S of the T steps. Any strides. Every size but D and Dv may be 0.
-        key: [B, Hkv, L, D], of the base sequence; Hq is a multiple of Hkv.
+        query: [B, Hq, P, S, D], the last S of the T steps. Any strides. Every size except D and Dv may be 0.
+        key: [B, Hkv, L, D], keys of the base sequence; Hq must be a multiple of Hkv.
         value: [B, Hkv, L, Dv]. Dv may differ from D.
-        thought_key: [B, Hkv, P, T, D], T ≥ S. Any strides: it may be the used part of room for more steps.
+        thought_key: [B, Hkv, P, T, D], T ≥ S. Any strides, so it may be the filled part of a preallocated cache.
         thought_value: [B, Hkv, P, T, Dv].
-        anchors: int [P] or [B, P], values in [−1, L); default ``arange(L)``, then P must be L. Any order, repeats
-            allowed. −1 is an inactive anchor, and with L = 0 the only one: output 0, lse −inf, no gradient.
-        key_start: int [B] or [B, P], values in [0, L]: first visible base key (left padding; where an anchor's document
-            starts in packed text). One behind the anchor hides all base keys from it. Default 0.
-        thought_lengths: int [P] or [B, P], values in [0, T], default T: steps from there on do not exist. Their keys
-            are not seen, their queries give output 0 and lse −inf, and neither has a gradient.
-        causal: whether step t sees steps ≤ t of its anchor only, else all.
-        window: sliding window in tokens, ≥ 1. Default unlimited.
-        window_from: what the window counts from. "anchor": base key j is visible iff a − j < window, and thought keys
-            always are. "step": the position of the query itself, which is a + 1 + t for step t: base key j is visible
-            iff a + 1 + t − j < window, and step t' of the own thought iff t − t' < window. That is what the sliding
-            window of a model means.
+        anchors: int [P] or [B, P], values in [−1, L), in any order, with repeats. The default is ``arange(L)``, which
+            requires P = L. −1 marks an inactive anchor (with L = 0 the only value): output 0, lse −inf, no gradient.
+        key_start: int [B] or [B, P], values in [0, L]: the first visible base key, for left padding or for the start
+            of an anchor's document in packed text. A value greater than the anchor hides all base keys. Default 0.
+        thought_lengths: int [P] or [B, P], values in [0, T]: how many steps of each thought exist. Keys of later steps
+            are not seen, their queries give output 0 and lse −inf, and neither gets a gradient. Default T.
+        causal: if True, step t sees only steps ≤ t of its anchor; if False, all of them.
+        window: sliding window in tokens, ≥ 1. Default: unlimited.
+        window_from: the position that the window is measured from. "anchor": base key j is visible iff a − j < window,
+            and thought keys always are. "step": the position of the query itself, a + 1 + t for step t. Then base key j
+            is visible iff a + 1 + t − j < window, and step t' of the same thought iff t − t' < window. This is how
+            models define their sliding window.
         scale: factor on the scores (kept in float32 or wider) before the softmax, of any sign. Default D^−½.
-        softcap: c > 0: the scaled scores s become c · tanh(s / c), as in Gemma 2 (arXiv 2408.00118). Default none.
-        return_lse: also return the log-sum-exp of the scores.
+        softcap: c > 0: the scaled scores s become c · tanh(s / c), as in Gemma 2 (arXiv 2408.00118). Default: no cap.
+        return_lse: if True, also return the log-sum-exp of the scores.
         backend: None, "auto", a name or a list such as "cuda,triton": see ``quietstar.ops``. "cuda" has no backward:
-            gradients are made, from its output and lse, by what follows it in the list, else by triton or torch,
-            whichever can first.
+            its gradients are computed, from its output and lse, by the next backend in the list that can, otherwise
+            by triton or torch.
 
     Returns:
-        output [B, Hq, P, S, Dv] in the dtype of ``query``; with ``return_lse`` also the natural-log lse
-        [B, Hq, P, S] in float32 (float64 for float64), differentiable too.
+        output [B, Hq, P, S, Dv] in the dtype of ``query``. With ``return_lse``, a tuple of it and the natural-log lse
+        [B, Hq, P, S] in float32 (float64 for float64 inputs), which is differentiable too.
 
     Example:
         >>> query = torch.randn(1, 4, 16, 3, 8)  # 16 anchors, 3 steps each
@@ -113,12 +113,13 @@ def thought_attention(
         torch.Size([1, 4, 16, 3, 8])
 
     Raises:
-        TypeError: not a tensor, a dtype that is not floating (anchors, key_start and thought_lengths: not int32/int64),
-            mixed dtypes, a scale or softcap that is not a number, causal that is not a bool.
-        ValueError: shapes or devices that disagree, Hq not a multiple of Hkv, D or Dv = 0, T < S, values of
-            ``anchors``, ``key_start`` or ``thought_lengths`` out of range (read on the CPU only: on CUDA the check
-            would wait for the device, see ``QUIETSTAR_CHECK_VALUES`` in ``quietstar.ops``), window < 1, an unknown
-            ``window_from``, a scale or softcap that is not finite, softcap ≤ 0, an unknown or unavailable backend.
+        TypeError: an argument is not a tensor, a dtype is not floating point (for ``anchors``, ``key_start`` and
+            ``thought_lengths``: not int32 or int64), dtypes differ, ``scale`` or ``softcap`` is not a number, or
+            ``causal`` is not a bool.
+        ValueError: shapes or devices disagree, Hq is not a multiple of Hkv, D or Dv is 0, T < S, ``window`` < 1,
+            ``window_from`` is unknown, ``scale`` or ``softcap`` is not finite, ``softcap`` ≤ 0, or the backend is
+            unknown or unavailable; also for values of ``anchors``, ``key_start`` or ``thought_lengths`` out of range
+            (checked on the CPU only, unless ``QUIETSTAR_CHECK_VALUES`` is set: see ``quietstar.ops``).
     """
     dims = Dims()
     dims.bind("query", query, "B Hq P S D")

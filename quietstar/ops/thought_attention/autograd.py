@@ -1,6 +1,6 @@
 """The registered ops of thought attention and the autograd function around them.
 
-Ops take tensors and numbers: ``Inputs`` and ``Mask`` one by one, and the name of the backend.
+Registered ops take only tensors and numbers: the fields of ``Inputs`` and ``Mask`` one by one, and a backend's name.
 """
 
 import torch
@@ -20,7 +20,7 @@ _NUM_INPUTS = len(Inputs._fields)
 
 
 def _sees_nothing(inputs: Inputs) -> bool:
-    """Whether there is no query, or no base key: then every anchor is inactive. Backends need not know such sizes."""
+    """Whether there is no query, or no base key and so no active anchor. Backends need not handle these sizes."""
     return inputs.query.numel() == 0 or inputs.key.shape[2] == 0
 
 
@@ -63,7 +63,7 @@ _backward_op = register_op(
 
 
 class ThoughtAttention(torch.autograd.Function):
-    """Thought attention by named backends: ``apply(*inputs, *mask, forward's, backward's)``; once differentiable."""
+    """Thought attention by named backends, once differentiable: ``apply(*inputs, *mask, forward's, backward's)``."""
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor]:

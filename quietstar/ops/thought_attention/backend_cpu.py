@@ -1,6 +1,6 @@
-"""The ``cpu`` backend: compiled kernels for the base keys and, merged with what these gave, for the thought keys.
+"""The ``cpu`` backend: one compiled kernel for the base keys, and one for the thought keys that merges both results.
 
-Whatever the dtype, they multiply in float32: without bf16 instructions the library's half-precision products are many
+They multiply in float32 whatever the dtype: without bf16 instructions, the library's half-precision products are many
 times slower.
 """
 
@@ -15,7 +15,7 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
     """See ``backends.py``."""
     output = torch.empty(inputs.output_shape, dtype=inputs.query.dtype)
     lse = torch.empty(inputs.query.shape[:-1])
-    # The merged output goes over that of the base part if it fits, which spares the memory and its page faults.
+    # The merged output overwrites that of the base part if it fits, which saves the memory and its page faults.
     base_output = output if output.dtype == torch.float32 else torch.empty(output.shape)
     inputs = Inputs(*map(unit_columns, inputs))
     tensors = {"output": _steps(output), "lse": _column(lse), "base_output": _steps(base_output)}
@@ -28,7 +28,7 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
     inputs = Inputs(*map(unit_columns, inputs))
     output, grad_output = unit_columns(result.output), unit_columns(gradients.output)
     dtype = inputs.query.dtype
-    dtypes = dtype, torch.float32, torch.float32, dtype, dtype  # those of the base are sums over blocks of anchors
+    dtypes = dtype, torch.float32, torch.float32, dtype, dtype  # base gradients are summed over blocks of anchors
     grads = Inputs(*(torch.empty(x.shape, dtype=wanted) for x, wanted in zip(inputs, dtypes, strict=True)))
     base_grad_query = grads.query if dtype == torch.float32 else torch.empty(grads.query.shape)
     tensors = {
@@ -41,28 +41,28 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
 
 
 def _call(inputs: Inputs, mask: Mask) -> tuple[int, list[int], tuple]:
-    """Dtype, sizes and mask."""
+    """Return dtype, sizes and mask as the kernels take them."""
     indices = ((address(x), strides) for x, strides in mask.per_anchor(inputs))
     return DTYPE_CODES[inputs.query.dtype], inputs.sizes, (*indices, *mask.native_numbers)
 
 
 def _described(inputs: Inputs) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Address and strides by name."""
+    """Return the address and strides of every input, by name."""
     base = {"key": _base(inputs.key), "value": _base(inputs.value)}
     return {name: _steps(tensor) for name, tensor in inputs._asdict().items() if name not in base} | base
 
 
 def _steps(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides of a tensor [B, heads, P, steps, D]."""
+    """Return the address and strides of a tensor [B, heads, P, steps, D]."""
     return address(tensor), tensor.stride()[:4]
 
 
 def _base(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Base keys or values [B, heads, L, D] as if every anchor had the L base positions for steps."""
+    """Describe base keys or values [B, heads, L, D] as if every anchor had the L base positions as its steps."""
     batch, head, step, _ = tensor.stride()
     return address(tensor), (batch, head, 0, step)
 
 
 def _column(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """A tensor [B, heads, P, steps] as one with D = 1; address 0 if it is absent."""
+    """Describe a tensor [B, heads, P, steps] as one with D = 1; address 0 if it is absent."""
     return (0, (0,) * 4) if tensor is None else (address(tensor), tensor.stride())

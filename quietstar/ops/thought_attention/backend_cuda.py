@@ -1,8 +1,8 @@
-"""The ``cuda`` backend: a fused forward for a sampling step and for decoding behind a long cache.
+"""The ``cuda`` backend: a fused forward for a sampling step and for decoding with a long cache.
 
-Gradients are made by another backend's backward (``backends.py``).
+Gradients are computed by another backend's backward (``backends.py``).
 
-With few query rows the keys are split over blocks, whose results a second kernel adds up in fixed order.
+If there are few query rows, the keys are split over blocks, whose results a second kernel combines in fixed order.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from quietstar.ops._native import _C, DTYPE_CODES, address, launch_place, processors, unit_columns
 from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result
 
-# A block takes at least this many keys: for fewer, starting it and adding up its result cost more.
+# A block takes at least this many keys; with fewer, starting it and combining its result would cost more.
 _SPLIT_KEYS = 256
 _BLOCKS_OF_A_PROCESSOR = 2
 
@@ -41,12 +41,12 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
 
 
 def _vectors(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides of a tensor [..., D], but for that of D."""
+    """Return the address of a tensor [..., D] and its strides except that of D."""
     return address(tensor), tensor.stride()[:-1]
 
 
 def _splits(inputs: Inputs) -> int:
-    """Into how many parts to split the keys, so that all processors have work."""
+    """Return into how many parts to split the keys so that all multiprocessors have work."""
     batch, _, kv_heads, num_anchors, steps, _, length, *_ = inputs.sizes
     blocks = batch * kv_heads * -(-num_anchors * steps * inputs.group // _C.cuda.TILE_ROWS)
     resident = _BLOCKS_OF_A_PROCESSOR * processors(inputs.query.device)

@@ -2,15 +2,15 @@
 
 Every query row sees two disjoint sets of keys: a prefix of the base keys, shared by all rows of an anchor, and the
 few thought keys of its own anchor (the diagonal part). The base part is plain causal attention once steps and
-repeated anchors are folded into heads, so a library kernel does it whenever the anchors are 0..n−1, each repeated
+repeated anchors are folded into heads. So a library kernel computes it if the anchors are 0..n−1, each repeated
 equally often, and neither window nor padding hides a key. Otherwise it is computed in blocks of anchors with at most
-``SCORE_BYTES`` of scores at a time. Away from the CPU no value of ``anchors`` or ``key_start`` is read, because that
-waits for the device: where they are given, blocks are computed, over all base keys.
+``SCORE_BYTES`` of scores at a time. On devices other than the CPU, values of ``anchors`` and ``key_start`` are not
+read, since that would wait for the device: if they are given, the blocks cover all base keys.
 
-Scores are in float32 or wider: those of float16 may not fit it before they are scaled.
+Scores are in float32 or wider, since unscaled products of float16 may overflow it.
 
-Backward needs no merge: with the *merged* output and log-sum-exp, exp(score − lse) is the true probability of a base
-key and rowsum(dO · O) the true correction, so the library's own backward is exact for the base part.
+The backward needs no merge: with the *merged* output and log-sum-exp, exp(score − lse) is the true probability of a
+base key and rowsum(dO · O) the true correction, so the library's own backward is exact for the base part.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from quietstar.ops.thought_attention.inputs import Inputs, Mask, Result, ResultG
 
 SCORE_BYTES = 32 * 2**20
 
-# Queries in a block of the diagonal part on a CPU: with their scores and outputs they stay in the cache.
+# Queries in a block of the diagonal part on a CPU, so few that with their scores and outputs they stay in the cache.
 CACHE_BYTES = 2**21
 
 
@@ -51,7 +51,7 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
 def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result) -> Inputs:
     """See ``backends.py``."""
     hidden = inactive(inputs, mask)
-    if hidden is not None:  # rows of zeros have zeros for gradients, and add nothing to those of the keys
+    if hidden is not None:  # zeroed rows get gradient 0 and add nothing to those of the keys
         grad_output, grad_lse = gradients
         grad_output = grad_output.masked_fill(hidden.unsqueeze(-1), 0)
         gradients = ResultGradients(grad_output, None if grad_lse is None else grad_lse.masked_fill(hidden, 0))
@@ -76,7 +76,7 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
 
 
 def base_forward(inputs: Inputs, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Attention over the base keys alone: output [B, Hq, P, S, Dv], and lse [B, Hq, P, S] in float32 or wider.
+    """Compute attention over the base keys alone: output [B, Hq, P, S, Dv], lse [B, Hq, P, S] in float32 or wider.
 
     The output is in the dtype of ``query`` or wider. Rows that see no base key have lse −inf.
     """
@@ -90,9 +90,9 @@ def base_forward(inputs: Inputs, mask: Mask) -> tuple[Tensor, Tensor]:
 def base_backward(
     gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Result
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What reaches query, key and value through the base keys, given the *merged* output and lse."""
+    """Compute the gradients of query, key and value through the base keys, given the *merged* output and lse."""
     mask = mask.without_idle_anchors(inputs)
-    # The library derives delta from the output alone: a gradient through lse has to take the blocked path.
+    # The library computes delta from the output alone, so a gradient through lse needs the blocked path.
     repeats = causal_repeats(inputs, mask) if gradients.lse is None else None
     if repeats is not None:
         output, lse = result
@@ -101,7 +101,7 @@ def base_backward(
 
 
 def blank_inactive(inputs: Inputs, mask: Mask, output: Tensor, lse: Tensor) -> None:
-    """Give the rows that see nothing output 0 and lse −inf, in place."""
+    """Set the output to 0 and the lse to −inf, in place, for rows that see nothing."""
     hidden = inactive(inputs, mask)
     if hidden is not None:
         output.masked_fill_(hidden.unsqueeze(-1), 0)
@@ -109,31 +109,31 @@ def blank_inactive(inputs: Inputs, mask: Mask, output: Tensor, lse: Tensor) -> N
 
 
 def inactive(inputs: Inputs, mask: Mask) -> Tensor | None:
-    """Which rows see nothing, bool [1 or B, 1, P, 1 or S]; None if it is known that none does."""
+    """Return which rows see nothing, bool [1 or B, 1, P, 1 or S]; None if there are known to be none."""
     hidden = mask.inactive(inputs)
     return None if hidden is None else _unless_none(hidden[:, None])
 
 
 def _unless_none(mask: Tensor) -> Tensor | None:
-    """The mask, but None if it is known to be False: only the values of a CPU are there without waiting."""
+    """Return the mask, or None if it is known to be all False (only values on a CPU can be read without waiting)."""
     return None if mask.device.type == "cpu" and not mask.any() else mask
 
 
 def _delta(gradients: ResultGradients, result: Result) -> Tensor:
-    """rowsum(dO · O) − dLSE, [B, Hq, P, S] in the dtype of the lse."""
+    """Compute rowsum(dO · O) − dLSE, [B, Hq, P, S] in the dtype of the lse."""
     delta = (gradients.output.to(result.lse.dtype) * result.output).sum(dim=-1)
     return delta if gradients.lse is None else delta - gradients.lse
 
 
 def _divisor(lse: Tensor) -> Tensor:
-    """Lse such that exp(score − lse) is the probability, also for inactive rows, where it is 0."""
+    """Return lse such that exp(score − lse) is the probability also for inactive rows, where it is 0."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def causal_repeats(inputs: Inputs, mask: Mask) -> int | None:
-    """How often each of the anchors 0..n−1 is repeated if a library kernel can do the base part, else None.
+    """Return how often each of the anchors 0..n−1 is repeated if a library kernel can compute the base part, else None.
 
-    Reads the values of index tensors on a CPU, and gives up on them elsewhere.
+    Reads the values of index tensors on a CPU; elsewhere returns None if there are index tensors.
     """
     query, key, value = inputs[:3]
     anchors, key_start = mask.anchors, mask.key_start
@@ -163,27 +163,27 @@ class _DiagonalBlock:
 
     def __init__(self, batch: slice, heads: slice, anchors: slice, inputs: Inputs, mask: Mask):
         group = inputs.group
-        self.rows = batch, slice(heads.start * group, heads.stop * group), anchors  # of [B, Hq, P, ...]
-        self.own = batch, heads, anchors  # of [B, Hkv, P, ...]
+        self.rows = batch, slice(heads.start * group, heads.stop * group), anchors  # index into [B, Hq, P, ...]
+        self.own = batch, heads, anchors  # index into [B, Hkv, P, ...]
         self.kv_heads = heads.stop - heads.start
         lengths = mask.thought_lengths
         if lengths is not None:
             lengths = lengths[batch if len(lengths) > 1 else slice(None), anchors]
         visible = mask.sees_thought(lengths, inputs, inputs.query.device)  # [1 or b, 1 or p, S, T]
         self.hidden = _unless_none(~visible[:, None, :, None])
-        # Keys that no row sees, those of inactive anchors among them: they may be NaN.
+        # Keys that no row sees, including those of inactive anchors, may be NaN.
         unseen = ~visible.any(dim=2)
         if mask.anchors is not None:
             unseen = unseen | (mask.anchors[batch if len(mask.anchors) > 1 else slice(None), anchors, None] < 0)
         self.unseen = _unless_none(unseen[:, None, :, :, None])
 
     def vectors(self, thought: Tensor) -> Tensor:
-        """Of thought keys or values [B, Hkv, P, T, ...] those of this block in float32 or wider, 0 where unseen."""
+        """Select this block's thought keys or values from [B, Hkv, P, T, ...], in float32 or wider, 0 where unseen."""
         vectors = widen(thought[self.own])
         return vectors if self.unseen is None else vectors.masked_fill(self.unseen, 0)
 
     def scores(self, query: Tensor, thought_key: Tensor, mask: Mask) -> tuple[Tensor, Tensor | float]:
-        """Scores [b, heads, p, G·S, T], hidden ones −inf, and their derivative by the products of query and key."""
+        """Compute scores [b, heads, p, G·S, T], −inf where hidden, and their derivative w.r.t. query · key."""
         scores = widen(_group(query[self.rows], self.kv_heads)) @ self.vectors(thought_key).mT
         scores, slope = scaled(scores, mask)
         if self.hidden is not None:
@@ -192,7 +192,7 @@ class _DiagonalBlock:
 
 
 def scaled(products: Tensor, mask: Mask) -> tuple[Tensor, Tensor | float]:
-    """Scores made of products of query and key, in place, and their derivative by these products."""
+    """Turn products of query and key into scores, in place, and return also the derivative w.r.t. these products."""
     scores = products.mul_(mask.scale)
     if mask.softcap is None:
         return scores, mask.scale
@@ -202,7 +202,7 @@ def scaled(products: Tensor, mask: Mask) -> tuple[Tensor, Tensor | float]:
 
 
 def _diagonal_blocks(inputs: Inputs, mask: Mask) -> Iterator[_DiagonalBlock]:
-    """On a CPU one key/value head and as many anchors as leave a block in the cache; elsewhere everything at once."""
+    """Yield blocks: on a CPU one key/value head and as many anchors as fit the cache; elsewhere everything at once."""
     query = inputs.query
     batch, _, num_anchors, steps, head_size = query.shape
     kv_heads = inputs.key.shape[1]
@@ -215,7 +215,7 @@ def _diagonal_blocks(inputs: Inputs, mask: Mask) -> Iterator[_DiagonalBlock]:
 
 
 def _group(tensor: Tensor, kv_heads: int) -> Tensor:
-    """[B, Hq, P, S, ...] -> [B, Hkv, P, G·S, ...]: all the rows that share an anchor's thought keys."""
+    """[B, Hq, P, S, ...] -> [B, Hkv, P, G·S, ...], which groups all rows that share an anchor's thought keys."""
     return tensor.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
 
 
@@ -230,19 +230,19 @@ class _Block:
     def __init__(self, anchors: slice, keys: slice, visible: Tensor):
         self.anchors, self.keys = anchors, keys
         self.hidden = ~visible  # bool [B or 1, p, S or 1, l]
-        self.unseen = _unless_none(self.hidden.flatten(1, 2).all(dim=1)[:, None, :, None])  # by all rows
+        self.unseen = _unless_none(self.hidden.flatten(1, 2).all(dim=1)[:, None, :, None])  # keys that no row sees
 
     def rows(self, tensor: Tensor, kv_heads: int) -> Tensor:
-        """[B, Hq, P, S, ...] -> this block's rows as [B, Hkv, G·p·S, ...]."""
+        """Select this block's rows from [B, Hq, P, S, ...] as [B, Hkv, G·p·S, ...]."""
         return tensor[:, :, self.anchors].unflatten(1, (kv_heads, -1)).flatten(2, 4)
 
     def vectors(self, base: Tensor) -> Tensor:
-        """Of keys or values [B, Hkv, L, ...] those of this block in float32 or wider, zeros where no row sees them."""
+        """Select this block's keys or values from [B, Hkv, L, ...], in float32 or wider, 0 where no row sees them."""
         vectors = widen(base[:, :, self.keys])
         return vectors if self.unseen is None else vectors.masked_fill(self.unseen, 0)
 
     def scores(self, rows: Tensor, keys: Tensor, steps: int, mask: Mask) -> tuple[Tensor, Tensor | float]:
-        """Scores [B, Hkv, G·p·S, l], hidden ones −inf, and their derivative by the products of query and key."""
+        """Compute scores [B, Hkv, G·p·S, l], −inf where hidden, and their derivative w.r.t. query · key."""
         scores, slope = scaled(rows @ keys.mT, mask)
         hidden = self.hidden[:, None, None]
         scores.unflatten(2, (-1, hidden.shape[3], steps)).masked_fill_(hidden, -torch.inf)

@@ -1,6 +1,6 @@
-"""The ``triton`` backend: sorts the anchors, chooses launch parameters and starts the kernels.
+"""The ``triton`` backend: sorts the anchors, chooses launch parameters and launches the kernels.
 
-``triton_tiles`` draws the layout that all kernels share.
+``triton_tiles`` describes the layout that all kernels share.
 """
 
 import math
@@ -18,7 +18,7 @@ from quietstar.ops.thought_attention.triton_backward_key import key_gradient_ker
 from quietstar.ops.thought_attention.triton_backward_query import query_gradient_kernel
 from quietstar.ops.thought_attention.triton_forward import combine_kernel, forward_kernel
 
-# Where the tanh of a softcap is the same in float32: far from what overflows or is rounded to 0 there.
+# Softcaps are clamped to this range, which leaves the tanh unchanged in float32 but avoids overflow and underflow.
 _SOFTCAPS = 1e-28, 1e28
 
 
@@ -34,7 +34,7 @@ def forward(inputs: Inputs, mask: Mask) -> Result:
 
     vectors, scale, curve_scale = _vectors_and_scales(inputs, mask)
     tile, programs = launch.forward_launch(_widest(inputs), num_rows, batch * kv_heads, length)
-    # A single tile has nothing to gain from sorted anchors.
+    # A single tile gains nothing from sorted anchors.
     seen = _Seen.of(inputs, mask, in_order=num_rows > tile.block_m)
     if programs.splits == 1 and num_rows >= gluon_launch.LEAST_ROWS and gluon_launch.unavailable(vectors, mask) is None:
         gluon_launch.forward(vectors, mask, seen, scale, curve_scale, Result(output, lse))
@@ -89,7 +89,7 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
         for dtype in (torch.int32, torch.float32, torch.float32, _offset_dtype(query))
     )
     row_start = torch.empty_like(row_anchor) if seen.start_per_row else None
-    if seen.anchors is None:  # a row's number says it
+    if seen.anchors is None:  # the anchor follows from a row's number
         row_anchor = None
     row_grad = None
     if grad_output.stride()[1:] != query.stride()[1:]:
@@ -156,23 +156,23 @@ def backward(gradients: ResultGradients, inputs: Inputs, mask: Mask, result: Res
 
 
 class _Seen(NamedTuple):
-    """Which keys rows see, as kernels take it: everything of anchors in one order. Index tensors are contiguous."""
+    """Which keys rows see, in the form that kernels take: all per-anchor tensors in one order, and contiguous."""
 
     anchors: Tensor | None
-    """[1 or B, P]; those of thoughts without a query are −1, too. None is 0..L−1."""
+    """[1 or B, P], −1 also for thoughts without a query. None means 0..L−1."""
     order: Tensor | None
-    """Like anchors: where the caller has each."""
+    """Like anchors: the caller's index of each."""
     thought_lengths: Tensor | None
-    """Like anchors, which are there with them."""
+    """Like anchors, which are not None then."""
     key_start: Tensor | None
-    """[B], or [B, P], and then the window of anchors is in it, too."""
+    """[B], or [B, P], which then includes the window from the anchor."""
     window: int | None
     step_window: int | None
-    """The window, where it counts from the step."""
+    """The window if it is measured from the step."""
 
     @classmethod
     def of(cls, inputs: Inputs, mask: Mask, in_order: bool = True) -> "_Seen":
-        """``in_order``: anchors ascend."""
+        """Create it from a mask; with ``in_order``, anchors are sorted in ascending order."""
         anchors, lengths, order = mask.anchors, mask.thought_lengths, None
         if lengths is not None:
             anchors = mask.anchors_in(inputs.key.shape[2], lengths.device)
@@ -199,27 +199,27 @@ class _Seen(NamedTuple):
 
     @property
     def batch_stride(self) -> int:
-        """Of everything like anchors."""
+        """The batch stride of all tensors like anchors."""
         return self.anchors.stride(0) if self.anchors is not None and len(self.anchors) > 1 else 0
 
     @property
     def start_per_anchor(self) -> bool:
-        """Whether ``key_start`` is of anchors."""
+        """Whether ``key_start`` differs between anchors."""
         return self.key_start is not None and self.key_start.dim() == 2
 
     @property
     def start_per_row(self) -> bool:
-        """Whether rows have first base keys of their own."""
+        """Whether the first base key may differ between rows."""
         return self.start_per_anchor or self.step_window is not None
 
     def in_order(self) -> Tensor | None:
-        """int32, on the device: 1 if the caller has the anchors in this order, else 0; None if it must be so."""
+        """int32 on the device: 1 if the caller's anchors have this order, else 0; None if they always have."""
         if self.order is None:
             return None
         return (self.order == torch.arange(self.order.shape[-1], device=self.order.device)).all().to(torch.int32)
 
     def start_bounds(self, inputs: Inputs, mask: Mask) -> Tensor | None:
-        """First base keys of rows: along the anchors the last so far, and the first from there on: [2, B, P]."""
+        """Bounds [2, B, P] on the rows' first base keys: the largest up to each anchor, the smallest from it on."""
         if not self.start_per_row:
             return None
         first = last = self.key_start
@@ -247,7 +247,7 @@ class _Seen(NamedTuple):
 
 
 def _gluon_query_gradient(vectors: Inputs, mask: Mask) -> ModuleType | None:
-    """What launches its kernel in Gluon, if that can run."""
+    """Return the module that launches the query gradient's Gluon kernel, if it can run."""
     if gluon_launch.unavailable(vectors, mask) is not None:
         return None
     from quietstar.ops.thought_attention import gluon_backward_query  # older versions of Triton cannot import it
@@ -256,7 +256,7 @@ def _gluon_query_gradient(vectors: Inputs, mask: Mask) -> ModuleType | None:
 
 
 def _gluon_key_gradient(grad_output: Tensor, vectors: Inputs, mask: Mask) -> ModuleType | None:
-    """The kernel in Gluon that takes the place of ``key_gradient_kernel``, if it can."""
+    """Return the module whose Gluon kernel replaces ``key_gradient_kernel``, if it can run."""
     if gluon_launch.unavailable(vectors, mask) is not None:
         return None
     from quietstar.ops.thought_attention import gluon_backward_key  # older versions of Triton cannot import it
@@ -266,7 +266,7 @@ def _gluon_key_gradient(grad_output: Tensor, vectors: Inputs, mask: Mask) -> Mod
 
 
 def _vectors_and_scales(inputs: Inputs, mask: Mask) -> tuple[Inputs, float, float | None]:
-    """Inputs, ``scale`` and ``curve_scale`` as kernels take them (see ``triton_tiles``): no scale is negative."""
+    """Return inputs, ``scale`` and ``curve_scale`` as kernels take them (see ``triton_tiles``), never negative."""
     if mask.scale < 0:
         inputs = inputs._replace(query=-inputs.query)
     vectors, scale = Inputs(*map(_side_by_side, inputs)), abs(mask.scale)
@@ -277,12 +277,12 @@ def _vectors_and_scales(inputs: Inputs, mask: Mask) -> tuple[Inputs, float, floa
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor with elements of its last dimension side by side: itself, unless its strides are unusual."""
+    """Return the tensor with unit stride in the last dimension, copied only if necessary."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _head_sizes(inputs: Inputs) -> dict[str, int]:
-    """Of queries and keys, and of values; those of a tile are padded."""
+    """Return the head sizes of queries and keys, and of values, and their padded sizes in tiles."""
     head, value_head = inputs.key.shape[-1], inputs.value.shape[-1]
     return {
         "HEAD": head, "BLOCK_D": launch.padded_head(head),
@@ -291,16 +291,16 @@ def _head_sizes(inputs: Inputs) -> dict[str, int]:
 
 
 def _widest(inputs: Inputs) -> Tensor:
-    """The tensor that launch parameters are chosen for."""
+    """Return the tensor with the larger head size, for which launch parameters are chosen."""
     return max(inputs.query, inputs.value, key=lambda x: x.shape[-1])
 
 
 def _offset_unit(rows: Tensor) -> int:
-    """In how many elements, at most 16, the offset of every row within a batch and head can be counted."""
+    """Return the largest unit, of at most 16 elements, that divides the offset of every row in a batch and head."""
     return math.gcd(16, *rows.stride()[1:4])
 
 
 def _offset_dtype(rows: Tensor) -> torch.dtype:
-    """The dtype that these counts fit."""
+    """Return the dtype that holds these offsets, counted in units."""
     largest = sum((size - 1) * stride for size, stride in zip(rows.shape[1:4], rows.stride()[1:4], strict=True))
     return torch.int32 if largest // _offset_unit(rows) < 2**31 else torch.int64

@@ -5,8 +5,8 @@ Each is a module with
     forward(inputs, mask) -> Result
     backward(gradients, inputs, mask, result) -> Inputs
 
-of the types in ``inputs.py``, where no size is 0. A backward takes the result of any forward: ``cuda`` has none, and
-another backend's runs in its place. The reference is called by itself: its gradients are made by autograd.
+with the types of ``inputs.py``; no size is 0. A backward accepts the result of any backend's forward: ``cuda`` has no
+backward, so another backend's runs in its place. The reference is called directly, and autograd computes its gradients.
 """
 
 from types import ModuleType

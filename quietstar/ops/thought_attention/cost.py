@@ -1,4 +1,4 @@
-"""What a call of thought attention has to do at the least: the floor that kernels are measured against."""
+"""The minimal cost of a call of thought attention, the lower bound that kernels are measured against."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from quietstar.ops.thought_attention.inputs import Inputs, Mask
 
 
 class Cost(NamedTuple):
-    """Of one pass."""
+    """The cost of one pass."""
 
     flops: int
-    """Multiplications and additions in matrix products, of visible (query, key) pairs only."""
+    """Multiplications and additions of the matrix products, for visible (query, key) pairs only."""
     bytes: int
-    """Read or written if every input is read once and every result written once."""
+    """Bytes moved if every input is read once and every result is written once."""
 
 
 class CallCost(NamedTuple):
-    """Of a call and of its backward, without each other."""
+    """The costs of the forward and of the backward, each by itself."""
 
     forward: Cost
     backward: Cost
@@ -27,21 +27,21 @@ class CallCost(NamedTuple):
 def thought_attention_cost(
     query: Tensor, key: Tensor, value: Tensor, thought_key: Tensor, thought_value: Tensor, **options: object
 ) -> CallCost:
-    """FLOPs and least bytes of ``thought_attention`` with the same arguments.
+    """Count the FLOPs and the minimal bytes of ``thought_attention`` with the same arguments.
 
     A visible pair of query and key takes two products forward (query · key of D numbers, probability · value of Dv) and
-    five backward (again query · key, then one each for the gradients of probability, query, key and value): 2·D + 2·Dv
-    and 6·D + 4·Dv FLOPs, as FlashAttention counts (arXiv 2307.08691, section 4.1). A kernel that computes anything
-    twice does more than that.
+    five backward (query · key again, then one each for the gradients of probability, query, key and value). That is
+    2·D + 2·Dv and 6·D + 4·Dv FLOPs, as FlashAttention counts them (arXiv 2307.08691, section 4.1). A kernel that
+    recomputes anything does more.
 
-    The least bytes assume a cache that holds everything. Keys and values count where some query sees them, queries
-    where they see a key; for the others only what is written: zeros. The forward writes output and lse; the backward
-    reads both, the gradient of the output and all inputs, and writes five gradients.
+    The byte count assumes a cache that holds everything. Keys and values count if some query sees them, queries if
+    they see a key; of all others, only the zeros written for them count. The forward writes output and lse. The
+    backward reads both, the gradient of the output and all inputs, and writes five gradients.
 
     Args:
-        query, key, value, thought_key, thought_value: shapes and dtypes count, values do not: meta tensors will do.
+        query, key, value, thought_key, thought_value: only shapes and dtypes matter, so they may be meta tensors.
         options: ``anchors``, ``key_start``, ``thought_lengths``, ``window``, ``window_from`` and ``causal`` as in
-            ``thought_attention``; the values of the tensors are read.
+            ``thought_attention``. The values of these tensors are read.
     """
     inputs = Inputs(*(torch.empty(x.shape, device="meta") for x in (query, key, value, thought_key, thought_value)))
     options = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -49,8 +49,8 @@ def thought_attention_cost(
     batch, query_heads, num_anchors, steps, head_size = query.shape
     kv_heads, length, value_size = key.shape[1], key.shape[2], value.shape[-1]
 
-    # What the queries of every step see: base keys first … last, int64 [B, P, S], and own keys, bool [B, P, S, T], or
-    # [1, 1, S, T] behind all active anchors.
+    # What the queries of every step see: base keys first … last, int64 [B, P, S], and keys of their own thought, bool
+    # [B, P, S, T], or [1, 1, S, T] if it is the same for all active anchors.
     last = mask.anchors_in(length, torch.device("cpu")).expand(batch, num_anchors)[:, :, None].expand(-1, -1, steps)
     active = last[:, :, 0] >= 0
     lengths = torch.full((1, 1), inputs.thought_steps) if mask.thought_lengths is None else mask.thought_lengths
@@ -67,7 +67,7 @@ def thought_attention_cost(
     own = mask.sees_thought(lengths, inputs, torch.device("cpu"))
     pairs = query_heads * int(base_pairs.sum() + (own.sum(dim=(2, 3)) * active).sum())
 
-    # Base keys that some query sees: +1 where its range begins, −1 behind its end.
+    # Base keys that some query sees: +1 where a query's range begins, −1 after its end.
     begin, end = torch.where(base_pairs > 0, first, 0).flatten(1), torch.where(base_pairs > 0, last + 1, 0).flatten(1)
     ends = torch.zeros(batch, length + 1, dtype=torch.int64)
     ends.scatter_add_(1, begin, torch.ones_like(begin)).scatter_add_(1, end, -torch.ones_like(end))

@@ -1,9 +1,9 @@
-"""PyTorch's flash attention kernels on the base part, with anchors 0..n−1 each repeated ``repeats`` times.
+"""PyTorch's flash attention kernels on the base part, with anchors 0..n−1, each repeated ``repeats`` times.
 
 Rows are folded so that the library sees ordinary causal attention: query [B·Hq, repeats·S, n, D] (steps and repeats
 are heads, positions are rows) against one key/value head per query head, expanded over the folded heads.
 
-On a CPU float16 is computed in float32: the kernel for it takes several times as long, and its sums may overflow.
+On a CPU, float16 inputs are computed in float32: the float16 kernel takes several times as long and may overflow.
 """
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 
-# Elements of half precision in 16 bytes, by which the kernels for CUDA read.
+# Half-precision elements in 16 bytes, the unit in which the CUDA kernels read.
 _ALIGNMENT = 8
 
 
 def supports(query: Tensor, scale: float) -> bool:
-    """Whether a library kernel with a log-sum-exp output takes this device, dtype, head size and scale.
+    """Whether a library kernel with a log-sum-exp output supports this device, dtype, head size and scale.
 
-    Called directly, it checks little of this itself.
+    The library's low-level function checks little of this itself.
     """
-    # The mask comes before the scale: −inf · 0 is NaN, and −inf times a negative scale is a visible key.
+    # The kernels mask before they scale: −inf · 0 would be NaN, and −inf times a negative scale a visible key.
     if scale < torch.finfo(torch.float32).tiny:
         return False
     if query.device.type == "cpu":
@@ -28,7 +28,7 @@ def supports(query: Tensor, scale: float) -> bool:
     if query.device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
     capability = torch.cuda.get_device_capability(query.device)
-    small = (8, 6) <= capability < (9, 0) or capability >= (12, 0)  # in shared memory: no backward of larger heads
+    small = (8, 6) <= capability < (9, 0) or capability >= (12, 0)  # little shared memory: no backward for large heads
     return (
         capability >= (8, 0)
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -76,14 +76,14 @@ def backward(
 
 
 def _taken(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that the kernels compute in."""
+    """Convert the tensor to the dtype that the kernels compute in."""
     return tensor.float() if tensor.device.type == "cpu" and tensor.dtype == torch.float16 else tensor
 
 
 def _readable(rows: Tensor) -> Tensor:
-    """The rows in a layout that the kernels take: elements of a vector side by side, vectors apart, in aligned places.
+    """Copy the rows, if needed, to a layout that the kernels accept: unit last stride, no overlap, aligned vectors.
 
-    The kernel for CPUs takes any last stride for 1, and its matrix products no rows that overlap.
+    The CPU kernel assumes a last stride of 1 without checking, and its matrix products accept no overlapping rows.
     """
     rows = _taken(rows)
     *outer, last = rows.stride()
@@ -106,9 +106,9 @@ def _unfold(folded: Tensor, query: Tensor) -> Tensor:
 
 
 def _expand(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-    """The keys and values that rows of 0..n−1 can see, one head per query head, expanded over the folded heads.
+    """Return the keys and values that anchors 0..n−1 can see, one head per query head, expanded over the folded heads.
 
-    They are copies, whatever the strides of the given ones.
+    They are always copies, whatever the strides of the given tensors.
     """
     positions, folded_heads = query.shape[2] // repeats, repeats * query.shape[3]
     group = query.shape[1] // key.shape[1]
@@ -119,7 +119,7 @@ def _expand(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> tuple[Te
 
 
 def _reduce(grad: Tensor, base: Tensor) -> Tensor:
-    """Sum [B·Hq, repeats·S, n, D] over the folded heads and the group: [B, Hkv, L, D], zero behind position n."""
+    """Sum [B·Hq, repeats·S, n, D] over the folded heads and the group: [B, Hkv, L, D], zero from position n on."""
     batch, kv_heads, length, _ = base.shape
     total = grad.sum(dim=1, dtype=torch.promote_types(grad.dtype, torch.float32))
     total = total.unflatten(0, (batch, kv_heads, -1)).sum(dim=2).to(base.dtype)

@@ -1,4 +1,4 @@
-"""What the backends of thought attention are given: five tensors, and which keys each query sees."""
+"""The arguments of the backends of thought attention: five tensors, and the mask of the keys that each query sees."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The differentiable tensors; the gradients of a backend are these, too. Shapes as in the public function."""
+    """The differentiable tensors, with the shapes of the public function. Also used for their gradients."""
 
     query: Tensor  # [B, Hq, P, S, D]
     key: Tensor  # [B, Hkv, L, D]
@@ -17,22 +17,22 @@ class Inputs(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """S, the steps that have a query: the last of ``thought_steps``."""
+        """S, the number of steps that have a query: the last ones of ``thought_steps``."""
         return self.query.shape[3]
 
     @property
     def thought_steps(self) -> int:
-        """T."""
+        """T, the number of steps that have a key."""
         return self.thought_key.shape[3]
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """The number of query heads that share a key/value head."""
         return self.query.shape[1] // max(1, self.key.shape[1])
 
     @property
     def sizes(self) -> list[int]:
-        """B, Hq, Hkv, P, S, T, L, D, Dv: what compiled kernels take."""
+        """B, Hq, Hkv, P, S, T, L, D, Dv, in the order of the compiled kernels' arguments."""
         batch, query_heads, num_anchors, steps, head_size = self.query.shape
         _, kv_heads, length, value_size = self.value.shape
         return [batch, query_heads, kv_heads, num_anchors, steps, self.thought_steps, length, head_size, value_size]
@@ -44,23 +44,23 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward returns."""
+    """The result of a forward pass."""
 
     output: Tensor  # [B, Hq, P, S, Dv] in the dtype of the query
     lse: Tensor  # [B, Hq, P, S], natural log, in float32 (float64 for float64)
 
 
 class ResultGradients(NamedTuple):
-    """What a backward is given; shapes of ``Result``."""
+    """Incoming gradients of a backward pass, with the shapes of ``Result``."""
 
     output: Tensor
     lse: Tensor | None
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees, and what makes a score of its product with one.
+    """Which keys a query sees, and how its product with a key becomes a score.
 
-    Index tensors are int64 and contiguous. Where the first dimension is 1, all batches are alike.
+    Index tensors are int64 and contiguous. A first dimension of 1 stands for the whole batch.
     """
 
     anchors: Tensor | None
@@ -89,7 +89,7 @@ class Mask(NamedTuple):
         scale: float | None = None,
         softcap: float | None = None,
     ) -> "Mask":
-        """The arguments of the public function, which checks them."""
+        """Create a mask from the (already checked) arguments of the public function."""
         farthest = inputs.key.shape[2]  # from a query to a key in front of it
         if window_from == "step":
             farthest += inputs.thought_steps
@@ -107,7 +107,7 @@ class Mask(NamedTuple):
         )
 
     def per_anchor(self, inputs: Inputs) -> list[tuple[Tensor | None, tuple[int, int]]]:
-        """Anchors, key_start and thought_lengths as [B, P], with strides: that of anchors is 1, or 0 (one for all)."""
+        """Anchors, key_start and thought_lengths, each with its strides as [B, P]: over P 1, or 0 if all share one."""
         shape = inputs.query.shape[0], inputs.query.shape[2]
         expanded = [None if x is None else x.expand(shape) for x in self[:3]]
         # A dimension of size 1 may have any stride.
@@ -115,34 +115,34 @@ class Mask(NamedTuple):
 
     @property
     def native_numbers(self) -> tuple[int, bool, bool, float, float]:
-        """What compiled kernels take besides: 0 is no window, and no softcap."""
+        """The remaining arguments of the compiled kernels; 0 stands for no window and for no softcap."""
         return self.window or 0, self.window_from_step, self.causal, self.scale, self.softcap or 0.0
 
     def anchors_in(self, length: int, device: torch.device) -> Tensor:
-        """[1 or B, P], of a base sequence of ``length``."""
+        """Anchors [1 or B, P] for a base sequence of ``length``."""
         return torch.arange(length, device=device)[None] if self.anchors is None else self.anchors
 
     def without_idle_anchors(self, inputs: Inputs) -> "Mask":
-        """The same, but anchors of which no query exists are −1: what only they would see, nobody sees."""
+        """The same mask with −1 for anchors that have no existing query, so that they make no base key visible."""
         if self.thought_lengths is None:
             return self
         idle = self.thought_lengths <= inputs.thought_steps - inputs.steps
         return self._replace(anchors=torch.where(idle, -1, self.anchors_in(inputs.key.shape[2], idle.device)))
 
     def window_offset(self, steps: int, thought_steps: int) -> int:
-        """How far behind the anchor the window of the first query ends; that of the next ones moves on with them."""
+        """How far past the anchor the first query's window ends; each later query's window ends one token later."""
         return 1 + thought_steps - steps if self.window_from_step else 0
 
     def sees_base(self, anchors: Tensor, key_start: Tensor | None, keys: Tensor, inputs: Inputs) -> Tensor:
         """Whether the queries of existing steps see base keys.
 
         Args:
-            anchors, key_start: of some anchors, [1 or B, p] and [B, 1 or p].
-            keys: int64 [n], positions.
-            inputs: for the numbers of steps.
+            anchors, key_start: those of some anchors, [1 or B, p] and [B, 1 or p].
+            keys: int64 [n], positions of base keys.
+            inputs: give the numbers of steps.
 
         Returns:
-            bool [1 or B, p, 1 or S, n]: with a window from the step, one step sees other keys than the next.
+            bool [1 or B, p, 1 or S, n]. Steps differ only if the window is measured from the step.
         """
         anchors = anchors[:, :, None, None]
         visible = keys <= anchors
@@ -161,7 +161,7 @@ class Mask(NamedTuple):
 
         Args:
             lengths: thought lengths of some anchors, [1 or B, p].
-            inputs: for the numbers of steps.
+            inputs: give the numbers of steps.
         """
         step = torch.arange(inputs.thought_steps, device=device)
         own = step[inputs.thought_steps - inputs.steps :, None]
@@ -174,9 +174,9 @@ class Mask(NamedTuple):
         return visible & (step < lengths) & (own < lengths)
 
     def inactive(self, inputs: Inputs) -> Tensor | None:
-        """Queries that see nothing, bool [1 or B, P, 1 or S]; None where there can be none.
+        """Which queries see nothing, bool [1 or B, P, 1 or S]; None if there cannot be any.
 
-        They belong to an anchor of −1, or to a step that does not exist.
+        Such queries belong to an inactive anchor (−1) or to a step that does not exist.
         """
         inactive = None if self.anchors is None else self.anchors[:, :, None] < 0
         if self.thought_lengths is not None:
@@ -187,7 +187,7 @@ class Mask(NamedTuple):
 
 
 def _per_anchor(values: Tensor | None) -> Tensor | None:
-    """Values of anchors, [P] or [B, P], as [1 or B, P]."""
+    """Reshape per-anchor values, [P] or [B, P], to [1 or B, P]."""
     if values is None:
         return None
     if values.dim() == 1:

@@ -1,4 +1,4 @@
-"""The specification of thought attention: one dense mask over base and thought keys, autograd does the rest."""
+"""The specification of thought attention: one dense mask over base and thought keys, and gradients by autograd."""
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ def visibility(inputs: Inputs, mask: Mask) -> Tensor:
 
 
 def forward(inputs: Inputs, mask: Mask) -> Result:
-    """Differentiable by autograd, any number of times.
+    """Compute output and lse; differentiable by autograd, any number of times.
 
-    Scores and sums are in float32 or wider. What no row sees is zero before it is multiplied: 0 · NaN would be NaN.
+    Scores and sums are in float32 or wider. Keys and values that no row sees are zeroed first, since 0 · NaN is NaN.
     """
     num_anchors, steps = inputs.query.shape[2:4]
     visible = visibility(inputs, mask).flatten(1, 2)[:, None]  # [1 or B, 1, P·S, L + P·T]

@@ -1,20 +1,20 @@
 """Backward of thought attention in Triton, second and third kernel: gradients of keys and values.
 
-No atomics, every sum in a fixed order: a program holds a block of keys and adds up, in registers, over all the rows
-that see them, with all steps of an anchor and the whole head group.
+There are no atomics, and every sum has a fixed order: a program holds a block of keys and accumulates, in registers,
+over all rows that see them, including all steps of an anchor and the whole head group.
 
-- Base keys: the rows of all anchors at and behind the block. Anchors are sorted, so that is one range of rows; where
-  they have first keys of their own, it ends when those of all further ones are behind the block. Programs go through it
-  from its end: those of one head then read the same rows at the same time, from the L2 cache.
-- Thought keys: the rows of one anchor, or of a few whose thoughts fit a block together.
+- Base keys: the rows of all anchors in or after the block. Since anchors are sorted, this is one range of rows. If
+  anchors have their own first keys, it ends where those of all further anchors are after the block. Programs process
+  the range from its end, so that those of one head read the same rows at the same time, from the L2 cache.
+- Thought keys: the rows of one anchor, or of a few anchors whose thoughts fit a block together.
 
-Scores are computed transposed, Sᵀ = K · Qᵀ, so that no accumulator has to be. Four matrix products per (row, key), two
-of them (S and dP) a second time after ``triton_backward_query``: the price of needing neither atomics nor partial
-gradients of the queries, of which there are G·S times as many as keys.
+Scores are computed transposed, Sᵀ = K · Qᵀ, so that no accumulator has to be transposed. This takes four matrix
+products per (row, key), of which two (S and dP) repeat ``triton_backward_query``: the price of needing neither atomics
+nor partial gradients of the queries, of which there are G·S times as many as keys.
 
-Rows are found through the tables that ``triton_backward_query`` leaves: sorted by anchor, with their offsets in query
-and dO. (Computed here, these would make 471 instructions of 398 in the loop, and spill.) Those of inactive anchors
-and of steps that do not exist come first there, and cost nothing here.
+Rows are found through the tables that ``triton_backward_query`` writes: sorted by anchor, with their offsets in query
+and dO. (Computing these here would raise the loop's 398 instructions to 471, and spill.) Rows of inactive anchors and
+of steps that do not exist come first in the tables and cost nothing here.
 """
 
 import triton
@@ -40,9 +40,9 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum, delta, scale, curve_scale):
-    """Add what a tile of rows contributes to the gradients of a block of keys and values; scores are [keys, rows].
+    """Add the contribution of a tile of rows to the gradients of a block of keys and values; scores are [keys, rows].
 
-    In this order registers hold one product of scores at a time.
+    In this order, registers hold only one product of size [keys, rows] at a time.
     """
     scores = curved(dot(key, tl.trans(query)), curve_scale)
     if visible is not None:
@@ -52,7 +52,7 @@ def _step(grad_key, grad_value, key, value, query, grad_output, visible, log_sum
     grad_value += dot(probability.to(query.dtype), grad_output)
     grad_probability = dot(value, tl.trans(grad_output)) - delta[None, :]
     grad_scores = weight * grad_probability
-    if visible is not None:  # the probability of hidden keys is 0, but the product with their values may be NaN
+    if visible is not None:  # hidden keys have probability 0, but the product with their values may be NaN
         grad_scores = tl.where(weight == 0, 0.0, grad_scores)
     return grad_key + dot(grad_scores.to(query.dtype), query), grad_value
 
@@ -63,9 +63,9 @@ def _load_rows(
     QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Query, dO, lse and delta of rows; query and dO are 0 where ``seeing`` is off: there they may be NaN.
+    """Load query, dO, lse and delta of rows; query and dO, which may be NaN there, are 0 where ``seeing`` is False.
 
-    Without ``row_grad``, dO lies as the query does.
+    Without ``row_grad``, dO has the offsets of the query.
     """
     query_offsets = tl.load(row_query + rows).to(tl.int64) * QUERY_UNIT
     grad_offsets = query_offsets
@@ -78,7 +78,7 @@ def _load_rows(
 
 @triton.jit
 def _first_from(values, count, least):
-    """The first place in ascending ``values`` where one is ``least`` or more; count if there is none."""
+    """Return the first index in ascending ``values`` whose value is ≥ ``least``; ``count`` if there is none."""
     low = 0
     high = count
     while low < high:
@@ -91,7 +91,7 @@ def _first_from(values, count, least):
 
 @triton.jit
 def _rows_before(row_anchor, num_rows, least, ROWS: tl.constexpr):
-    """How many rows have an anchor before base position ``least``. Without ``row_anchor`` there are ROWS of each."""
+    """Return how many rows have an anchor before base position ``least``; without ``row_anchor``, ROWS per position."""
     if row_anchor is None:
         return tl.minimum(least * ROWS, num_rows)
     else:
@@ -106,10 +106,10 @@ def _steps_base(
     MASKED: tl.constexpr, ROWS: tl.constexpr, QUERY_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``_step`` over ``steps`` tiles of rows, ``apart`` rows from each other, from that in front of ``end`` backwards.
+    """Run ``_step`` on ``steps`` tiles of rows, ``apart`` rows from each other, backwards from the one before ``end``.
 
-    MASKED: at step ``hole_at`` it leaves out ``hole`` rows, and the last tile may reach behind ``begin``. Without
-    ``row_anchor`` base positions (``keys``, ``window``) come times ROWS, to be compared with rows themselves.
+    MASKED: at step ``hole_at``, ``hole`` rows are skipped, and the last tile may extend beyond ``begin``. Without
+    ``row_anchor``, base positions (``keys``, ``window``) are multiplied by ROWS, to be compared with row numbers.
     """
     for i in tl.range(0, steps):
         rows = end - BLOCK_M - i * apart + tl.arange(0, BLOCK_M)
@@ -117,7 +117,7 @@ def _steps_base(
         if MASKED:
             rows -= tl.where(i < hole_at, 0, hole)
             wanted = rows >= begin
-            rows = tl.maximum(rows, begin)  # rows in front may be those of inactive anchors, and NaN
+            rows = tl.maximum(rows, begin)  # earlier rows may belong to inactive anchors, and be NaN
             anchor = rows if row_anchor is None else tl.load(row_anchor + rows)
             first = 0
             if row_start is None:
@@ -140,13 +140,13 @@ def _steps_base(
 
 @triton.jit
 def _turns(steps, split, splits):
-    """How many of ``steps`` a split takes that begins with step ``split``, and takes every ``splits``-th from there."""
+    """Return how many of ``steps`` a split takes that begins with step ``split`` and takes every ``splits``-th."""
     return tl.cdiv(tl.maximum(steps - split, 0), splits)
 
 
 @triton.jit
 def _rows_in_front(position, batch, anchor_rows, num_anchors, rows_of_an_anchor):
-    """How many rows are in the row tables in front of those of the anchor at ``position``."""
+    """Return how many rows precede those of the anchor at ``position`` in the row tables."""
     if anchor_rows is None:
         return position * rows_of_an_anchor
     else:
@@ -155,7 +155,7 @@ def _rows_in_front(position, batch, anchor_rows, num_anchors, rows_of_an_anchor)
 
 @triton.jit
 def _store_keys(pointer, start, vectors, rest, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store a block of vectors that lie one behind the other from ``start`` on, the first ``rest`` of them."""
+    """Store a block of contiguous vectors from ``start`` on, but only the first ``rest`` of them."""
     element = tl.reshape(tl.arange(0, BLOCK_N * BLOCK_D), (BLOCK_N, BLOCK_D))
     row = element // BLOCK_D
     column = element % BLOCK_D
@@ -173,22 +173,22 @@ def key_gradient_kernel(
     BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D or Dv].
+    """Compute the gradients of a block of base keys and values, contiguous [splits, B, Hkv, L, D or Dv].
 
-    The first base key is ``key_start`` [B]. With ``start_bounds`` [2, B, P] it is in ``row_start``, and there is no
-    window: the bounds are the last so far and the first from there on, in the order of the anchors; both ascend.
-    ``anchor_rows`` are those of ``table_rows``; they matter to the bounds only. Without ``row_anchor`` every base
-    position has an anchor, in order, and ROWS rows.
+    The first base key is ``key_start`` [B]. With ``start_bounds`` [2, B, P], it is in ``row_start`` and there is no
+    window; the bounds are the largest up to each anchor and the smallest from it on, in anchor order; both ascend.
+    ``anchor_rows`` is that of ``table_rows`` and used only with the bounds. Without ``row_anchor``, every base position
+    has an anchor, in order, and ROWS rows.
 
-    Where ``done`` holds another number than 0, there is nothing to do: another kernel has done it.
-    With splits > 1 each program takes a part of the rows, and the parts are still to be added up. ``scale`` is not
-    negative. Grid: key blocks · Hkv · B · splits programs, in the order of ``place_of``.
+    If ``done`` holds a number other than 0, another kernel has already done the work, and this one does nothing.
+    With splits > 1, each program takes a part of the rows, and the parts must be summed afterwards. ``scale`` ≥ 0.
+    Grid: key blocks · Hkv · B · splits programs, in the order of ``place_of``.
     """
     if done is not None and tl.load(done) != 0:
         return
     num_blocks = tl.cdiv(length, BLOCK_N)
     place = place_of(tl.program_id(0), num_blocks, kv_heads, splits, together)
-    block = place[0] * BLOCK_N  # the first have the most rows
+    block = place[0] * BLOCK_N  # the first blocks have the most rows
     batch, head, split = place[1].to(tl.int64), place[2].to(tl.int64), place[3]
 
     grad_output += batch * grad_output_stride[0] + head * GROUP * grad_output_stride[1]
@@ -211,9 +211,9 @@ def key_gradient_kernel(
     k = load_vectors(key, near.to(tl.int64) * key_stride[2], None, HEAD, BLOCK_D)
     v = load_vectors(value, near.to(tl.int64) * value_stride[2], None, VALUE_HEAD, BLOCK_V)
 
-    # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them, and with a window or first
-    # keys of their own those in [tail, end) maybe some. Masked tiles take what whole unmasked ones leave over, and come
-    # first, so that little has to stay in registers besides what the long unmasked loop needs. Splits take turns.
+    # Rows in [begin, full) see some of the block's keys, those in [full, tail) all of them and, with a window or with
+    # first keys of their own, those in [tail, end) possibly some. Masked tiles take the rows that whole unmasked tiles
+    # leave over. They come first, so that the long unmasked loop has most registers to itself. Splits take turns.
     last_key = tl.minimum(block + BLOCK_N, length) - 1
     begin = _rows_before(row_anchor, num_rows, block, ROWS)
     full = _rows_before(row_anchor, num_rows, last_key, ROWS)
@@ -241,7 +241,7 @@ def key_gradient_kernel(
     full_steps = tl.maximum(full_end - tl.maximum(full, begin), 0) // BLOCK_M
     full_rows = full_steps * BLOCK_M
     masked_steps = tail_steps + tl.cdiv(tl.maximum(full_end - full_rows - begin, 0), EDGE_M)
-    turn = (split + splits - masked_steps % splits) % splits  # the splits go on where the masked tiles ended
+    turn = (split + splits - masked_steps % splits) % splits  # splits continue taking turns after the masked tiles
 
     position = keys
     if row_anchor is None:
@@ -265,11 +265,11 @@ def key_gradient_kernel(
     )  # fmt: skip
     dk *= product_scale(scale, curve_scale)
 
-    if key_start is not None:  # no row sees padding, so it is enough to drop its gradients
+    if key_start is not None:  # no row sees padding, so dropping its gradients is enough
         padding = keys < first
         dk = tl.where(padding[:, None], 0.0, dk)
         dv = tl.where(padding[:, None], 0.0, dv)
-    if row_anchor is None:  # the same number both ways: each is the one for which registers are enough
+    if row_anchor is None:  # both compute the same; in each case this form needs fewer registers
         part = ((split * batches + place[1]) * kv_heads + place[2]).to(tl.int64)
     else:
         part = (batch + split * batches) * kv_heads + head
@@ -288,9 +288,9 @@ def thought_gradient_kernel(
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the thought keys and values of ``together`` anchors, which fit BLOCK_N, or of a block of one's.
+    """Compute gradients of the thought keys and values of ``together`` anchors that fit BLOCK_N, or of a block of one.
 
-    The gradients are contiguous. ``thought_lengths`` and ``anchor_rows`` are there together. ``scale`` is not negative.
+    The gradients are contiguous. ``anchor_rows`` is given if and only if ``thought_lengths`` is. ``scale`` ≥ 0.
     Grid: blocks of an anchor · groups of anchors · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
@@ -337,8 +337,8 @@ def thought_gradient_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     last = tl.minimum(first + together, num_anchors)
     end = last * ROWS
-    if thought_lengths is not None:  # leaves out rows behind the last one, and all of them if no key is seen
-        rows_of_last = tl.load(anchor_rows + last) - tl.load(anchor_rows + last - 1)  # 0: it is inactive, as are others
+    if thought_lengths is not None:  # excludes rows after the last one, and all of them if no key is seen
+        rows_of_last = tl.load(anchor_rows + last) - tl.load(anchor_rows + last - 1)  # 0 if inactive, as then all are
         seen = (rows_of_last > 0) & (block < tl.load(thought_lengths + last - 1))
         end = tl.where(seen, end - ROWS + rows_of_last, first * ROWS)
     for tile in tl.range(first * ROWS, end, BLOCK_M):
@@ -347,7 +347,7 @@ def thought_gradient_kernel(
         row_position = rows // ROWS
         in_table = table_rows(rows, row_position, anchor_rows, ROWS)
         seeing = None
-        if order is not None:  # there are anchors, and some may be inactive: probability 0
+        if order is not None:  # anchors are given, and some may be inactive: probability 0
             seeing = tl.load(row_log_sum + in_table) != float("inf")
         q, do, log_sum, delta = _load_rows(
             query, grad_output, row_log_sum, row_delta, row_query, row_grad, in_table, seeing,

@@ -1,15 +1,15 @@
 """Backward of thought attention in Triton, first kernel: gradient of the queries.
 
-A program holds a tile of packed rows (``triton_tiles`` draws them) and goes over the keys that the tile sees, as the
-forward does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − dlse, the gradient of a score s is
-dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key). With a softcap c
-there is another factor, 1 − (s / c)².
+A program holds a tile of packed rows (see ``triton_tiles``) and processes the keys that the tile sees, as the forward
+does. With p = exp2(scale · s − lse) and delta = rowsum(dO · O) − dlse, the gradient of a score s is
+dS = p · (dO · Vᵀ − delta), and dQ = scale · dS · K: three matrix products of 2·D FLOPs per (row, key). A softcap c adds
+the factor 1 − (s / c)².
 
-What the key-stationary kernels (``triton_backward_key``) need to know of a row it leaves in tables [B, Hkv, rows]:
-anchor (unless every base position has one, in order), first base key (if anchors have their own), lse, delta, and where
-the row lies in query and in dO (if it lies elsewhere), counted in units that divide all their strides: small numbers,
-which need few registers there. They then read rows without a thought for their order. In the tables rows of steps that
-do not exist come first, as those of inactive anchors do, so that behind them anchors ascend (``table_rows``).
+For the key-stationary kernels (``triton_backward_key``), it writes tables [B, Hkv, rows] of what they need of each row:
+anchor (unless every base position has one, in order), first base key (if anchors have their own), lse, delta, and the
+row's offset in query and, if different, in dO. Offsets are counted in units that divide all strides, so that they are
+small and need few registers. The kernels can then read rows in table order. Rows of steps that do not exist come first
+in the tables, like those of inactive anchors; after them, anchors ascend (``table_rows``).
 """
 
 import triton
@@ -52,9 +52,9 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _step(grad_query, query, grad_output, key, value, visible, log_sum, delta, scale, curve_scale):
-    """Add what a block of keys contributes to the gradient of a tile's queries; all are [..., rows or keys, D or Dv].
+    """Add the contribution of a block of keys to the gradient of a tile's queries; all [..., rows or keys, D or Dv].
 
-    The two products of scores one after the other, so that registers hold one of them at a time.
+    The two products of size [rows, keys] are computed one after the other, so that registers hold only one of them.
     """
     scores = curved(dot(query, transposed(key)), curve_scale)
     if visible is not None:
@@ -101,11 +101,11 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr,
     DIAGONAL_ANCHORS: tl.constexpr, PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries of a tile, and its part of the row tables.
+    """Compute the gradient of the queries of a tile, and its part of the row tables.
 
-    The mask is as in the forward, and the table ``row_start`` there if rows have first keys of their own: PER_ANCHOR,
-    or with a ``step_window``. ``anchor_rows`` is there with ``thought_lengths``. ``scale`` is not negative. Output, lse
-    and ``grad_query`` are contiguous. Grid: tiles · B · Hkv programs.
+    The mask is as in the forward. The table ``row_start`` exists if first keys may differ between rows: if PER_ANCHOR,
+    or with a ``step_window``. ``anchor_rows`` exists if ``thought_lengths`` does. ``scale`` ≥ 0. Output, lse and
+    ``grad_query`` are contiguous. Grid: tiles · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
     DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
@@ -154,7 +154,7 @@ def query_gradient_kernel(
     if grad_lse is not None:
         grad_lse += batch * grad_lse_stride[0] + head * GROUP * grad_lse_stride[1]
         delta -= tl.load(grad_lse + row_offsets(rows, original, grad_lse_stride, STEPS, GROUP))
-    if anchors is not None:  # inactive rows: probability 0
+    if anchors is not None:  # makes probabilities of inactive rows 0
         delta = tl.where(anchor < 0, 0.0, delta)
         log_sum = tl.where(anchor < 0, float("inf"), log_sum)
     table = (batch * kv_heads + head) * num_rows + table_rows(index, position, anchor_rows, ROWS)
@@ -168,8 +168,8 @@ def query_gradient_kernel(
     if row_grad is not None:
         tl.store(row_grad + table, grad_offsets // GRAD_UNIT, mask=exists)
 
-    # The base keys: first those to mask, then the full blocks. (Behind the thought keys, ptxas would make each product
-    # wait, C7515: those of the thought keys, in another shape, would go on with the same sum.)
+    # The base keys: first the masked blocks, then the full ones. (After the thought keys, ptxas would wait for each
+    # product, C7515, since products of the thought keys, of another shape, would add to the same sum.)
     tile_anchor = None
     tile_first = first
     if window is not None or step_window is not None or PER_ANCHOR:
@@ -212,7 +212,7 @@ def query_gradient_kernel(
             tile_start, chunk, thought_steps, ROWS, DIAGONALS, DIAGONAL_M, DIAGONAL_N
         )
         near = tl.minimum(key_position, num_anchors - 1)
-        if anchors is not None:  # what inactive ones have may be NaN: that of the tile's last one in its place
+        if anchors is not None:  # keys of inactive anchors may be NaN; those of the tile's last anchor replace them
             near = tl.where(tl.load(anchors + near) < 0, last_position, near)
         key_length = None
         if thought_lengths is not None:

@@ -1,14 +1,14 @@
 """Forward of thought attention in Triton: one kernel for training tiles, sampling steps and split keys.
 
-One program holds BLOCK_M packed rows (``triton_tiles`` draws them) of one key/value head. It goes over the block
-diagonal of thought keys and over blocks of base keys with the running softmax of FlashAttention (arXiv 2205.14135,
-2307.08691), in base 2. Blocks may come first of which a row sees nothing: its maximum is LOWEST then, and its sums 0.
+One program holds BLOCK_M packed rows (see ``triton_tiles``) of one key/value head. It processes the block diagonal of
+thought keys and blocks of base keys with the running softmax of FlashAttention (arXiv 2205.14135, 2307.08691), in
+base 2. A row may see nothing of the first blocks; its maximum is then LOWEST and its sums are 0.
 
-Per row that sees n base keys: 4·D·(n + T) FLOPs; bytes: 2·D elements of query and output, and of every tile n keys and
-values from the L2 cache. At n = 1024, D = 128 that is about 1000 FLOPs per byte of memory: bound by the tensor cores.
+A row that sees n base keys takes 4·D·(n + T) FLOPs and reads and writes 2·D elements of query and output; every tile
+reads n keys and values from the L2 cache. At n = 1024, D = 128 this is about 1000 FLOPs per byte: compute-bound.
 
-With few rows and many keys (decoding) the keys of a tile are split over several programs, whose partial results
-``combine_kernel`` adds up in a fixed order.
+With few rows and many keys (decoding), the keys of a tile are split over several programs, whose partial results
+``combine_kernel`` combines in a fixed order.
 """
 
 import triton
@@ -50,8 +50,8 @@ from quietstar.ops.thought_attention.triton_tiles import (
 
 @triton.jit
 def _attend(acc, peak, total, scores, scale, value):
-    """One step of the running base-2 softmax over scale · ``scores`` [..., rows, keys], ``value`` [..., keys, Dv]."""
-    new_peak = tl.maximum(peak, tl.max(scores, -1) * scale)  # scale >= 0: one product a row instead of one a score
+    """Do a step of the running base-2 softmax over scale · ``scores`` [..., rows, keys], ``value`` [..., keys, Dv]."""
+    new_peak = tl.maximum(peak, tl.max(scores, -1) * scale)  # scale >= 0: one product per row, not one per score
     probability = tl.exp2(scores * scale - tl.expand_dims(new_peak, -1))
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(probability, -1)
@@ -94,11 +94,11 @@ def forward_kernel(
     DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr, DIAGONAL_ANCHORS: tl.constexpr, SPLIT: tl.constexpr,
     PER_ANCHOR: tl.constexpr, TILE_ANCHORS: tl.constexpr,
 ):  # fmt: skip
-    """Output and natural-log lse of a tile; with SPLIT, a partial output and base-2 lse of one part of its keys.
+    """Compute output and natural-log lse of a tile; with SPLIT, partial output and base-2 lse for a part of its keys.
 
-    ``key_start`` is contiguous: [B], or PER_ANCHOR [B, P] in the order of ``anchors``, and then there is no window; nor
-    is there one with ``step_window``, which counts from the step. ``thought_lengths`` are as ``anchors``, which are
-    there with them. ``scale`` is not negative. Output and lse are contiguous. Grid: tiles · splits · B · Hkv programs.
+    ``key_start`` is contiguous: [B], or if PER_ANCHOR [B, P] in the order of ``anchors``; then ``window`` is None, as
+    it is with ``step_window``, which is measured from the step. ``thought_lengths`` is like ``anchors``, which is not
+    None then. ``scale`` ≥ 0. Output and lse are contiguous. Grid: tiles · splits · B · Hkv programs.
     """
     ROWS: tl.constexpr = STEPS * GROUP
     DIAGONALS: tl.constexpr = BLOCK_M // DIAGONAL_M
@@ -150,12 +150,12 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # Thought keys first if the tile is one piece. Sums that are joined from parts come last: going into the loops over
-    # base keys, they would make ptxas wait for each product there (C7515).
+    # Thought keys come first if the tile is not divided. Sums joined from parts come last: entering the loops over base
+    # keys, they would make ptxas wait for each product there (C7515).
     for turn in tl.static_range(2):
         if (turn == 0) == (DIAGONALS == 1):
             # The thought keys, part by part.
-            if DIAGONALS > 1:  # in the loops over base keys there are no registers to keep it all
+            if DIAGONALS > 1:  # the loops over base keys leave no registers to keep all of it
                 rows = tl.minimum(not_before(total, index), num_rows - 1)
                 position = rows // ROWS
                 step = step_of(rows, thought_steps, STEPS, GROUP)
@@ -169,7 +169,7 @@ def forward_kernel(
             acc = divided(acc, DIAGONALS)
             peak = divided(peak, DIAGONALS)
             total = divided(total, DIAGONALS)
-            # The next keys are fetched ahead where shared memory has room for them; those of parts (``load_parts``)
+            # The next keys are prefetched if shared memory has room for them, which those of parts (``load_parts``)
             # cannot be.
             AHEAD: tl.constexpr = DIAGONALS == 1 and max(BLOCK_D, BLOCK_V) <= 128
             for chunk in tl.range(0, columns, DIAGONAL_N, num_stages=2 if AHEAD else 1):
@@ -197,7 +197,7 @@ def forward_kernel(
             peak = joined(peak, DIAGONALS)
             total = joined(total, DIAGONALS)
         else:
-            # The base keys: first those to mask, then the full blocks.
+            # The base keys: first the masked blocks, then the full ones.
             full_begin, full_end, begin, end, steps, hole_at, hole = base_range(
                 anchor, first, window, length, split, splits, BLOCK_N, EDGE_N
             )
@@ -238,7 +238,7 @@ def combine_kernel(
     parts, part_log_sums, order, output, lse, lse_stride, anchors_stride, kv_heads, num_anchors, splits,
     STEPS: tl.constexpr, GROUP: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the partial results of ``forward_kernel``, in the order of the splits. Grid: tiles · B · Hkv programs."""
+    """Combine the partial results of ``forward_kernel`` in the order of the splits. Grid: tiles · B · Hkv programs."""
     num_rows = num_anchors * STEPS * GROUP
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     program = tl.program_id(0)

@@ -1,57 +1,55 @@
-"""In which order the programs of a launch go over its blocks: longest first, so that processors end together.
+"""The order in which a launch's programs process blocks: longest first, so that multiprocessors finish together.
 
-A block is a tile of rows, or of keys in the key gradient. With a causal mask blocks differ in length, from that of the
-whole sequence down to next to nothing. Programs start in the order of their numbers, each as a processor gets free: if
-block by block, with all heads of a block side by side, what is left for the end is short. Head by head, the long blocks
-of the last heads would start late, and most processors would wait for them.
+A block is a tile of rows or, in the key gradient, of keys. With a causal mask, blocks differ in length, from that of
+the whole sequence down to almost nothing. Programs start in the order of their numbers whenever a multiprocessor is
+free. If they go block by block, with all heads of a block side by side, those left for the end are short. Head by head,
+the long blocks of the last heads would start late, and most multiprocessors would wait for them.
 
-What heads of other blocks read from memory, they read through one L2 cache, so that it must hold what belongs to all
-heads that are worked on at a time. This is why heads are taken in groups, one group after the other, as few at a time
-as the cache needs (``together``):
+All heads read memory through one L2 cache, which should hold the data of all heads that are processed at a time. So
+heads are processed in groups, one group after the other, of a size (``together``) that suits the cache:
 
-- The forward and the query gradient go over the keys and values of a head, which every program of it reads: as many
-  heads as have theirs in half of the cache. From the first program of a group to the last one they are read from
-  memory once.
-- The key gradient goes over the rows of a head, which are more than a cache holds, and reads each of them in a block's
-  time. Neighbouring blocks begin at the same row (the last), take equally long, and hence are at the same rows at the
-  same time. It takes as few heads as leave ``SHARED`` blocks of each in flight. Its splits take turns at tiles, instead
-  of a range of rows each, in order to be at the same rows, too.
+- In the forward and the query gradient, every program of a head reads the head's keys and values. A group has as many
+  heads as have these in half of the cache, so that they are read from memory once for the whole group.
+- In the key gradient, a program reads the rows of a head, which are more than a cache holds. Neighbouring blocks begin
+  at the same row (the last) and take equally long, so they read the same rows at the same time. A group has so few
+  heads that ``SHARED`` blocks of each are in flight. Its splits take turns at tiles, instead of one range of rows each,
+  so that they read the same rows at the same time, too.
 """
 
 from typing import NamedTuple
 
 import triton
-import triton.language as tl  # noqa: F401 (the interpreter looks for it)
+import triton.language as tl  # noqa: F401 (the interpreter needs it)
 
 
 class Order(NamedTuple):
-    """The programs of a launch, and how they follow on one another."""
+    """The number of programs of a launch, and their order."""
 
     blocks: int
     heads: int
     """B·Hkv."""
     splits: int
-    """Programs that share the work of one block of one head."""
+    """Number of programs that share the work of one block of one head."""
     together: int
-    """Heads that are worked on side by side; divides ``heads``."""
+    """Number of heads that are processed side by side; divides ``heads``."""
 
     @classmethod
     def of(cls, blocks: int, heads: int, splits: int, most: int) -> "Order":
-        """With as many heads together as divide ``heads``, ``most`` at most, but one in any case."""
+        """Create the order whose ``together`` is the largest divisor of ``heads`` up to ``most``, at least one."""
         together = next((n for n in range(min(heads, most), 1, -1) if heads % n == 0), 1)
         return cls(blocks, heads, splits, together)
 
     @property
     def grid(self) -> tuple[int]:
-        """Of the launch."""
+        """The grid of the launch."""
         return (self.blocks * self.heads * self.splits,)
 
 
 @triton.jit
 def place_of(program, blocks, kv_heads, splits, together):
-    """Block, batch, head and split of a program: the four numbers of ``Order``, of heads those of one batch.
+    """Return block, batch, head and split of a program, given numbers of ``Order`` (``kv_heads`` is per batch).
 
-    It is for kernels in Triton and in Gluon, and, as ``place_of.fn``, for Python's numbers.
+    For kernels in Triton and in Gluon and, as ``place_of.fn``, for Python numbers.
     """
     side_by_side = together * splits
     block = program % (blocks * side_by_side) // side_by_side

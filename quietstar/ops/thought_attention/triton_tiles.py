@@ -1,8 +1,8 @@
-"""What the kernels of thought attention share: how rows are packed in tiles, which keys they see, how both are read.
+"""Shared parts of the thought attention kernels: the packing of rows in tiles, the keys they see, and loads of both.
 
-The S·G query rows of an anchor (S steps, G heads that share one key/value head) lie together: row r of one key/value
+The S·G query rows of an anchor (S steps, G heads that share one key/value head) are adjacent: row r of one key/value
 head belongs to head r % G of step (r // G) % S of anchor r // (G·S). Rows are cut into tiles without regard to anchors,
-so that no tile row is wasted; anchors come sorted, so that the rows of a tile end at nearly the same base key:
+so that no tile row is wasted. Anchors are sorted, so that the rows of a tile end at nearly the same base key:
 
              base keys 0 … L                          thought keys of the tile's anchors
     row 0    ████████████████████████                 █
@@ -13,29 +13,29 @@ so that no tile row is wasted; anchors come sorted, so that the rows of a tile e
     row M    █████████████████████████                   ███
              └ full blocks ──────┘└ masked            └ block diagonal, see DIAGONAL_M
 
-Thought keys are a block diagonal: a row sees at most T of them. A tile is divided into DIAGONALS parts of DIAGONAL_M
-rows, each part is multiplied with the thought keys of its own few anchors only (DIAGONAL_ANCHORS at most, DIAGONAL_N
-keys at a time), and a batched dot does all parts at once. Small parts waste little of a diagonal with small blocks (a
-sampling step has G rows to an anchor), large parts read less twice.
+Thought keys form a block diagonal: a row sees at most T of them. A tile is divided into DIAGONALS parts of DIAGONAL_M
+rows. Each part is multiplied only by the thought keys of its own few anchors (at most DIAGONAL_ANCHORS, DIAGONAL_N keys
+at a time), and a batched dot computes all parts at once. Small parts waste little if the diagonal has small blocks (a
+sampling step has G rows per anchor); large parts read fewer keys twice.
 
-Base keys come in blocks of BLOCK_N that every row of the tile sees in full and that need no mask. Only the edges are
+Base keys come in blocks of BLOCK_N that every row of the tile sees completely and that need no mask. Only the edges are
 masked: around the tile's smallest and largest anchor, the edge of a window, left padding, and the starts of packed
-documents. Their blocks have EDGE_N keys: fewer, because on average half of an edge block is waste.
+documents. Their blocks have EDGE_N keys, which is less because on average half of an edge block is waste.
 
-Rows of steps that do not exist (``thought_lengths``) are rows of an inactive anchor, −1; a tile of them has no keys to
-go over. The anchor of a thought without a query comes as −1, and then sorted in front of all others.
+Rows of steps that do not exist (``thought_lengths``) count as rows of an inactive anchor, −1; a tile of such rows has
+no keys to process. The anchor of a thought without a query is passed as −1, and so sorted before all others.
 
-What no row sees (such keys, all that belongs to inactive anchors) may be NaN, and 0 · NaN is NaN: where there is a
-mask, it is not even read.
+Data that no row sees (such keys, everything of inactive anchors) may be NaN, and 0 · NaN is NaN, so masked elements are
+not even read.
 
 With a softcap c a score is c · tanh(scale / c · product), else scale · product. Kernels get this as ``scale`` and
-``curve_scale``: scale · tanh(curve_scale · product), or without the tanh where curve_scale is None.
+``curve_scale``: scale · tanh(curve_scale · product), or without tanh if curve_scale is None.
 """
 
 import triton
 import triton.language as tl
 
-# Stands in for the maximum of no scores: −inf − (−inf) would be NaN, exp2(−inf − LOWEST) is 0.
+# The maximum of an empty set of scores: −inf − (−inf) would be NaN, but exp2(−inf − LOWEST) is 0.
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -43,7 +43,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def original_of(position, order):
-    """Where the caller has the anchor that is at ``position`` in the kernel's order."""
+    """Return the caller's index of the anchor at ``position`` in the kernel's order."""
     if order is None:
         return position
     else:
@@ -52,7 +52,7 @@ def original_of(position, order):
 
 @triton.jit
 def anchor_of(position, anchors, length):
-    """The base position of the anchor at ``position``; without anchors, every base position has one."""
+    """Return the base position of the anchor at ``position``; without anchors, every base position has one."""
     if anchors is None:
         return position
     else:
@@ -61,7 +61,7 @@ def anchor_of(position, anchors, length):
 
 @triton.jit
 def start_of(position, batch, key_start, num_anchors, PER_ANCHOR: tl.constexpr):
-    """First base key of the anchors at ``position``; one number if it is the same for all of a batch."""
+    """Return the first base key of the anchors at ``position``; a scalar if it is the same for the whole batch."""
     if key_start is None:
         return tl.full((), 0, tl.int32)
     elif PER_ANCHOR:
@@ -72,13 +72,13 @@ def start_of(position, batch, key_start, num_anchors, PER_ANCHOR: tl.constexpr):
 
 @triton.jit
 def step_of(rows, thought_steps, STEPS: tl.constexpr, GROUP: tl.constexpr):
-    """Steps, 0..T−1, of packed rows."""
+    """Return the steps, 0..T−1, of packed rows."""
     return (rows // GROUP) % STEPS + (thought_steps - STEPS)
 
 
 @triton.jit
 def existing(anchor, step, length):
-    """The ``anchor`` of rows, −1 for those whose ``step`` does not exist. A ``length`` of None is T, here and below."""
+    """Return the ``anchor`` of rows, −1 if their ``step`` does not exist. Here and below, ``length`` None means T."""
     if length is None:
         return anchor
     else:
@@ -87,7 +87,7 @@ def existing(anchor, step, length):
 
 @triton.jit
 def first_of_step(first, anchor, step, step_window):
-    """The ``first`` base key of rows, given a window that counts from their own position, anchor + 1 + step."""
+    """Return the ``first`` base key of rows, given a window measured from their own position, anchor + 1 + step."""
     if step_window is None:
         return first
     else:
@@ -96,24 +96,24 @@ def first_of_step(first, anchor, step, step_window):
 
 @triton.jit
 def positions_of_tile(tile_start, num_rows, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, TILE_ANCHORS: tl.constexpr):
-    """The positions of the anchors that a tile's rows belong to, the last of them repeated: [TILE_ANCHORS]."""
+    """Return the positions of the anchors of a tile's rows, padded by repeating the last: [TILE_ANCHORS]."""
     last = (tl.minimum(tile_start + BLOCK_M, num_rows) - 1) // ROWS
     return tl.minimum(tile_start // ROWS + tl.arange(0, TILE_ANCHORS), last)
 
 
 @triton.jit
 def row_offsets(rows, original, stride, STEPS: tl.constexpr, GROUP: tl.constexpr):
-    """Offsets of packed rows in a tensor with strides (batch, head, anchor, step) of one key/value head."""
+    """Return offsets of packed rows in a tensor of one key/value head with strides (batch, head, anchor, step)."""
     step = (rows // GROUP) % STEPS
     return original.to(tl.int64) * stride[2] + step.to(tl.int64) * stride[3] + (rows % GROUP).to(tl.int64) * stride[1]
 
 
 @triton.jit
 def table_rows(rows, position, anchor_rows, ROWS: tl.constexpr):
-    """Where packed ``rows`` of the anchors at ``position`` are in the row tables of the backward.
+    """Return the places of packed ``rows`` of the anchors at ``position`` in the backward's row tables.
 
-    With thought lengths those of steps that do not exist come first. Then there are ``anchor_rows`` [P + 1]: where the
-    existing ones of each anchor begin, and where those of the last anchor end.
+    With thought lengths, rows of steps that do not exist come first. Then ``anchor_rows`` [P + 1] says where the
+    existing rows of each anchor begin, and where those of the last anchor end.
     """
     if anchor_rows is None:
         return rows
@@ -127,7 +127,7 @@ def table_rows(rows, position, anchor_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def load_vectors(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The vectors of HEAD elements at ``offsets``, zero-padded to BLOCK_D; zeros where ``mask`` is off."""
+    """Load vectors of HEAD elements at ``offsets``, zero-padded to BLOCK_D; zeros where ``mask`` is False."""
     column = tl.arange(0, BLOCK_D)
     pointers = pointer + (tl.expand_dims(offsets, -1) + column)
     if mask is None:
@@ -144,10 +144,10 @@ def load_vectors(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def load_parts(pointer, offsets, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``load_vectors`` of [DIAGONALS, n] ``offsets``; of [n], as they are, if the tile is not divided.
+    """``load_vectors`` for ``offsets`` [DIAGONALS, n]; for [n], unchanged, if the tile is not divided.
 
-    Loaded as [n, DIAGONALS, ...], with the parts in the middle: of [DIAGONALS, n, ...] Triton's products would have a
-    part's vectors all begin in the same banks of shared memory, and meet them eight at a time.
+    Loaded as [n, DIAGONALS, ...], with the parts in the middle: with [DIAGONALS, n, ...], all vectors of a part would
+    begin in the same banks of shared memory in Triton's products, which gives eight-way bank conflicts.
     """
     if len(offsets.shape) == 1:
         return load_vectors(pointer, offsets, mask, HEAD, BLOCK_D)
@@ -170,35 +170,35 @@ def store_vectors(pointer, offsets, vectors, mask, HEAD: tl.constexpr, BLOCK_D: 
 
 @triton.jit
 def not_before(never_negative, offsets):
-    """``offsets``, which the compiler cannot find before it has ``never_negative`` [the same shape].
+    """Return ``offsets``, but keep the compiler from computing them before ``never_negative`` [same shape] is known.
 
-    It would address results before the loops that compute them, where it is short of registers, and spill.
+    It would compute addresses of results before the loops, which need the registers, and spill.
     """
     return offsets + (never_negative < 0).to(offsets.dtype)
 
 
 @triton.jit
 def load_block(pointer, stride, block, mask, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """BLOCK_N base keys (or values) from ``block`` on. Only the offset of the block needs 64 bits."""
+    """Load BLOCK_N base keys (or values) from ``block`` on. Only the block's offset needs 64 bits."""
     start = pointer + tl.cast(block, tl.int64) * stride[2]
     return load_vectors(start, tl.arange(0, BLOCK_N) * stride[2], mask, HEAD, BLOCK_D)
 
 
 @triton.jit
 def base_2(scale):
-    """The scale of scores in base 2. Never 0, which would make NaN of the −inf of a hidden key."""
+    """Return the scale of scores in base 2. It is never 0, which would turn the −inf of hidden keys into NaN."""
     return tl.maximum(scale, 1e-30) * LOG2_E
 
 
 @triton.jit
 def dot(a, b):
-    """Tensor cores with float32 accumulation for half precision, true float32 for float32."""
+    """Multiply with float32 accumulation: on tensor cores for half precision, in true float32 for float32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent to a few units in the last place, near 0 too."""
+    """Compute the hyperbolic tangent to a few units in the last place, also near 0."""
     square = x * x
     series = -0.3333277 + square * (0.13315259 + square * (-0.05230258 + square * 0.015739441))
     size = tl.abs(x)
@@ -208,7 +208,7 @@ def tanh(x):
 
 @triton.jit
 def curved(products, curve_scale):
-    """What is left to multiply with ``scale`` to make scores of products of query and key."""
+    """Apply the softcap's tanh, if any, to products of query and key; times ``scale`` they are scores."""
     if curve_scale is None:
         return products
     else:
@@ -217,7 +217,7 @@ def curved(products, curve_scale):
 
 @triton.jit
 def with_slope(probability, scores, curve_scale):
-    """``probability`` times 1 − tanh² with softcap; ``scores`` are curved, and −inf where hidden."""
+    """Multiply ``probability`` by 1 − tanh² if there is a softcap; ``scores`` are ``curved``, −inf where hidden."""
     if curve_scale is None:
         return probability
     else:
@@ -226,7 +226,7 @@ def with_slope(probability, scores, curve_scale):
 
 @triton.jit
 def product_scale(scale, curve_scale):
-    """The derivative of a score by the product of query and key, but for 1 − tanh²."""
+    """Return the derivative of a score w.r.t. the product of query and key, without the factor 1 − tanh²."""
     if curve_scale is None:
         return scale
     else:
@@ -235,16 +235,16 @@ def product_scale(scale, curve_scale):
 
 @triton.jit
 def base_range(anchor, first, window, length, split, splits, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr):
-    """Which base keys a part of the splits has to look at for the rows of a tile.
+    """Return which base keys one of the splits has to process for the rows of a tile.
 
     Args:
-        anchor: of each row, −1 inactive.
-        first: the first base key of each row, then without a window, or one number for all.
+        anchor: anchor of each row, −1 if inactive.
+        first: the first base key of each row (then there is no window), or a scalar for all.
 
     Returns:
-        full_begin, full_end: these keys every active row sees; whole blocks of BLOCK_N.
-        begin, end, steps, hole_at, hole: the masked blocks. There are ``steps`` of EDGE_N from ``begin`` on, but at
-        step ``hole_at`` come ``hole`` keys to leave out. ``end`` is behind the last key.
+        full_begin, full_end: the keys that every active row sees, in whole blocks of BLOCK_N.
+        begin, end, steps, hole_at, hole: the masked blocks. There are ``steps`` of EDGE_N keys from ``begin`` on; at
+        step ``hole_at``, ``hole`` keys are skipped. ``end`` is one past the last key.
     """
     high = tl.max(anchor, 0)
     low = tl.minimum(tl.min(tl.where(anchor < 0, length, anchor), 0), high)
@@ -284,7 +284,7 @@ def sees_base(anchor, keys, first, window):
 
 @triton.jit
 def sees_block(anchor, keys, first, window):
-    """``sees_base`` of [rows] or anchors and [keys]: [rows, keys]."""
+    """``sees_base`` for [rows] (or anchors) and [keys]: [rows, keys]."""
     if len(first.shape) > 0:
         first = first[:, None]
     return sees_base(anchor[:, None], keys[None, :], first, window)
@@ -292,10 +292,10 @@ def sees_block(anchor, keys, first, window):
 
 @triton.jit
 def seen_keys(anchor, keys, first, end, window):
-    """Which base ``keys`` in front of ``end`` some row of a tile sees, given the tile's anchors.
+    """Return which base ``keys`` before ``end`` some row of a tile sees, given the tile's anchors.
 
-    Without a window and with one ``first`` for all rows they need not be given. Else there may be keys that none sees
-    between those of two anchors; that takes a look at each anchor, but not at each row, for which registers are short.
+    Without a window and with one ``first`` for all rows, anchors are not needed. Otherwise no row may see some keys
+    between those of two anchors. This is checked per anchor; checking per row would take too many registers.
     """
     if anchor is None:
         return (keys < end) & (keys >= first)
@@ -328,10 +328,10 @@ def joined(rows, DIAGONALS: tl.constexpr):
 @triton.jit
 def diagonal_columns(tile_start, chunk, thought_steps, ROWS: tl.constexpr, DIAGONALS: tl.constexpr,
                      DIAGONAL_M: tl.constexpr, DIAGONAL_N: tl.constexpr):  # fmt: skip
-    """Position of the anchor, and step, of the thought keys in columns ``chunk`` … of each part of a tile.
+    """Return anchor position and step of the thought keys in the columns from ``chunk`` on of each part of a tile.
 
-    Shapes [(DIAGONALS,) DIAGONAL_N]; ROWS is S·G. The columns of a part are the thought keys of its anchors in their
-    order, T to an anchor.
+    Shapes are [(DIAGONALS,) DIAGONAL_N]; ROWS is S·G. The columns of a part are the thought keys of its anchors in
+    order, T per anchor.
     """
     column = chunk + tl.arange(0, DIAGONAL_N)
     if DIAGONALS == 1:
@@ -346,33 +346,33 @@ def diagonal_columns(tile_start, chunk, thought_steps, ROWS: tl.constexpr, DIAGO
 @triton.jit
 def diagonal_end(index, position, anchor, step, length, thought_steps, ROWS: tl.constexpr, DIAGONAL_M: tl.constexpr,
                  DIAGONAL_ANCHORS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
-    """Behind the last column of ``diagonal_columns`` that some row of a tile sees, given the tile's rows.
+    """Return one past the last column of ``diagonal_columns`` that some row of a tile sees, given the tile's rows.
 
-    Without lengths it is that of all steps of all anchors.
+    Without lengths, all steps of all anchors are included.
     """
     if length is None:
         return DIAGONAL_ANCHORS * thought_steps
     else:
         end = step + 1 if CAUSAL else length
-        before = position - index // DIAGONAL_M * DIAGONAL_M // ROWS  # anchors of its part in front of a row's own
+        before = position - index // DIAGONAL_M * DIAGONAL_M // ROWS  # anchors of the part before the row's own
         return tl.max(tl.where(anchor < 0, 0, before * thought_steps + end), 0)
 
 
 @triton.jit
 def readable(step, length, step_window, thought_steps, STEPS: tl.constexpr):
-    """The ``step`` of a thought key, or where no row sees it, and it may be NaN, that of one which some row sees."""
+    """Return the ``step`` of a thought key or, if no row sees it (it may be NaN), that of a key which some row sees."""
     if step_window is not None:
         step = tl.maximum(step, thought_steps - STEPS + 1 - step_window)
-    if length is not None:  # the last step that exists: there is a row for it, unless the anchor is inactive
+    if length is not None:  # the last existing step, which has a row unless the anchor is inactive
         step = tl.maximum(tl.minimum(step, length - 1), 0)
     return step
 
 
 @triton.jit
 def owner_of(position, step, length, CAUSAL: tl.constexpr):
-    """The ``position`` of the anchor that thought keys belong to, −1 for steps that do not exist.
+    """Return the ``position`` of the anchor that thought keys belong to, −1 for steps that do not exist.
 
-    What is CAUSAL hides these from rows that do exist.
+    If CAUSAL, existing rows do not see such steps anyway.
     """
     if CAUSAL or length is None:
         return position

@@ -1,4 +1,4 @@
-"""What ``python -m quietstar.ops.tune`` tries for thought attention: tiles that fit the device."""
+"""The candidates of ``python -m quietstar.ops.tune`` for thought attention: tiles that fit the device."""
 
 import itertools
 from functools import partial
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 KERNELS = (FORWARD, DECODE, QUERY_GRADIENT, KEY_GRADIENT)
 TABLE = f"{triton_launch.__name__}.TILES"
 
-_REGISTER_BYTES = 32 * 256 * 4  # of a warp
+_REGISTER_BYTES = 32 * 256 * 4  # registers of a warp
 
 
 def candidates(kernel: str, query: Tensor, shared_memory: int) -> list[Tile]:
-    """Tiles worth timing: their blocks fit ``shared_memory`` [bytes], their sums half of the registers."""
+    """Return tiles worth timing: blocks fit ``shared_memory`` [bytes], and accumulators half of the registers."""
     vector = padded_head(query.shape[-1])
     rows, keys = (64, 128), (32, 64, 128)
     if kernel == DECODE:
-        rows = (64,)  # what the launch makes 16 of where that is enough
+        rows = (64,)  # the launch reduces it to 16 where that is enough
     elif kernel == KEY_GRADIENT:
         rows = keys
     if query.element_size() == 4:
@@ -47,7 +47,7 @@ def candidates(kernel: str, query: Tensor, shared_memory: int) -> list[Tile]:
     tiles = itertools.starmap(Tile, itertools.product(rows, keys, (4, 8), (1, 2, 3, 4)))
 
     def fits(tile: Tile) -> bool:
-        resident, streamed, sums = tile.block_m, 2 * tile.block_n, tile.block_m  # vectors: query; key, value; output
+        resident, streamed, sums = tile.block_m, 2 * tile.block_n, tile.block_m  # query; key and value; output
         if kernel == QUERY_GRADIENT:
             resident = 2 * tile.block_m  # query, dO
         elif kernel == KEY_GRADIENT:
@@ -60,7 +60,7 @@ def candidates(kernel: str, query: Tensor, shared_memory: int) -> list[Tile]:
 
 
 def subjects(sizes: "Sizes") -> list[Subject]:
-    """For every kernel a call that it dominates: training, but decoding for its own."""
+    """Return for every kernel a call that it dominates: decoding for the decoding kernel, training for the others."""
     make = partial(torch.randn, dtype=sizes.dtype, device=sizes.device)
 
     def inputs(batch: int, anchors: int, queries: int) -> Inputs:
@@ -99,7 +99,7 @@ def subjects(sizes: "Sizes") -> list[Subject]:
 
 
 def gluon_candidates(query: Tensor, shared_memory: int) -> list[gluon_launch.Tile]:
-    """Tiles of the forward in Gluon that fit ``shared_memory`` [bytes]: queries, and keys and values of every stage."""
+    """Return tiles of the Gluon forward whose queries, and keys and values of all stages, fit ``shared_memory``."""
     tiles = itertools.starmap(gluon_launch.Tile, itertools.product((128,), (32, 64, 128), (1, 2, 3, 4)))
     vector = max(64, padded_head(query.shape[-1])) * query.element_size()
     return [tile for tile in tiles if (tile.block_m + 2 * tile.stages * tile.block_n) * vector <= shared_memory]
