@@ -340,5 +340,5 @@ def _flag_lines(name: str, help_text: str, default: object) -> list[str]:
         help_text = f"{help_text} (required)"
     elif default is not None and default is not False:
         help_text = f"{help_text} (default: {getattr(default, 'value', default)})"
-    first, *rest = wrap(" ".join(help_text.split()), 76) or [""]
+    first, *rest = wrap(" ".join(help_text.split()).replace("%%", "%"), 76) or [""]
     return [f"  --{name:<28} {first}", *(f"{'':<33}{line}" for line in rest)]

@@ -248,6 +248,7 @@ def test_help_is_short_and_full_help_has_every_flag(capsys):
     short, full = shown
     assert len(short.splitlines()) < 80
     assert max(map(len, short.splitlines())) <= 110
+    assert "%%" not in short + full
     for name in ("model", "data", "thought_length", "learning_rate"):
         assert f"--{name} " in short
     for entry in fields(TrainingArguments):
