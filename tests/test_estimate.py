@@ -1,15 +1,13 @@
 """What `quietstar estimate` predicts, against what steps take."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from memory import peak_bytes
 from shapes import TRAINING_STEP
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from training_steps import Products, measured_peak, model_of, run, training_step
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.cli import main
@@ -18,7 +16,6 @@ from quietstar.estimate.devices import GPUS, Device, Prediction
 from quietstar.estimate.flops import Part, model_flops, step_parts
 from quietstar.estimate.memory import step_memory
 from quietstar.estimate.step import TrainingStep
-from quietstar.ops._rows import release_logits_buffer
 
 # The promise is 15 %. What is left out on purpose (indices, rows of losses, a rounding of sizes) is far below this.
 MEMORY_ERROR = 0.05
@@ -37,47 +34,6 @@ NO_TEXT_LOSS = {"base_loss_weight": 0.0, "talk_loss_weight": 0.0}
 
 # Attention takes the most.
 WIDE_HEADS = SMALL | {"num_key_value_heads": 4, "intermediate_size": 64, "head_dim": 32}
-
-
-def training_step(fields: dict, batch: int = 2, length: int = 32, **options) -> TrainingStep:
-    words = fields["vocab_size"]
-    config = QuietStarConfig(**fields, start_thought_token_id=words - 2, end_thought_token_id=words - 1)
-    defaults = {"dtype": torch.float32, "checkpointing": False, "optimizer": "none", "device": "cpu"}
-    return TrainingStep(config, batch, length, **defaults | options)
-
-
-def model_of(step: TrainingStep) -> QuietStarForCausalLM:
-    model = QuietStarForCausalLM(step.config)
-    if step.mixes:
-        torch.nn.init.normal_(model.mixing_head[-1].weight, std=0.5)  # at zero, thoughts would have no gradient
-    if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(step.device, step.dtype).train()
-
-
-def run(step: TrainingStep, model: QuietStarForCausalLM, optimizer: torch.optim.Optimizer | None = None):
-    text = torch.randint(step.config.vocab_size - 2, (step.batch, step.length), device=step.device)
-    output = model(text, labels=text, output_thought_logprobs=False)
-    output.loss.backward()
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
-    return output
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
-
-
-def measured_peak(step: TrainingStep, model: QuietStarForCausalLM, peak: Callable) -> int:
-    """Bytes of tensors of the second step, weights and states of the optimizer included."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True) if step.optimizer == "adamw" else None
-    states = 0
-    if optimizer is not None:
-        run(step, model, optimizer)
-        states = state_bytes(optimizer)
-    release_logits_buffer()
-    return sum(p.nbytes for p in model.parameters()) + states + peak(lambda: run(step, model, optimizer))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -170,18 +126,6 @@ def test_parameters(fields):
     config = QuietStarConfig(**fields)
     with torch.device("meta"):
         assert TrainingStep(config, 1, 64).parameters == QuietStarForCausalLM(config).num_parameters()
-
-
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products outside of ops."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.flops += flop_registry[operation.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def flops_of(step: TrainingStep, *kinds: str) -> int:
@@ -393,7 +337,12 @@ def test_an_ordinary_mistral_gets_two_tokens(tmp_path):
     [
         ("{", "cannot be read"),
         ("[1]", "holds no configuration"),
-        ('{"model_type": "llama"}', "must be of a Mistral or a Quiet-STaR model, got model type 'llama'"),
+        ('{"model_type": "t5"}', "must be of a Quiet-STaR model or of a decoder that can think, gemma,"),
+        ('{"model_type": "t5"}', "starcoder2, got model type 't5'"),
+        ('{"model_type": "quietstar", "text_config": {"model_type": "gpt2"}}', "got model type 'gpt2'"),
+        ('{"vocab_size": 32000}', "got model type None"),
+        ('{"model_type": "llama", "hidden_act": "none"}', "its decoder cannot be run: 'none'"),
+        ('{"model_type": "llama", "pad_token_id": 99999}', "its decoder cannot be run: Padding_idx must be within"),
         ('{"model_type": "mistral", "hidden_size": "wide"}', "expected int, got str"),
         ('{"model_type": "mistral", "num_key_value_heads": 0}', "num_key_value_heads must be an integer >= 1, got 0"),
     ],
@@ -411,7 +360,13 @@ def test_bad_configuration(tmp_path, capsys, content, problem):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--config", "nothing"], "--config nothing: must be mistral-7b, a folder, a JSON file or a name on the hub"),
+        (
+            ["--config", "nothing"],
+            f"--config nothing: must be {', '.join(PRESETS)}, a folder, a JSON file or a name on the hub",
+        ),
+        (["--baseline", "mean"], "--config mistral-7b: baseline must be 'self' or 'teacher' or 'none', got 'mean'"),
+        (["--lora_r", "0"], "lora_r must be an integer >= 1, got 0"),
+        (["--load_in_4bit"], "load_in_4bit must be left out without lora_r, got True"),
         (["--lookahead", "0"], "--config mistral-7b: lookahead must be an integer >= 1, got 0"),
         (["--anchors_per_text", "0"], "--config mistral-7b: anchors_per_text must be an integer >= 1, got 0"),
         (["--batch", "1000001"], "batch must be at most 1000000, got 1000001"),

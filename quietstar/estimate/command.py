@@ -13,7 +13,24 @@ from quietstar.estimate.memory import step_memory
 from quietstar.estimate.step import DTYPES, OPTIMIZERS, SHARDINGS, TrainingStep
 
 # Above these a step is a slip of the hand: numbers overflow, and the tables of anchors fill the memory.
-LARGEST = {"batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4, "anchors_per_text": 10**6}
+LARGEST = {
+    "batch": 10**6, "num_thoughts": 64, "thought_length": 10**4, "lookahead": 10**4, "anchors_per_text": 10**6,
+    "lora_r": 10**5,
+}  # fmt: skip
+
+# Fields of the configuration that cost something, and what they say; flags of `quietstar train` too.
+FIELDS = {
+    "num_thoughts": (int, "independent thoughts per position"),
+    "thought_length": (int, "sampled tokens in a thought"),
+    "lookahead": (int, "real tokens predicted after a thought"),
+    "anchors_per_text": (int, "positions of a text that think, all where the configuration says nothing"),
+    "prediction": (str, "after a thought: mixed, or the thought's alone"),
+    "base_loss_weight": (float, "of the loss without thought; 0 spares its gradients"),
+    "talk_loss_weight": (float, "of the loss after a thought, likewise"),
+    "baseline": (str, "what thoughts are rewarded against: self, teacher or none"),
+    "kl_weight": (float, "above 0 a teacher says how likely thoughts are"),
+    "gain_weight": (float, "above 0 there is a gain head"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         prediction = _predict(options)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         print(f"quietstar estimate: {error}", file=sys.stderr)
         return 2
     facts = report(prediction)
@@ -33,8 +50,7 @@ def _predict(options: argparse.Namespace) -> Prediction:
     for name, most in LARGEST.items():
         if (value := getattr(options, name)) is not None and value > most:
             raise ValueError(f"{name} must be at most {most}, got {value}")
-    names = "num_thoughts", "thought_length", "lookahead", "anchors_per_text"
-    overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
+    overrides = {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
     try:
         config = read_config(options.config, **overrides)
     except (TypeError, ValueError) as error:
@@ -50,7 +66,14 @@ def _predict(options: argparse.Namespace) -> Prediction:
         "cpu" if on_cpu else "cuda",
         gpus=options.gpus,
         sharding=options.sharding,
+        lora_r=options.lora_r,
+        load_in_4bit=options.load_in_4bit,
+        distil=options.distil,
     )
+    try:
+        _ = step.dry_run
+    except (ArithmeticError, AssertionError, KeyError, RuntimeError) as error:  # of sizes that do not go together
+        raise ValueError(f"--config {options.config}: its decoder cannot be run: {error}") from error
     return Prediction(step, this_cpu(step.dtype) if on_cpu else GPUS[options.device])
 
 
@@ -66,6 +89,10 @@ def report(prediction: Prediction) -> dict:
             "anchors_per_text": config.anchors_per_text,
             "checkpointing": step.checkpointing, "optimizer": step.optimizer, "helpful_thoughts": step.helpful,
             "gpus": step.gpus, "sharding": step.sharding,
+        },
+        "trained": {
+            "parameters": step.skeleton.whole.trained, "lora_r": step.lora_r, "load_in_4bit": step.load_in_4bit,
+            "teacher": step.has_teacher, "distil": step.distil,
         },
         "parts": [
             {"name": part.name, "flops": part.flops, "bytes": part.bytes, "seconds": device.seconds(part, step.dtype)}
@@ -90,8 +117,14 @@ def report(prediction: Prediction) -> dict:
 
 def _lines(facts: dict) -> Iterable[str]:
     model, step, memory, device = facts["model"], facts["step"], facts["peak_memory"], facts["device"]
+    trained = facts["trained"]
+    adapters = (
+        f"{trained['parameters'] / 1e6:,.1f} M in adapters of rank {trained['lora_r']} and small heads on "
+        f"{'weights of 4 bits of ' if trained['load_in_4bit'] else ''}"
+    )
     yield (
-        f"A training step of {model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}: {step['batch']} × "
+        f"A training step of {adapters if trained['lora_r'] else ''}{model['parameters'] / 1e6:,.1f} M parameters in "
+        f"{model['dtype']}{', with a teacher' if trained['teacher'] else ''}: {step['batch']} × "
         f"{step['length']} tokens, {step['num_thoughts']} thoughts of {step['thought_length']} tokens "
         f"{'per position' if (chosen := step['anchors_per_text']) is None else f'at {chosen} positions of each'}, "
         f"lookahead {step['lookahead']}, optimizer {step['optimizer']}, "
@@ -136,17 +169,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         required=True,
-        help=f"of a Mistral or Quiet-STaR model: {', '.join(PRESETS)}, a folder, a JSON file or a hub name",
+        help=f"of a decoder or a Quiet-STaR model: {', '.join(PRESETS)}, a folder, a JSON file or a hub name",
     )
     parser.add_argument("--batch", type=int, required=True, help="sequences per step, on each GPU")
     parser.add_argument("--length", type=int, required=True, help="tokens of text per sequence")
-    for name, meaning in (
-        ("num_thoughts", "independent thoughts per position"),
-        ("thought_length", "sampled tokens in a thought"),
-        ("lookahead", "real tokens predicted after a thought"),
-        ("anchors_per_text", "positions of a text that think, all where the configuration says nothing"),
-    ):
-        parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: the configuration's)")
+    for name, (kind, meaning) in FIELDS.items():
+        parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: the configuration's)")
+    parser.add_argument("--lora_r", type=int, help="adapters of this rank are trained instead of the weights")
+    parser.add_argument("--load_in_4bit", action="store_true", help="the weights below adapters have 4 bits")
+    parser.add_argument(
+        "--distil", choices=("kl", "reward"), nargs="?", const="kl", help="learn from thinking to do without"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, default=True,

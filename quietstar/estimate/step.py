@@ -5,6 +5,8 @@ from functools import cached_property
 
 import torch
 
+from quietstar.estimate.dry_run import Course, DryRun, dry_run
+from quietstar.estimate.skeleton import Skeleton, skeleton_of
 from quietstar.models import QuietStarConfig
 from quietstar.ops._precision import compute_dtype
 
@@ -46,9 +48,14 @@ class TrainingStep:
         gpus: how many train together.
         sharding: a key of ``SHARDINGS``. DeepSpeed (ZeRO-2 and ZeRO-3) keeps optimizer states in float32, and beside
             them a copy of weights that are not.
+        lora_r: rank of adapters, of which the weights are in float32 (PEFT's default) and products in ``dtype``, as
+            with ``--bf16``; None trains all weights.
+        load_in_4bit: with adapters: the weights below have 4 bits, and what else the model has 32.
+        distil: ``"kl"`` or ``"reward"``: the step trains the prediction without thoughts.
 
     Raises:
-        ValueError: a size that no step can have, named.
+        ValueError: a size that no step can have, named; a decoder that cannot think.
+        ImportError: there are to be adapters, and PEFT is not installed.
     """
 
     config: QuietStarConfig
@@ -61,6 +68,9 @@ class TrainingStep:
     helpful: float = 0.5
     gpus: int = 1
     sharding: str = "ddp"
+    lora_r: int | None = None
+    load_in_4bit: bool = False
+    distil: str | None = None
 
     def __post_init__(self):
         if self.batch < 1:
@@ -85,6 +95,38 @@ class TrainingStep:
             raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}")
         if not 0 <= self.helpful <= 1:
             raise ValueError(f"helpful must be in [0, 1], got {self.helpful}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be an integer >= 1, got {self.lora_r}")
+        if self.load_in_4bit and self.lora_r is None:
+            raise ValueError("load_in_4bit must be left out without lora_r, got True")
+        if self.distil not in (None, "kl", "reward"):
+            raise ValueError(f"distil must be kl or reward, got {self.distil!r}")
+        if getattr(self.config, "num_local_experts", None) and self.dtype != torch.bfloat16:
+            raise ValueError(f"dtype must be bfloat16 for a mixture of experts, got {self.dtype}")
+        if self.has_teacher and self.gpus > 1 and self.sharding == "zero3":
+            raise ValueError("sharding must not be zero3 with a teacher, whose weights cannot be exchanged")
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The model without data."""
+        return skeleton_of(self.config, self.dtype, self.lora_r, self.load_in_4bit)
+
+    @cached_property
+    def dry_run(self) -> DryRun:
+        """Passes of its decoder."""
+        autocast = self.dtype if self.lora_r is not None and self.element == 2 else None
+        return dry_run(self.skeleton, autocast, self.device == "cpu")
+
+    def tree_courses(self, checkpointing: bool) -> list[Course]:
+        """Forward and backward of the pass that is learned from, as a pass with nothing but each of the layers."""
+        run, rows = self.dry_run, (self.batch, self.length, self.anchors, self.slots, checkpointing)
+        courses = {kind: run.tree(kind, *rows) for kind in set(run.kinds)}
+        return [courses[kind] for kind in run.kinds]
+
+    def plain_courses(self, batch: int, length: int) -> list[Course]:
+        """Likewise of a forward without gradients."""
+        courses = {kind: self.dry_run.plain(kind, batch, length) for kind in set(self.dry_run.kinds)}
+        return [courses[kind] for kind in self.dry_run.kinds]
 
     @property
     def element(self) -> int:
@@ -97,32 +139,27 @@ class TrainingStep:
         return compute_dtype(self.dtype).itemsize
 
     @property
+    def head_element(self) -> int:
+        """Bytes of a number in a loss's gradient of the head, as of ``weight_gradient_dtype``."""
+        return self.element if self.device == "cuda" and self.dtype == torch.bfloat16 else self.wide
+
+    @property
     def states(self) -> int:
         """Bytes that the optimizer keeps, for the weights that are this GPU's."""
         numbers, dtype = OPTIMIZERS[self.optimizer]
-        size = (dtype or self.dtype).itemsize
+        trained, size = self.skeleton.whole.trained, self.skeleton.whole.trained_bytes
         if self.gpus > 1 and self.sharding in ("zero2", "zero3") and self.optimizer != "none":
-            numbers, size = numbers + (self.element < self.wide), self.wide
-        return self.share("states", self.parameters) * numbers * size
+            return self.share("states", (numbers * trained + trained * (size < trained * self.wide)) * self.wide)
+        return self.share("states", numbers * (size if dtype is None else trained * dtype.itemsize))
 
-    def share(self, of: str, elements: int) -> int:
-        """How many of the ``elements`` of weights, gradients or states one GPU holds."""
-        return -(-elements // self.gpus) if of in SHARDINGS[self.sharding] else elements
-
-    @property
-    def head_size(self) -> int:
-        """D."""
-        return self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
+    def share(self, of: str, size: int) -> int:
+        """How much of the ``size`` of weights, gradients or states one GPU holds."""
+        return -(-size // self.gpus) if of in SHARDINGS[self.sharding] else size
 
     @property
-    def query_width(self) -> int:
-        """Hq · D."""
-        return self.config.num_attention_heads * self.head_size
-
-    @property
-    def key_width(self) -> int:
-        """Hkv · D."""
-        return self.config.num_key_value_heads * self.head_size
+    def row(self) -> int:
+        """Bytes of a row of hidden states."""
+        return self.config.hidden_size * self.skeleton.state_dtype.itemsize
 
     @property
     def slots(self) -> int:
@@ -137,7 +174,7 @@ class TrainingStep:
     @property
     def sampling_positions(self) -> int:
         """Positions of a sequence whose thoughts are sampled: where all think, the last one too."""
-        return self.config.anchors_per_text or self.length
+        return self.length if self.distil else self.config.anchors_per_text or self.length
 
     @property
     def predicting(self) -> int:
@@ -150,29 +187,39 @@ class TrainingStep:
         return min(self.positions, self.length - 1 - self.config.lookahead)
 
     @property
+    def thoughts(self) -> int:
+        """N; a teacher whose predictions are learned thinks once."""
+        return 1 if self.distil else self.config.num_thoughts
+
+    @property
     def anchors(self) -> int:
         """P, anchors of a sequence in the tree: each position thinks N times."""
-        return self.positions * self.config.num_thoughts
+        return 0 if self.distil else self.positions * self.thoughts
 
     @property
     def mixes(self) -> bool:
-        """Whether there is a mixing head."""
-        return self.config.prediction == "mixed"
+        """Whether predictions are mixed."""
+        return self.config.prediction == "mixed" and not self.distil
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is kept, a copy of what is trained."""
+        return self.config.baseline == "teacher" or self.compares_thoughts or self.distil is not None
+
+    @property
+    def compares_thoughts(self) -> bool:
+        """Whether a teacher says how likely thoughts are, which are sampled before it does."""
+        return self.config.kl_weight > 0 and not self.distil
 
     @property
     def learns_base(self) -> bool:
         """Whether the loss without thoughts has gradients."""
-        return self.config.text_loss_weights[0] > 0
+        return self.config.text_loss_weights[0] > 0 or self.distil is not None
 
     @property
     def learns_talk(self) -> bool:
         """Whether the loss after thoughts has: with a mixing head they may be 0, but are there."""
-        return self.config.text_loss_weights[1] > 0 or self.mixes
-
-    @property
-    def is_windowed(self) -> bool:
-        """Whether the sliding window hides text from text."""
-        return self.config.sliding_window is not None and self.config.sliding_window < self.length
+        return not self.distil and (self.config.text_loss_weights[1] > 0 or self.mixes)
 
     @property
     def text_rows(self) -> int:
@@ -182,7 +229,7 @@ class TrainingStep:
     @property
     def sampled_rows(self) -> int:
         """Rows of a sampling step."""
-        return self.batch * self.sampling_positions * self.config.num_thoughts
+        return self.batch * self.sampling_positions * self.thoughts
 
     @property
     def slot_rows(self) -> int:
@@ -196,8 +243,8 @@ class TrainingStep:
 
     @property
     def base_rows(self) -> int:
-        """Rows of the base loss."""
-        return self.batch * (self.length - 1)
+        """Rows of the base loss; twice as many where tokens that a teacher has drawn are learned too."""
+        return self.batch * (self.length - 1) * (1 + (self.distil == "kl"))
 
     @property
     def talk_rows(self) -> int:
@@ -207,10 +254,10 @@ class TrainingStep:
     @property
     def labelled_talk_rows(self) -> int:
         """Rows of the mixed loss that have a label: m steps ahead of all positions, m at the end have none."""
-        ahead = range(self.config.lookahead)
+        ahead = range(0 if self.distil else self.config.lookahead)
         if self.config.anchors_per_text is None:
-            return self.batch * self.config.num_thoughts * sum(self.length - 1 - m for m in ahead)
-        return self.batch * self.config.num_thoughts * self.predicting * len(ahead)
+            return self.batch * self.thoughts * sum(self.length - 1 - m for m in ahead)
+        return self.batch * self.thoughts * self.predicting * len(ahead)
 
     @property
     def policy_rows(self) -> int:
@@ -220,19 +267,8 @@ class TrainingStep:
     @property
     def helpful_policy_rows(self) -> int:
         """Rows of the policy loss with a weight: of rewarded positions and helpful thoughts."""
-        thoughts = self.batch * self.rewarded * self.config.num_thoughts
+        thoughts = 0 if self.distil else self.batch * self.rewarded * self.thoughts
         return round(self.helpful * thoughts) * self.config.thought_length
-
-    @property
-    def layer_matrices(self) -> int:
-        """Elements of the seven matrices of a layer."""
-        attention = 2 * self.query_width + 2 * self.key_width
-        return self.config.hidden_size * (attention + 3 * self.config.intermediate_size)
-
-    @property
-    def layer_parameters(self) -> int:
-        """The matrices and two norms."""
-        return self.layer_matrices + 2 * self.config.hidden_size
 
     @property
     def head_matrix(self) -> int:
@@ -240,32 +276,6 @@ class TrainingStep:
         return self.config.vocab_size * self.config.hidden_size
 
     @property
-    def mixing_parameters(self) -> int:
-        """The mixing head, if there is one: matrices [H, 2H], [H, H] and [1, H], two biases."""
-        if not self.mixes:
-            return 0
-        hidden = self.config.hidden_size
-        return 3 * hidden**2 + 3 * hidden
-
-    @property
-    def gain_parameters(self) -> int:
-        """The gain head, if there is one: matrices [H, H] and [1, H], two biases."""
-        hidden = self.config.hidden_size
-        return hidden**2 + 2 * hidden + 1 if self.config.gain_weight > 0 else 0
-
-    @property
-    def other_parameters(self) -> int:
-        """Those outside the layers."""
-        return self.parameters - self.config.num_hidden_layers * self.layer_parameters
-
-    @cached_property
     def parameters(self) -> int:
-        """Elements of all weights: layers, embedding and head, last norm, both small heads, two thought embeddings."""
-        vocabularies = 1 if self.config.tie_word_embeddings else 2
-        return (
-            self.config.num_hidden_layers * self.layer_parameters
-            + vocabularies * self.head_matrix
-            + self.mixing_parameters
-            + self.gain_parameters
-            + 3 * self.config.hidden_size
-        )
+        """Elements of all weights, without adapters."""
+        return self.skeleton.base_elements
