@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from versions import version_of
 
 # Compute capability: the most shared memory a program may use there, in bytes.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -53,10 +53,10 @@ def spill_limit(dtype: torch.dtype = torch.bfloat16) -> int:
     of 256: 8) and query gradient (sm_100, heads of 64: 24). Tiles that do not would be smaller. In float32, without
     tensor cores, a few spilled registers are the lesser evil.
     """
-    version = tuple(metadata.version("triton").split(".")[:2])
+    version = version_of("triton")
     if dtype == torch.float32:
-        return 288 if version == ("3", "6") else 280
-    return {("3", "6"): 16, ("3", "7"): 24}.get(version, 0)
+        return 288 if version == (3, 6) else 280
+    return {(3, 6): 16, (3, 7): 24}.get(version, 0)
 
 
 def is_serialised(kernel: Kernel) -> bool:

@@ -148,6 +148,15 @@ class QuietStarConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+        """Leave the rotary embeddings to ``text_config``, which has converted its own, unless ``kwargs`` change them.
+
+        Before 5.18 transformers puts its default beside the parameters of each kind of layer, and fails on that later.
+        """
+        if kwargs.keys() & {"rope_scaling", "rope_theta", "partial_rotary_factor"}:
+            return super().convert_rope_params_to_dict(**kwargs)
+        return kwargs
+
     def __getattr__(self, name: str) -> Any:
         """Look up other attributes in the decoder's configuration."""
         text = None if name.startswith("_") else self.__dict__.get("text_config")

@@ -209,7 +209,7 @@ class QuietStarForCausalLM(RefusesOtherTrainers, GenerationHooks, UploadsOwnCard
                 f"assistant_early_exit must be None, got {layers}: with draft_length the model drafts for itself"
             )
         if arguments.get("assistant_model") is not None and not ASSISTANTS_WORK:
-            raise ValueError("assistant_model must be None with transformers 5.15, which fails on rejected drafts")
+            raise ValueError("assistant_model must be None before transformers 5.18, which fails on rejected drafts")
         if isinstance(arguments.get("streamer"), ThoughtStreamer) and not thinking.return_thoughts:
             raise ValueError("return_thoughts must be True with a ThoughtStreamer, got False")
         for name in () if thinking.plain else (CACHE, "custom_generate"):

@@ -33,8 +33,8 @@ __all__ = [
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# 5.15 keeps rejected drafts in the cache of an assistant model, and fails some rounds later.
-ASSISTANTS_WORK = not transformers.__version__.startswith("5.15.")
+# Before 5.18 rejected drafts stay in the cache of an assistant model, which fails some rounds later.
+ASSISTANTS_WORK = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 
 
 # A line of the empty card that transformers writes if a repository has none.

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+from versions import version_of
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -22,15 +22,8 @@ CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"{CXX} is not on PATH")
 
 
-def _triton() -> tuple[int, ...]:
-    """The version, or nothing where there is none."""
-    try:
-        return tuple(map(int, metadata.version("triton").split(".")[:2]))
-    except metadata.PackageNotFoundError:
-        return ()
-
-
-needs_gluon = pytest.mark.skipif(_triton() < (3, 8), reason=f"the kernels in Gluon need Triton 3.8, not {_triton()}")
+_TRITON = version_of("triton")
+needs_gluon = pytest.mark.skipif(_TRITON < (3, 8), reason=f"the kernels in Gluon need Triton 3.8, not {_TRITON}")
 
 
 def run_emulated(target: str, tests: dict[str, str], *, workers: int = 0) -> set[str]:
