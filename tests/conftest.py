@@ -26,8 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("TRITON_INTERPRET", None)
         plugin.start(target)
         config.pluginmanager.register(plugin.Plugin(target))
-    elif "TRITON_INTERPRET" in os.environ and (0,) < version_of("triton") < (3, 8) and version_of("numpy") >= (2, 5):
-        raise pytest.UsageError("Triton's interpreter before 3.8 needs NumPy < 2.5: pip install 'numpy<2.5'")
+    elif "TRITON_INTERPRET" in os.environ and (0,) < version_of("triton") < (3, 8) and version_of("numpy") >= (2, 4):
+        raise pytest.UsageError("Triton's interpreter before 3.8 needs NumPy < 2.4: pip install 'numpy<2.4'")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
