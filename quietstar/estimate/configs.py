@@ -90,7 +90,7 @@ def _saved_fields(name: str) -> dict[str, object]:
         fields, _ = QuietStarConfig.get_config_dict(name)
     except OSError as error:
         raise ValueError(f"cannot be read: {error}") from error
-    except TypeError as error:  # until 5.15 of what is no dictionary
+    except TypeError as error:  # some versions of transformers raise it if this is no dictionary
         raise ValueError("holds no configuration") from error
     if not fields or not isinstance(fields, dict):
         raise ValueError("holds no configuration")
