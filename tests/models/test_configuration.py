@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from transformers import Olmo3Config
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.models.configuration import CHOICES, INTERVALS, OPTIONAL_INTERVALS, SWITCHES
@@ -94,3 +95,9 @@ def test_fields_set_later_are_checked_by_the_model():
     config.lookahead = 0
     with pytest.raises(ValueError, match="lookahead must be an integer >= 1, got 0"):
         QuietStarForCausalLM(config)
+
+
+def test_rotary_embeddings_of_several_kinds_are_left_to_the_decoder():
+    text = Olmo3Config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    config = QuietStarConfig(text_config=text.to_dict())
+    assert config.text_config.rope_parameters == text.rope_parameters
